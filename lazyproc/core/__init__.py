@@ -1,0 +1,1 @@
+"""Pure values and arithmetic: no HDF5, no Dask, no files."""

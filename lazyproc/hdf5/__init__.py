@@ -1,0 +1,1 @@
+"""HDF5 files: the USID model, where bytes lie, reading positions, committing blocks. No Dask."""
