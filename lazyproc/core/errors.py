@@ -44,8 +44,8 @@ class OutputError(LazyprocError, ValueError):
     """What the function returned does not fit the declared outputs."""
 
 
-class ParameterError(ArgumentValueError):
-    """A parameter cannot be stored, or is given twice, or is missing."""
+class ParameterError(ArgumentValueError, TypeError):
+    """A parameter cannot be stored, or is given twice, is missing, or is not taken by the function."""
 
 
 class ResultsError(LazyprocError, ValueError):
@@ -58,6 +58,13 @@ class StaleViewError(LazyprocError, RuntimeError):
 
 class WorkerError(LazyprocError, RuntimeError):
     """A worker was lost, or could not do its block, more often than is allowed."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by Ctrl-C; what was finished is committed, and the message says how to go on.
+
+    Like every KeyboardInterrupt it is no `Exception`, so that ``except Exception`` does not swallow it.
+    """
 
 
 class FunctionError(LazyprocError, RuntimeError):

@@ -137,7 +137,7 @@ class Output:
             resolved = np.dtype(dtype)
         except TypeError as error:
             raise DefinitionError(f"Output: dtype is {dtype!r}; expected a NumPy dtype such as 'f4'.") from error
-        if resolved.hasobject or resolved.itemsize == 0 or resolved.kind in "UVMm" and resolved.fields is None:
+        if resolved.hasobject or resolved.itemsize == 0 or (resolved.kind in "UVMm" and resolved.fields is None):
             raise DefinitionError(
                 f"Output: dtype is {resolved}; expected a number, a truth value, bytes of fixed length ('S16') or a "
                 "compound of these: rows must lie at fixed offsets in the HDF5 file."

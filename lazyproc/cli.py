@@ -1,0 +1,195 @@
+"""The command line: demo, run, status, plan, recover."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import traceback
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from lazyproc import __version__
+from lazyproc.core.errors import ArgumentValueError, FunctionError, Interrupted, LazyprocError
+from lazyproc.run import EXIT_STOPPED
+
+
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors into a message on standard error and an exit code."""
+    import functools
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except Interrupted as error:
+            click.echo(str(error), err=True)
+            sys.exit(EXIT_STOPPED)
+        except FunctionError as error:
+            cause = error.__cause__
+            if cause is not None:
+                click.echo("".join(traceback.format_exception(cause)).rstrip(), err=True)
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(1)
+        except (LazyprocError, OSError) as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(1)
+
+    return wrapper
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lazyproc")
+def main() -> None:
+    """Process big spectroscopic and imaging files, position by position.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 75 stopped early with work committed: run again.
+    """
+
+
+def _work_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add what `run` and `plan` have in common."""
+    options = [
+        click.argument("process"),
+        click.argument("address", metavar="FILE::DATASET"),
+        click.option(
+            "-p", "--parameter", "pairs", multiple=True, metavar="NAME=VALUE", help="A parameter; repeatable."
+        ),
+        click.option("--target", metavar="FILE::GROUP", help="Where results go. Default: beside the main dataset."),
+        click.option("--max-mem-mb", type=float, default=4096, show_default=True, help="MiB for everything together."),
+        click.option("--cores", type=int, help="CPU cores. Default: all."),
+        click.option("--verbose", is_flag=True, help="Say what is done."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _make(
+    process: str,
+    address: str,
+    pairs: tuple[str, ...],
+    target: str | None,
+    max_mem_mb: float,
+    cores: int | None,
+    verbose: bool,
+    **more: Any,
+) -> Any:
+    """Make the process; what was typed wrongly is a usage error."""
+    from lazyproc.engine.choose import available_cores
+    from lazyproc.loading import load_process, parse_parameters
+
+    try:
+        process_class = load_process(process)
+        parameters = parse_parameters(pairs)
+    except ArgumentValueError as error:
+        raise click.UsageError(str(error)) from error
+    file, separator, dataset = address.partition("::")
+    if not separator or not dataset:
+        raise click.UsageError(
+            f"{address}: expected FILE::DATASET, such as scan.h5::/Measurement_000/Channel_000/Raw_Data."
+        )
+    if not os.path.exists(file):
+        raise click.UsageError(f"{file}: there is no such file.")
+    return process_class(
+        address,
+        parms_dict=parameters,
+        cores=available_cores() if cores is None else cores,
+        max_mem_mb=max_mem_mb,
+        h5_target_group=target,
+        verbose=verbose,
+        **more,
+    )
+
+
+@main.command()
+@_work_options
+@click.option("--override", is_flag=True, help="Compute afresh, whatever there is.")
+@_reported
+def run(as_json: bool, override: bool, **options: Any) -> None:
+    """Compute PROCESS (module:Class, path/to/file.py:Class or a registered name) over a main dataset.
+
+    Finished results of the same work are returned, partial ones resumed.
+    """
+    with _make(**options) as process:
+        group = process.compute(override)
+        address = f"{process.results_path}::{group.name}"
+        if as_json:
+            click.echo(json.dumps({"results": address, "n_positions": int(process.h5_main.shape[0])}))
+        else:
+            click.echo(address)
+
+
+@main.command()
+@_work_options
+@_reported
+def plan(as_json: bool, **options: Any) -> None:
+    """Show what `run` would do, without doing it."""
+    with _make(lazy=True, **options) as process:
+        planned = process.plan()
+        click.echo(json.dumps(planned.as_dict()) if as_json else repr(planned))
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_reported
+def status(file: str, as_json: bool) -> None:
+    """Show the results in FILE and how far they are; also while a run goes on."""
+    from lazyproc.status import file_status
+
+    state = file_status(file)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(state)))
+        return
+    if state.running is not None:
+        click.echo("running: host {host}, pid {pid}, since {since}".format(**state.running))
+    for one in state.results:
+        share = one.n_done / one.n_positions if one.n_positions else 0.0
+        text = one.problem or f"{share:7.1%}  {one.n_done:,} of {one.n_positions:,} positions"
+        click.echo(f"{one.group}\n    {text}" + (f", finished {one.finished}" if one.finished else ""))
+    if not state.results:
+        click.echo(f"{file}: no results")
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_reported
+def recover(file: str, as_json: bool) -> None:
+    """Finish, or drop, a change of FILE that was cut off by a kill; `run` does so by itself."""
+    from lazyproc.hdf5.lock import RunLock
+    from lazyproc.hdf5.transaction import recover as recover_file
+
+    lock = RunLock(file, uuid.uuid4().hex)
+    lock.acquire()
+    try:
+        changed = recover_file(file)
+    finally:
+        lock.release()
+    if as_json:
+        click.echo(json.dumps({"path": file, "recovered": changed}))
+    else:
+        click.echo(f"{file}: " + ("a change that was cut off has been settled" if changed else "nothing to recover"))
+
+
+@main.command()
+@click.argument("directory", default="lazyproc_demo", type=click.Path(file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_reported
+def demo(directory: str, as_json: bool) -> None:
+    """Simulate a band-excitation scan, fit it, resume once on purpose, and draw the maps, in DIRECTORY."""
+    from lazyproc.demo.command import run_demo
+
+    summary = run_demo(directory, say=lambda text: click.echo(text, err=as_json))
+    if as_json:
+        click.echo(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

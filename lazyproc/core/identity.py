@@ -1,0 +1,285 @@
+"""Which code computed a result: the name of a function, and a hash of its code that survives cosmetic changes.
+
+A function is hashed together with what it closes over, its default values, and the functions and constants of its own
+module that it uses. From all functions reached that way a numbered list is made, so that functions which call each
+other are no problem. The hash says how it was found:
+
+- ``src:…`` from the source: comments, layout, docstrings, decorators' names and the version of Python do not matter;
+- ``byte311:…`` from the byte code, where any part has no source (lambdas, `exec`): only for one version of Python;
+- ``name:…`` just a name: what is written in C has no code to look at.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import dis
+import functools
+import hashlib
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from lazyproc.core.errors import ParameterError
+from lazyproc.core.parameters import canonical
+
+_BYTE = f"byte{sys.version_info.major}{sys.version_info.minor}"
+_FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
+_CONSTANTS = (bool, int, float, complex, str, bytes, np.generic, np.ndarray)
+
+
+def function_name(f: Any) -> str:
+    """Name a function as ``module:qualname``.
+
+    A `functools.partial` and a wrapper with ``__wrapped__`` have the name of the function inside, an object with
+    ``__call__`` that of its class.
+
+    Examples
+    --------
+    >>> function_name(len)
+    'builtins:len'
+    """
+    inner = _inner(f)
+    if inner is not None:
+        return function_name(inner)
+    f = getattr(f, "__func__", f)
+    owner = getattr(f, "__objclass__", None)  # str.upper
+    named = f if isinstance(getattr(f, "__qualname__", None), str) or isinstance(f, np.ufunc) else type(f)
+    module = getattr(named, "__module__", None) or getattr(owner, "__module__", None)
+    if isinstance(named, np.ufunc):
+        module = module or "numpy"
+    return f"{module or 'builtins'}:{getattr(named, '__qualname__', None) or named.__name__}"
+
+
+def code_hash(f: Callable[..., Any]) -> str:
+    """Hash the code of a function.
+
+    Values that have no canonical form (objects, modules) count by their type or name only; so do the instance that a
+    method is bound to, and whatever comes from other modules.
+
+    Parameters
+    ----------
+    f : callable
+        A function, method, partial, builtin, or object with ``__call__``.
+
+    Returns
+    -------
+    str
+        ``src:``, ``byte<version>:`` and 16 hexadecimal digits, or ``name:`` and the name.
+    """
+    if not isinstance(_target(f), types.FunctionType | functools.partial) and _is_opaque(f):
+        return f"name:{function_name(f)}"
+    nodes: list[Any] = [_target(f)]
+    numbers = {id(nodes[0]): 0}
+    parts: list[Any] = []
+    for node in nodes:  # grows while it is walked
+        parts.append(_describe(node, nodes, numbers))
+    prefix = _BYTE if any(part[0] == "byte" for part in parts) else "src"
+    return f"{prefix}:{hashlib.sha256(ascii(parts).encode()).hexdigest()[:16]}"
+
+
+def code_changed(stored: str, now: str) -> bool | None:
+    """Compare two hashes of `code_hash`.
+
+    Returns
+    -------
+    bool or None
+        None when they were found in different ways (one from the source, one from the byte code; two versions of
+        Python), so that nothing can be said.
+
+    Examples
+    --------
+    >>> code_changed("src:0123456789abcdef", "src:0123456789abcdef")
+    False
+    """
+    ways = [text.partition(":")[0] if ":" in text else "" for text in (stored, now)]
+    return stored != now if ways[0] == ways[1] != "" else None
+
+
+# ---- what a function consists of
+
+
+def _target(f: Any) -> Any:
+    """Return the function of a method."""
+    return f.__func__ if isinstance(f, types.MethodType | staticmethod | classmethod) else f
+
+
+def _inner(f: Any) -> Any:
+    """Return the Python function inside a partial, a compiled or a vectorised function, or None."""
+    if isinstance(f, functools.partial):
+        return f.func
+    if isinstance(f, type | types.ModuleType):
+        return None
+    for name in ("__wrapped__", "py_func", "pyfunc"):
+        if callable(inner := getattr(f, name, None)):
+            return inner
+    return None
+
+
+def _is_opaque(f: Any) -> bool:
+    """Tell whether there is no Python code in a callable."""
+    has_call = isinstance(inspect.getattr_static(type(f), "__call__", None), types.FunctionType)
+    return isinstance(f, type) or (not has_call and _inner(f) is None)
+
+
+def _describe(node: Any, nodes: list[Any], numbers: dict[int, int]) -> tuple[Any, ...]:
+    """Describe one function in plain values; other functions stand in it as their numbers, and join the list."""
+
+    def value(item: Any) -> Any:
+        item = _target(item)
+        if callable(item) and (isinstance(item, types.FunctionType | functools.partial) or not _is_opaque(item)):
+            if id(item) not in numbers:
+                numbers[id(item)] = len(nodes)
+                nodes.append(item)
+            return ("function", numbers[id(item)])
+        return _plain(item)
+
+    if isinstance(node, functools.partial):
+        keywords = [(name, value(item)) for name, item in sorted(node.keywords.items())]
+        return ("partial", value(node.func), [value(item) for item in node.args], keywords)
+    if not isinstance(node, types.FunctionType):
+        inner = _inner(node)
+        if inner is not None:
+            return ("wrapper", function_name(type(node)), value(inner))
+        state = [(name, value(item)) for name, item in sorted(getattr(node, "__dict__", {}).items())]
+        return ("object", function_name(type(node)), value(type(node).__call__), state)
+    tree = _source(node)
+    code = ("byte", _byte_code(node.__code__)) if tree is None else ("src", _dump(tree))
+    defaults = [value(item) for item in node.__defaults__ or ()]
+    keywords = [(name, value(item)) for name, item in sorted((node.__kwdefaults__ or {}).items())]
+    return (*code, defaults, keywords, [(name, value(item)) for name, item in _outside(node)])
+
+
+def _plain(item: Any) -> Any:
+    try:
+        return canonical(item)
+    except ParameterError:
+        named = callable(item) or isinstance(item, types.ModuleType)
+        return ("name", getattr(item, "__name__", "") if named else "", type(item).__qualname__)
+
+
+def _outside(f: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Give what a function takes from outside: closed-over values, functions and constants of its own module."""
+    for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
+        try:
+            yield f"free {name}", cell.cell_contents
+        except ValueError:  # not yet assigned
+            yield f"free {name}", None
+    for name in sorted(_global_names(f.__code__)):
+        item = f.__globals__.get(name)
+        if (isinstance(item, types.FunctionType) and item.__module__ == f.__module__) or _is_constant(item):
+            yield f"global {name}", item
+
+
+def _is_constant(item: Any) -> bool:
+    """Tell whether a global counts: not lists and dicts, which are often caches that change while the code does not."""
+    return isinstance(item, _CONSTANTS) or (isinstance(item, tuple) and all(map(_is_constant, item)))
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _global_names(constant)
+    return {name for name in names if not name.startswith("__")}
+
+
+# ---- the source
+
+
+def _source(f: types.FunctionType) -> ast.AST | None:
+    """Return the syntax tree of a function without docstrings and decorators, or None if its source is not at hand.
+
+    The file may have changed since it was imported, so the tree counts only if it compiles to the code that runs.
+    """
+    if f.__code__.co_name == "<lambda>":
+        return None
+    try:
+        text = inspect.getsource(f.__code__)
+        module = ast.parse("if 1:\n" + text if text[:1] in (" ", "\t") else text)
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    body = module.body[0].body if isinstance(module.body[0], ast.If) else module.body
+    node = body[0]
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name != f.__code__.co_name:
+        return None
+    node.decorator_list = []
+    compiled = _compile(node, f)
+    if compiled is None or _byte_code(compiled) != _byte_code(f.__code__):
+        return None
+    for inner in ast.walk(node):
+        if (
+            isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            and ast.get_docstring(inner) is not None
+        ):
+            inner.body = inner.body[1:] or [ast.Pass()]
+    return node
+
+
+def _compile(node: ast.FunctionDef | ast.AsyncFunctionDef, f: types.FunctionType) -> types.CodeType | None:
+    """Compile a function as it stood: in its class, and within a function that has the variables it closes over."""
+    free = [name for name in f.__code__.co_freevars if name != "__class__"]
+    *_, owner = ("<locals>", *f.__qualname__.split(".")[:-1])
+    definition: ast.stmt = node
+    if owner != "<locals>":
+        definition = ast.ClassDef(name=owner, bases=[], keywords=[], body=[node], decorator_list=[])
+        if sys.version_info >= (3, 12):
+            definition.type_params = []
+    outer = ast.parse("def outer():\n pass")
+    assert isinstance(outer.body[0], ast.FunctionDef)
+    outer.body[0].body = [*ast.parse("".join(f"{name} = 0\n" for name in free)).body, definition]
+    flags = f.__code__.co_flags & _FUTURE_FLAGS
+    try:
+        code = compile(ast.fix_missing_locations(outer), "<source>", "exec", flags=flags, dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return None
+    return next((found for found in _codes(code) if found.co_name == node.name and found is not code), None)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _dump(node: Any) -> Any:
+    """Turn a syntax tree into plain values that are the same in all versions of Python: empty fields left out."""
+    if isinstance(node, ast.AST):
+        fields = [(name, item) for name, item in ast.iter_fields(node) if name not in ("kind", "type_comment")]
+        return (type(node).__name__, [(name, _dump(item)) for name, item in fields if item is not None and item != []])
+    if isinstance(node, list):
+        return [_dump(item) for item in node]
+    return (type(node).__name__, ascii(node))
+
+
+# ---- the byte code
+
+
+def _byte_code(code: types.CodeType) -> tuple[Any, ...]:
+    """Describe what a code object does, without where it stands and without its docstring."""
+    constants = [_constant(item) for item in code.co_consts]
+    if code.co_consts and isinstance(code.co_consts[0], str) and code.co_consts[0] not in _used(code):
+        constants[0] = ("docstring",)
+    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
+    return (code.co_code, code.co_exceptiontable, constants, names, counts)
+
+
+def _used(code: types.CodeType) -> list[Any]:
+    """Return the constants that are loaded: the docstring of a function is not."""
+    return [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_CONST", "RETURN_CONST")]
+
+
+def _constant(item: Any) -> Any:
+    if isinstance(item, types.CodeType):
+        return ("code", item.co_name, _byte_code(item))
+    if isinstance(item, tuple):
+        return ("tuple", [_constant(inner) for inner in item])
+    if isinstance(item, frozenset):  # in no order that would last
+        return ("frozenset", sorted(ascii(_constant(inner)) for inner in item))
+    return (type(item).__name__, ascii(item))

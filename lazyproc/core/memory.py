@@ -1,0 +1,101 @@
+"""The memory model: what a block takes, how many positions fit, and what peak to expect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lazyproc.core.errors import MemoryLimitError
+
+MEBIBYTE = 2**20
+DRIVER_BYTES = 4 * MEBIBYTE
+"""What the driver itself takes for its books: runs, receipts, the progress bar."""
+WORKER_BYTES = 2 * MEBIBYTE
+"""What a worker takes beside its block: the unpickled function, buffers of the runtime."""
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """What a position takes while its block is computed.
+
+    Attributes
+    ----------
+    source_bytes : int
+        Bytes of one position of the source, as the function sees it.
+    result_bytes : int
+        Bytes of one position of all results.
+    multiplier : float
+        The user's `mem_multiplier`: bytes a position really takes over its source bytes.
+    temporary_bytes : float
+        Bytes of temporaries a position, as measured by a probe; for a function that takes whole blocks.
+    fixed_bytes : int
+        Bytes a worker takes whatever the size of the block: temporaries of a function that takes one position at a
+        time, decoded storage chunks.
+    """
+
+    source_bytes: int
+    result_bytes: int
+    multiplier: float = 1.0
+    temporary_bytes: float = 0.0
+    fixed_bytes: int = 0
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes a position in the worker that computes it."""
+        asked = self.source_bytes * self.multiplier + self.result_bytes
+        measured = self.source_bytes + self.result_bytes + self.temporary_bytes
+        return max(1, round(max(asked, measured)))
+
+    def rows(self, limit_bytes: int, n_workers: int, *, driver_writes: bool = False) -> int:
+        """Positions a block may have.
+
+        Parameters
+        ----------
+        limit_bytes : int
+            For all workers and the driver together.
+        n_workers : int
+            Blocks computed at the same time.
+        driver_writes : bool
+            Results travel to the driver: as many blocks of results again are held on their way.
+
+        Returns
+        -------
+        int
+            Zero if not even one position fits.
+        """
+        share = (limit_bytes - DRIVER_BYTES) / n_workers - WORKER_BYTES - self.fixed_bytes
+        return max(0, int(share // self._per_row(driver_writes)))
+
+    def peak(self, rows: int, n_workers: int, *, driver_writes: bool = False) -> int:
+        """Bytes to expect at most, for blocks of `rows` positions."""
+        block = rows * self._per_row(driver_writes)
+        return int(DRIVER_BYTES + n_workers * (WORKER_BYTES + self.fixed_bytes + block))
+
+    def _per_row(self, driver_writes: bool) -> int:
+        return self.bytes_per_position + (3 * self.result_bytes if driver_writes else 0)
+
+    def fit(self, limit_bytes: int, n_workers: int, *, driver_writes: bool = False) -> tuple[int, int]:
+        """Find how many workers can run at once, and with how many positions a block.
+
+        Fewer workers are tried before giving up: one large position a time is better than none.
+
+        Returns
+        -------
+        tuple of int
+            Workers, and positions a block at most.
+
+        Raises
+        ------
+        MemoryLimitError
+            If one position in one worker does not fit; the message says what to raise `max_mem_mb` to.
+        """
+        for workers in range(n_workers, 0, -1):
+            rows = self.rows(limit_bytes, workers, driver_writes=driver_writes)
+            if rows:
+                return workers, rows
+        needed = -(-self.peak(1, 1, driver_writes=driver_writes) // MEBIBYTE)
+        raise MemoryLimitError(
+            f"max_mem_mb: {limit_bytes // MEBIBYTE} MiB are allowed, but one position takes "
+            f"{self._per_row(driver_writes) / MEBIBYTE:.1f} MiB (source {self.source_bytes / MEBIBYTE:.1f} MiB with "
+            f"mem_multiplier {self.multiplier:g}, results {self.result_bytes / MEBIBYTE:.1f} MiB, and what was "
+            f"measured of temporaries) and lazyproc itself a few more. Raise max_mem_mb to {needed} or more."
+        )

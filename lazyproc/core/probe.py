@@ -1,0 +1,198 @@
+"""Try a function on a few positions first: its time, its memory, and whether threads help. The results are kept."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lazyproc.core.apply import Arrays
+from lazyproc.core.runs import Runs
+
+_ENOUGH_SECONDS = 0.01
+"""A measurement that lasted so long is believed."""
+_SLOW_SECONDS = 0.5
+"""A function this slow is not called for measurements alone."""
+_MOST_ROWS = 4096
+_MOST_BYTES = 8 * 2**20
+
+Compute = Callable[[NDArray[Any]], Arrays]
+Read = Callable[[Runs], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured.
+
+    Attributes
+    ----------
+    seconds_per_position : float
+        Of the function alone, on one core.
+    temporary_bytes : float
+        Temporaries a position, beside source and results; for a function that takes blocks.
+    fixed_bytes : int
+        Temporaries of one call; for a function that takes one position.
+    thread_gain : float
+        How many times faster two threads are than one; 1.0 where that was not tried.
+    computed : list of (Runs, tuple of ndarray)
+        The positions computed on the way, with their results: they need not be computed again.
+    """
+
+    seconds_per_position: float
+    temporary_bytes: float = 0.0
+    fixed_bytes: int = 0
+    thread_gain: float = 1.0
+    computed: list[tuple[Runs, Arrays]] = field(default_factory=list, repr=False)
+
+
+def run_probe(
+    compute: Compute,
+    read: Read,
+    remaining: Runs,
+    *,
+    source_bytes: int,
+    result_bytes: int,
+    vectorized: bool,
+    try_threads: bool,
+) -> Probe:
+    """Measure a function on a few of the remaining positions.
+
+    Parameters
+    ----------
+    compute : callable
+        Rows `(n_positions, n_spectral)` to the checked results of these positions.
+    read : callable
+        Runs of positions to their rows.
+    remaining : Runs
+        What has to be computed; not empty.
+    source_bytes, result_bytes : int
+        Bytes of one position of the source and of all results.
+    vectorized : bool
+        Whether the function takes many positions at once.
+    try_threads : bool
+        Whether to find out if two threads are faster than one.
+
+    Raises
+    ------
+    RowError, OutputMismatch
+        From `compute`; the attribute `runs` of the exception holds the positions that were tried.
+    """
+    probing = _Probing(compute, read, remaining)
+    row_bytes = source_bytes + result_bytes
+    most_rows = max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, row_bytes)))
+    # The first, the last and the middle position differ most: a function that fails on some is found early.
+    first = probing.call(remaining.spread(3 if vectorized else 1))
+    if not vectorized and first < _SLOW_SECONDS:
+        first = probing.call(remaining.spread(3)[1:])
+    temporary, fixed = _measure_memory(probing, first, most_rows, row_bytes, vectorized=vectorized)
+    seconds, rows = _measure_time(probing, first, most_rows)
+    gain = 1.0
+    if try_threads and vectorized and seconds * remaining.n_positions > 20 * _ENOUGH_SECONDS:
+        gain = _measure_threads(probing, seconds, rows)
+    return Probe(seconds, temporary, fixed, gain, probing.computed)
+
+
+class _Probing:
+    """The positions still unused, and the results so far."""
+
+    def __init__(self, compute: Compute, read: Read, remaining: Runs) -> None:
+        self._compute = compute
+        self._read = read
+        self.left = remaining
+        self.computed: list[tuple[Runs, Arrays]] = []
+
+    def call(self, positions: NDArray[np.int64] | Runs) -> float:
+        """Compute these positions and return the seconds a position that it took."""
+        runs = positions if isinstance(positions, Runs) else Runs.from_positions(positions)
+        runs = runs.intersection(self.left)
+        if not runs:
+            return 0.0
+        rows = self._read(runs)
+        begin = time.perf_counter()
+        results = self._try(rows, runs)
+        seconds = (time.perf_counter() - begin) / len(rows)
+        self._keep(runs, results)
+        return seconds
+
+    def _try(self, rows: NDArray[Any], runs: Runs) -> Arrays:
+        try:
+            return self._compute(rows)
+        except Exception as error:
+            error.runs = runs  # type: ignore[attr-defined]
+            raise
+
+    def _keep(self, runs: Runs, results: Arrays) -> None:
+        self.computed.append((runs, results))
+        self.left = self.left.difference(runs)
+
+    def call_in_threads(self, n_rows: int) -> float | None:
+        """Compute twice `n_rows` positions in two threads at once and return the seconds; None if too few are left."""
+        if self.left.n_positions < 2 * n_rows:
+            return None
+        both = self.left.take(2 * n_rows)
+        one = both.take(n_rows)
+        halves = [one, both.difference(one)]
+        blocks = [self._read(half) for half in halves]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(abs, range(2)))  # threads started before the clock
+            begin = time.perf_counter()
+            results = list(pool.map(self._try, blocks, halves))
+            seconds = time.perf_counter() - begin
+        for half, result in zip(halves, results, strict=True):
+            self._keep(half, result)
+        return seconds
+
+
+def _measure_memory(
+    probing: _Probing, first: float, most_rows: int, row_bytes: int, *, vectorized: bool
+) -> tuple[float, int]:
+    """Return temporaries a position, and of a call; zero where the function is too slow to be watched."""
+    n_rows = min(most_rows, 64, int(_SLOW_SECONDS / first) if first else 64) if vectorized else 1
+    if first > _SLOW_SECONDS or tracemalloc.is_tracing() or n_rows < 1:
+        return 0.0, 0
+    runs = probing.left.take(n_rows)
+    if not runs:
+        return 0.0, 0
+    tracemalloc.start()
+    try:
+        base = tracemalloc.get_traced_memory()[0]
+        probing.call(runs)
+        peak = tracemalloc.get_traced_memory()[1] - base
+    finally:
+        tracemalloc.stop()
+    # The rows read and the results kept are part of the peak, and are reckoned elsewhere.
+    temporary = max(0, peak - runs.n_positions * row_bytes)
+    return (temporary / runs.n_positions, 0) if vectorized else (0.0, temporary)
+
+
+def _measure_time(probing: _Probing, first: float, most_rows: int) -> tuple[float, int]:
+    """Return seconds a position, and of how many positions: more and more until it can be believed."""
+    if first > _SLOW_SECONDS:
+        return first, 1
+    seconds, rows = first, 1
+    for n_rows in _growing(most_rows):
+        if probing.left.n_positions < n_rows:
+            break
+        seconds, rows = probing.call(probing.left.take(n_rows)), n_rows
+        if seconds * rows > _ENOUGH_SECONDS:
+            break
+    return seconds, rows
+
+
+def _growing(most: int) -> Iterator[int]:
+    n_rows = 1
+    while n_rows < most:
+        yield n_rows
+        n_rows = min(most, n_rows * 8)
+    yield most
+
+
+def _measure_threads(probing: _Probing, seconds: float, rows: int) -> float:
+    together = probing.call_in_threads(rows)
+    return 1.0 if together is None or together <= 0 else 2 * seconds * rows / together

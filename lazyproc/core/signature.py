@@ -1,0 +1,68 @@
+"""Which parameters and arguments a function gets, found out before anything runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lazyproc.core.errors import ParameterError
+
+_KEYWORDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def keyword_arguments(
+    function: Callable[..., Any], parameters: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the keyword arguments of each call.
+
+    Parameters
+    ----------
+    function : callable
+        Its first argument is the data.
+    parameters : mapping
+        The parameters of the process: the function gets those it accepts.
+    args, kwargs
+        The arguments of `compute`: the function gets them all.
+
+    Raises
+    ------
+    ParameterError
+        If a name is given twice, is not taken by the function, or a required one is missing.
+
+    Examples
+    --------
+    >>> keyword_arguments(lambda spectrum, smoothing=3: spectrum, {"smoothing": 5, "operator": "A"}, (), {})
+    {'smoothing': 5}
+    """
+    twice = sorted(set(parameters) & set(kwargs))
+    if twice:
+        raise ParameterError(f"parms_dict and the arguments of compute both give {twice}; give each in one place only.")
+    name = getattr(function, "__qualname__", repr(function))
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions written in C do not tell
+        return dict(kwargs)
+    own = list(signature.parameters.values())
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own)
+    accepted = {parameter.name for parameter in own[1:] if parameter.kind in _KEYWORDS}
+    surplus = [key for key in kwargs if key not in accepted]
+    if surplus and not takes_any:
+        raise ParameterError(
+            f"{name}: does not take the argument {surplus[0]!r}; it takes {sorted(accepted)}. Correct the name, or put "
+            "what only describes the run into parms_dict."
+        )
+    # Names that positional arguments fill already are not given again as parameters.
+    by_position = {parameter.name for parameter in own[1 : 1 + len(args)] if parameter.kind in _KEYWORDS}
+    double = sorted(by_position & (set(parameters) | set(kwargs)))
+    if double:
+        raise ParameterError(f"{name}: {double[0]!r} is given by position and by name; give it once.")
+    given = {key: value for key, value in parameters.items() if takes_any or key in accepted} | dict(kwargs)
+    try:
+        signature.bind(None, *args, **given)
+    except TypeError as error:
+        raise ParameterError(
+            f"{name}: {error}. It is called with the data and {sorted(given) or 'nothing else'}; give the missing ones "
+            "in parms_dict, or as arguments of compute."
+        ) from error
+    return given

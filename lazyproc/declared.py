@@ -1,0 +1,278 @@
+"""The work of a declared process on one main dataset: what it is, whether it was done before, doing it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import psutil
+
+from lazyproc.core.blocks import BlockPlan, positions_per_block
+from lazyproc.core.identity import code_hash
+from lazyproc.core.memory import MemoryModel
+from lazyproc.core.parameters import arguments_text
+from lazyproc.core.plan import Plan
+from lazyproc.core.probe import Probe, run_probe
+from lazyproc.core.runs import Runs
+from lazyproc.core.signature import keyword_arguments
+from lazyproc.core.specs import ResolvedOutput
+from lazyproc.engine.choose import Scheduler, choose_local
+from lazyproc.engine.cluster import active_client, count_threads, workers_share_file
+from lazyproc.engine.kernel import BlockSink, Kernel
+from lazyproc.hdf5.files import Files
+from lazyproc.hdf5.fingerprint import fingerprint
+from lazyproc.hdf5.place import Place
+from lazyproc.hdf5.search import Found, Work, remaining_positions, search
+from lazyproc.hdf5.source import Source
+
+log = logging.getLogger("lazyproc")
+
+
+@dataclass(frozen=True, eq=False)
+class Declared:
+    """All that is fixed about a declared process on a main dataset. Holds open handles; never travels.
+
+    Attributes
+    ----------
+    process_name : str
+        As given; ``-`` becomes ``_`` in names of groups.
+    main : h5py.Dataset
+        The main dataset.
+    main_path : str or None
+        Its file, where lazyproc opened it by path.
+    source : Source
+        How its positions are read.
+    place : Place
+        Where results go.
+    files : Files
+        Who closes what is opened.
+    function : callable
+        Of one position, or of a block.
+    vectorized : bool
+        Which of the two.
+    outputs : tuple of ResolvedOutput
+        What it returns.
+    parameters : dict
+        The parameters.
+    cores : int
+        Workers at most, on this machine.
+    max_bytes : int or None
+        Memory for the whole computation; None: what is available.
+    multiplier : float
+        The user's `mem_multiplier`.
+    client : Client or None
+        A cluster that was handed over.
+    interval : float
+        Seconds between commits.
+    verify : str
+        How a changed source is noticed.
+    status_name : str
+        The name of the status mask.
+    """
+
+    process_name: str
+    main: h5py.Dataset
+    main_path: str | None
+    source: Source
+    place: Place
+    files: Files
+    function: Callable[..., Any]
+    vectorized: bool
+    outputs: tuple[ResolvedOutput, ...]
+    parameters: Mapping[str, Any]
+    cores: int
+    max_bytes: int | None
+    multiplier: float
+    client: Any
+    interval: float
+    verify: str
+    status_name: str
+
+    @property
+    def n_positions(self) -> int:
+        """Rows of the main dataset."""
+        return int(self.main.shape[0])
+
+    @property
+    def main_file(self) -> str:
+        """The file of the main dataset."""
+        return self.main_path or str(self.main.file.filename)
+
+    @property
+    def label(self) -> str:
+        """The main dataset with its file, for messages."""
+        return f"{self.main_file}::{self.main.name}"
+
+    def work(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Work:
+        """Return what decides whether two runs are the same."""
+        return Work(
+            main_name=str(self.main.name),
+            main_file=self.main_file,
+            n_positions=self.n_positions,
+            process_name=self.process_name.replace("-", "_"),
+            parameters=self.parameters,
+            arguments=arguments_text(args, kwargs),
+            outputs=self.outputs,
+            code=code_hash(self.function),
+            status_name=self.status_name,
+            fingerprint=self._fingerprint_like,
+        )
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the main dataset's values as they are now."""
+        return self._fingerprint(self.verify)
+
+    def _fingerprint_like(self, stored: str) -> str:
+        """Return the present fingerprint, made as far as possible as the stored one was."""
+        if self.verify == "none":
+            return ""
+        return self._fingerprint("full" if stored.startswith("all:") else self.verify)
+
+    def _fingerprint(self, verify: str) -> str:
+        if verify != "none":
+            self.flush_main()
+        return fingerprint(self.main, self.source, verify, self.main_path)
+
+    def flush_main(self) -> None:
+        """Write out what the caller's own handle still holds back: workers read the file, not the handle."""
+        if self.main_path is None and self.main.file.mode != "r":
+            self.main.file.flush()
+
+    def found(self, work: Work) -> list[Found]:
+        """Search for results groups that bear the name of the work."""
+        return search(self.place.group(), work)
+
+    def kernel(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], sink: BlockSink | None = None) -> Kernel:
+        """Return what a worker needs to do a block; checks the arguments.
+
+        Raises
+        ------
+        ParameterError
+            If the function cannot be called with them.
+        """
+        keywords = keyword_arguments(self.function, self.parameters, args, kwargs)
+        return Kernel(self.function, self.vectorized, args, keywords, self.outputs, self.source, sink)
+
+    def memory(self, probe: Probe | None) -> MemoryModel:
+        """Return the memory model, with what the probe measured."""
+        return MemoryModel(
+            source_bytes=self.source.shape[1] * self.source.dtype.itemsize,
+            result_bytes=sum(output.row_bytes for output in self.outputs),
+            multiplier=self.multiplier,
+            temporary_bytes=probe.temporary_bytes if probe else 0.0,
+            fixed_bytes=(probe.fixed_bytes if probe else 0) + self.source.chunk_bytes,
+        )
+
+    def limit_bytes(self) -> int:
+        """Return the memory allowed, never more than is available."""
+        available = int(psutil.virtual_memory().available)
+        return available if self.max_bytes is None else min(self.max_bytes, available)
+
+    def probe(self, kernel: Kernel, remaining: Runs) -> Probe:
+        """Measure the function on a few positions, and check what it returns."""
+        memory = self.memory(None)
+        return run_probe(
+            kernel.compute,
+            lambda runs: self.source.rows(iter(runs)),
+            remaining,
+            source_bytes=memory.source_bytes,
+            result_bytes=memory.result_bytes,
+            vectorized=self.vectorized,
+            try_threads=self.cores > 1 and self.client is None,
+        )
+
+    def scheduler(self, kernel: Kernel, probe: Probe | None, n_remaining: int) -> Scheduler:
+        """Choose where blocks are computed: the client handed over, the active one, else what the job calls for."""
+        client = self.client or active_client()
+        if client is not None:
+            return Scheduler("client", count_threads(client), client)
+        if probe is None:
+            return Scheduler("processes" if self.cores > 1 else "serial", self.cores)
+        return choose_local(kernel, probe, n_remaining, self.cores)
+
+    def in_place_everywhere(self, scheduler: Scheduler, path: str | None) -> bool:
+        """Tell whether all workers may write into the file themselves."""
+        if path is None:
+            return False
+        return scheduler.client is None or workers_share_file(scheduler.client, path)
+
+    def blocks(self, remaining: Runs, scheduler: Scheduler, probe: Probe | None, *, driver_writes: bool) -> BlockSizes:
+        """Divide what remains into blocks that fit into memory and last about a second."""
+        memory = self.memory(probe)
+        workers, rows = memory.fit(self.limit_bytes(), scheduler.n_workers, driver_writes=driver_writes)
+        seconds = probe.seconds_per_position if probe is not None else None
+        align = self.source.chunk_rows
+        size = positions_per_block(
+            memory_rows=rows,
+            n_remaining=max(1, remaining.n_positions),
+            n_workers=workers,
+            align=align,
+            seconds_per_position=seconds,
+            bytes_per_position=memory.bytes_per_position,
+            target_seconds=min(1.0, max(0.05, self.interval / 4)),
+        )
+        plan = BlockPlan(remaining, size, align=min(align, self.n_positions))
+        return BlockSizes(plan, workers, memory, driver_writes)
+
+    def plan(self, work: Work, found: list[Found], kernel: Kernel, probe: Probe | None) -> Plan:
+        """Return what `compute` would do; reads metadata and status masks, computes and writes nothing."""
+        duplicates = [one for one in found if one.is_complete]
+        partial = [one for one in found if one.is_partial]
+        chosen = duplicates[-1] if duplicates else partial[-1] if partial else None
+        remaining = Runs.full(self.n_positions)
+        if chosen is not None:
+            parent = self.place.group()
+            assert parent is not None
+            remaining = remaining_positions(parent.file[chosen.name], self.n_positions, self.status_name)
+        scheduler = self.scheduler(kernel, probe, remaining.n_positions)
+        sizes = self.blocks(remaining, scheduler, probe, driver_writes=self.place.lock_path is None)
+        memory = sizes.memory
+        rows = min(sizes.plan.max_positions, max(1, remaining.n_positions))
+        return Plan(
+            process_name=self.process_name,
+            dataset=self.label,
+            action="return" if duplicates else "resume" if partial else "start",
+            group=chosen.name if chosen else None,
+            duplicates=tuple(one.name for one in duplicates),
+            partial=tuple(one.name for one in partial),
+            n_positions=self.n_positions,
+            n_done=self.n_positions - remaining.n_positions,
+            n_remaining=remaining.n_positions,
+            n_blocks=sizes.plan.count(),
+            block_positions=sizes.plan.max_positions,
+            chunk_positions=self.source.chunk_rows,
+            n_workers=sizes.n_workers,
+            scheduler=str(scheduler) if probe or scheduler.client else "chosen after a look at the function",
+            bytes_per_position=memory.bytes_per_position,
+            worker_bytes=rows * memory.bytes_per_position + memory.fixed_bytes,
+            projected_bytes=memory.peak(rows, sizes.n_workers, driver_writes=sizes.driver_writes),
+            allowed_bytes=self.limit_bytes(),
+            source_bytes=remaining.n_positions * memory.source_bytes,
+            result_bytes=remaining.n_positions * memory.result_bytes,
+            seconds=None if probe is None else probe.seconds_per_position * remaining.n_positions / sizes.n_workers,
+        )
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """The division into blocks, and how many of them are computed at the same time.
+
+    Attributes
+    ----------
+    plan : BlockPlan
+        The blocks.
+    n_workers : int
+        As many as the memory allows.
+    memory : MemoryModel
+        What a position takes.
+    driver_writes : bool
+        Results travel to the driver.
+    """
+
+    plan: BlockPlan
+    n_workers: int
+    memory: MemoryModel
+    driver_writes: bool

@@ -1,0 +1,140 @@
+"""Which scheduler a job gets: in the process, its threads, a pool of processes, or a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lazyproc.core.blocks import Block
+from lazyproc.core.probe import Probe
+from lazyproc.engine.cluster import run_client
+from lazyproc.engine.kernel import Kernel, pack
+from lazyproc.engine.local import Receipts, Stopping, run_processes, run_serial, run_threads
+
+_POOL_PAYS = 1.5
+"""Seconds of computing from which worker processes are worth their start."""
+_THREADS_PAY = 0.2
+_GAIN = 1.5
+"""Two threads must be so much faster than one to be preferred to processes."""
+
+log = logging.getLogger("lazyproc")
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Where the blocks of a run are computed.
+
+    Attributes
+    ----------
+    kind : str
+        ``"serial"``, ``"threads"``, ``"processes"`` or ``"client"``.
+    n_workers : int
+        Blocks computed at the same time.
+    client : Client or None
+        The cluster's client.
+    """
+
+    kind: str
+    n_workers: int
+    client: Any = None
+
+    def __str__(self) -> str:
+        names = {
+            "serial": "this process",
+            "threads": f"{self.n_workers} threads",
+            "processes": f"{self.n_workers} processes",
+            "client": f"Dask cluster, {self.n_workers} threads",
+        }
+        return names[self.kind]
+
+    @property
+    def limits_native_threads(self) -> bool:
+        """Whether BLAS and OpenMP get one thread a worker."""
+        return self.n_workers > 1
+
+    def with_workers(self, n_workers: int) -> Scheduler:
+        """Return the scheduler with as many workers as the memory allows; a cluster keeps its own."""
+        if self.kind == "client":
+            return self
+        return replace(self, n_workers=n_workers)
+
+    def run(self, kernel: Kernel, blocks: Iterable[Block], stopping: Stopping, name: str) -> Receipts:
+        """Run the blocks."""
+        if self.kind == "client":
+            return run_client(self.client, kernel, blocks, stopping, name)
+        if self.kind == "processes":
+            return run_processes(kernel, blocks, self.n_workers, stopping, name)
+        if self.kind == "threads":
+            return run_threads(kernel, blocks, self.n_workers, stopping)
+        return run_serial(kernel, blocks, stopping)
+
+
+def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int) -> Scheduler:
+    """Choose a scheduler on this machine.
+
+    Parameters
+    ----------
+    kernel : Kernel
+        What a worker would get.
+    probe : Probe
+        How long a position takes, and whether threads help.
+    n_remaining : int
+        Positions to compute.
+    n_workers : int
+        Cores that may be used, and that the memory allows.
+
+    Notes
+    -----
+    Only functions that take whole blocks are run in threads: those that take one position at a time mostly hold
+    Python's lock, and old fitting libraries are not made for threads.
+    """
+    seconds = probe.seconds_per_position * n_remaining
+    if n_workers == 1 or seconds < _THREADS_PAY:
+        return Scheduler("serial", 1)
+    if kernel.vectorized and probe.thread_gain >= _GAIN:
+        return Scheduler("threads", n_workers)
+    if seconds < _POOL_PAYS or not kernel.source.travels:
+        return Scheduler("serial", 1)
+    try:
+        pack(kernel)
+    except Exception as error:
+        log.warning(
+            "the function cannot be sent to worker processes (%s: %s), so one core does it all; define it at the top "
+            "level of a module, and keep open files and locks out of its arguments",
+            type(error).__name__,
+            error,
+        )
+        return Scheduler("serial", 1)
+    return Scheduler("processes", n_workers)
+
+
+def available_cores() -> int:
+    """Count the cores this process may use: by affinity, and by the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _quota(cores)))
+
+
+def _quota(cores: int) -> int:
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        return cores if quota == "max" else -(-int(quota) // int(period))
+    except (OSError, ValueError):
+        pass
+    try:
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", encoding="ascii") as file:
+            quota_us = int(file.read())
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us", encoding="ascii") as file:
+            period_us = int(file.read())
+        return cores if quota_us <= 0 else -(-quota_us // period_us)
+    except (OSError, ValueError):
+        return cores
+
+
+def default_cores() -> int:
+    """Return all cores but two, all but one of four or fewer, and at least one."""
+    cores = available_cores()
+    return max(1, cores - (1 if cores <= 4 else 2))

@@ -1,0 +1,109 @@
+"""What went wrong with a block, in a form that survives the way to the driver with the user's own traceback."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from lazyproc.core.apply import OutputMismatch, RowError
+from lazyproc.core.blocks import Block
+from lazyproc.core.errors import FunctionError, LazyprocError, OutputError, WorkerError
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a block has no results.
+
+    Attributes
+    ----------
+    kind : str
+        ``"function"``: the user's function raised; ``"output"``: what it returned does not fit; ``"worker"``: reading,
+        writing or loading failed.
+    positions : tuple of int
+        First position and last position plus one that are concerned.
+    error : Exception
+        What was raised, its traceback included.
+    """
+
+    kind: str
+    positions: tuple[int, int]
+    error: BaseException
+
+    @classmethod
+    def of_function(cls, error: RowError, block: Block) -> Failure:
+        """The user's function raised."""
+        cause = error.__cause__ or error
+        if cause.__traceback__ is not None and cause.__traceback__.tb_next is not None:
+            cause = cause.with_traceback(cause.__traceback__.tb_next)  # the first frame is lazyproc's own loop
+        cause.__suppress_context__ = cause.__suppress_context__ or isinstance(cause.__context__, RowError)
+        return cls("function", positions_of(block, error.first, error.last), cause)
+
+    @classmethod
+    def of_output(cls, error: OutputMismatch, block: Block) -> Failure:
+        """What the function returned does not fit."""
+        return cls("output", positions_of(block, error.row, error.row + 1), error)
+
+    @classmethod
+    def of_worker(cls, error: BaseException, block: Block) -> Failure:
+        """The block could not be read, written or started."""
+        return cls("worker", (block.start, block.stop), error)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load, (self.kind, self.positions, _dump_error(self.error))
+
+    def raise_error(self, process_name: str, dataset: str) -> NoReturn:
+        """Raise what the user shall see."""
+        first, last = self.positions
+        where = f"at position {first}" if last - first == 1 else f"in the block of positions {first} to {last - 1}"
+        what = f"{type(self.error).__name__}: {self.error}"
+        if self.kind == "function":
+            raise FunctionError(
+                f"{process_name}: the function failed {where} of {dataset}: {what}", self.positions
+            ) from (self.error)
+        if self.kind == "output":
+            raise OutputError(f"{process_name}: {where} of {dataset}: {self.error}") from None
+        if isinstance(self.error, LazyprocError):
+            raise self.error
+        raise WorkerError(f"{process_name}: a worker failed {where} of {dataset}: {what}") from self.error
+
+
+def positions_of(block: Block, first: int, last: int) -> tuple[int, int]:
+    """Translate rows of a block, first and last plus one, to positions of the main dataset."""
+
+    def position(row: int) -> int:
+        for start, stop, place in block.offsets():
+            if place <= row < place + stop - start:
+                return start + row - place
+        return block.start
+
+    return position(first), position(last - 1) + 1
+
+
+def _dump_error(error: BaseException) -> tuple[bytes, Any, str]:
+    from tblib import Traceback
+
+    text = "".join(traceback.format_exception(error))
+    trace = Traceback(error.__traceback__).to_dict() if error.__traceback__ is not None else None
+    try:
+        import cloudpickle
+
+        packed = cloudpickle.dumps(error.with_traceback(None))
+        pickle.loads(packed)  # some exceptions can be dumped but not loaded
+    except Exception:
+        packed = b""
+    return packed, trace, text
+
+
+def _load(kind: str, positions: tuple[int, int], dumped: tuple[bytes, Any, str]) -> Failure:
+    from tblib import Traceback
+
+    packed, trace, text = dumped
+    try:
+        error = pickle.loads(packed) if packed else RuntimeError(text.strip().rpartition("\n")[2])
+    except Exception:
+        error = RuntimeError(text)
+    if trace is not None:
+        error = error.with_traceback(Traceback.from_dict(trace).as_traceback())
+    return Failure(kind, positions, error)

@@ -1,0 +1,125 @@
+"""Opening HDF5 files: addresses, fresh views that lock nothing, and who has to close what."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any
+
+import h5py
+
+from lazyproc.core.errors import ArgumentValueError, FileBusyError, ReadOnlyFileError
+from lazyproc.hdf5.transaction import Overlay, read_journal
+
+
+def split_address(address: str | os.PathLike[str], name: str) -> tuple[str, str]:
+    """Split ``"scan.h5::/path/in/file"`` into the file's absolute path and the path inside.
+
+    Parameters
+    ----------
+    address : str or path-like
+        The address; without ``::`` the path inside is ``"/"``.
+    name : str
+        The argument's name, for the message.
+
+    Raises
+    ------
+    ArgumentValueError
+        If there is no file name in it.
+    """
+    file, _, inside = os.fspath(address).partition("::")
+    if not file:
+        raise ArgumentValueError(
+            f"{name}: the address is {address!r}; expected a file and a path inside it, such as 'scan.h5::/group/data'."
+        )
+    return os.path.abspath(os.path.expanduser(file)), "/" + inside.strip("/")
+
+
+class Files:
+    """The files that one owner has opened, to be closed together.
+
+    Notes
+    -----
+    Everything is opened as a Python file object: independent of other handles of the same file in this process, always
+    fresh, locking nothing. A transaction that was killed half-way is shown as it will be once it is recovered.
+    """
+
+    def __init__(self) -> None:
+        self._opened: list[tuple[h5py.File, Any]] = []
+
+    def open(self, path: str) -> h5py.File:
+        """Open a file for reading.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is none.
+        ArgumentValueError
+            If it is no HDF5 file.
+        """
+        raw = _open_raw(path)
+        try:
+            file = h5py.File(raw, "r")
+        except OSError as error:
+            raw.close()
+            raise ArgumentValueError(
+                f"{path}: not an HDF5 file, or a damaged one ({error}). Expected a file that h5py can open."
+            ) from error
+        self._opened.append((file, raw))
+        return file
+
+    def open_for_writing(self, path: str) -> h5py.File:
+        """Open a file for writing, with HDF5's own lock.
+
+        Raises
+        ------
+        FileBusyError
+            If somebody has it open.
+        ReadOnlyFileError
+            If it cannot be written.
+        """
+        try:
+            file = h5py.File(path, "r+")
+        except PermissionError as error:
+            raise ReadOnlyFileError(f"{path}: the file cannot be written: {error}.") from error
+        except OSError as error:
+            raise FileBusyError(
+                f"{path}: the file cannot be opened for writing ({error}). Close it in other programs and notebooks."
+            ) from error
+        self._opened.append((file, None))
+        return file
+
+    def close(self) -> None:
+        """Close them all; groups and datasets handed out from them become invalid."""
+        while self._opened:
+            file, raw = self._opened.pop()
+            if file:
+                file.close()
+            if raw is not None:
+                raw.close()
+
+
+class _FreshFile(io.BufferedReader):
+    """A file's bytes; its repr is its path, which is what h5py then tells as the file name."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(io.FileIO(path, "rb"))
+        self._path = path
+
+    def __repr__(self) -> str:
+        return self._path
+
+
+def _open_raw(path: str) -> Any:
+    """Open the file as bytes, with the changes of an unfinished transaction laid over it."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: there is no such file.")
+    patches = read_journal(path)
+    if not patches:
+        return _FreshFile(path)
+    overlay = Overlay(os.open(path, os.O_RDONLY | os.O_CLOEXEC), owns=True)
+    for offset, _, new in patches:
+        overlay.seek(offset)
+        overlay.write(new)
+    overlay.seek(0)
+    return overlay

@@ -1,0 +1,111 @@
+"""A fingerprint of a main dataset's values, to notice that the source of some results has changed.
+
+``all:<hash>`` covers every byte as stored, ``spread:<hash>`` samples that are spread over the dataset. The hash is
+XXH3 (128 bits): made for speed and for accidents, not against forgery.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import h5py
+import numpy as np
+import xxhash
+
+from lazyproc.hdf5.extents import real_path
+from lazyproc.hdf5.source import ExtentSource, Source
+
+FULL_UP_TO = 256 * 2**20
+"""Bytes stored: up to this size ``verify="sampled"`` hashes everything."""
+_PIECE = 2**22
+_SAMPLES = 64
+_SAMPLE = 2**20
+
+VERIFY = ("sampled", "full", "none")
+
+
+def fingerprint(dataset: h5py.Dataset, source: Source, verify: str, path: str | None = None) -> str:
+    """Return the fingerprint of a main dataset.
+
+    Parameters
+    ----------
+    dataset : h5py.Dataset
+        The main dataset. What its handle has not flushed is not seen.
+    source : Source
+        How its positions are read.
+    verify : str
+        ``"full"``: every byte; ``"sampled"``: every byte up to 256 MiB, spread samples of 64 MiB in all above;
+        ``"none"``: an empty text.
+    path : str, optional
+        The file, where lazyproc opened it as a Python file object.
+
+    Notes
+    -----
+    Contiguous and chunked data are hashed as they are stored (so a repacked file counts as changed), data in other
+    forms as they are read.
+    """
+    if verify == "none":
+        return ""
+    stored = dataset.id.get_storage_size() or dataset.nbytes
+    everything = verify == "full" or stored <= FULL_UP_TO
+    digest = xxhash.xxh3_128(f"{dataset.shape} {dataset.dtype.descr}".encode())
+    for piece in _pieces(dataset, source, everything, path or real_path(dataset.file)):
+        digest.update(piece)
+    return f"{'all' if everything else 'spread'}:{digest.hexdigest()}"
+
+
+def _pieces(dataset: h5py.Dataset, source: Source, everything: bool, path: str | None) -> Iterator[bytes]:
+    if isinstance(source, ExtentSource):
+        extent = source.extent
+        yield from _raw(extent.path, [(extent.offset, extent.shape[0] * extent.row_bytes)], everything)
+    elif dataset.chunks is not None and path is not None and not dataset.is_virtual:
+        places = _chunk_places(dataset)
+        yield repr([offset for offset, _, _ in places]).encode()
+        yield from _raw(path, [(place, size) for _, place, size in places], everything)
+    else:
+        yield from _values(dataset, everything)
+
+
+def _chunk_places(dataset: h5py.Dataset) -> list[tuple[tuple[int, ...], int, int]]:
+    """Return where the stored chunks lie: logical offset, bytes from the start of the file, size; in logical order."""
+    places: list[tuple[tuple[int, ...], int, int]] = []
+    dataset.id.chunk_iter(lambda info: places.append((tuple(info.chunk_offset), info.byte_offset, info.size)))
+    base = dataset.file.userblock_size
+    return sorted((offset, place + base, size) for offset, place, size in places)
+
+
+def _raw(path: str, spans: list[tuple[int, int]], everything: bool) -> Iterator[bytes]:
+    """Yield the bytes of the spans, or samples spread evenly over all of them."""
+    if not everything:
+        spans = _samples(spans)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for offset, size in spans:
+            for start in range(offset, offset + size, _PIECE):
+                yield os.pread(descriptor, min(_PIECE, offset + size - start), start)
+    finally:
+        os.close(descriptor)
+
+
+def _samples(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    sizes = np.array([size for _, size in spans], np.int64)
+    ends = np.cumsum(sizes)
+    total = int(ends[-1])
+    chosen: list[tuple[int, int]] = []
+    for wanted in np.linspace(0, max(0, total - _SAMPLE), _SAMPLES).astype(np.int64).tolist():
+        number = int(np.searchsorted(ends, wanted, side="right"))
+        offset, size = spans[number]
+        within = wanted - (int(ends[number]) - size)
+        chosen.append((offset + within, min(_SAMPLE, size - within)))
+    return chosen
+
+
+def _values(dataset: h5py.Dataset, everything: bool) -> Iterator[bytes]:
+    n_positions = int(dataset.shape[0])
+    rows = max(1, _PIECE // max(1, dataset.shape[1] * dataset.dtype.itemsize))
+    starts = range(0, n_positions, rows)
+    if not everything and len(starts) > _SAMPLES:
+        starts = np.linspace(0, n_positions - rows, _SAMPLES).astype(int).tolist()
+    for start in starts:
+        yield np.ascontiguousarray(dataset[start : start + rows]).tobytes()

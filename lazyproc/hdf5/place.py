@@ -1,0 +1,179 @@
+"""The target group: where results are looked for and put, known by its path or by an open handle."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+
+from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, ReadOnlyFileError
+from lazyproc.hdf5.extents import real_path
+from lazyproc.hdf5.files import Files, split_address
+from lazyproc.hdf5.transaction import sync_folder, transaction
+
+
+@dataclass(frozen=True, eq=False)
+class PathPlace:
+    """A target group in a file that lazyproc opens itself.
+
+    Attributes
+    ----------
+    path, name : str
+        The file and the group inside.
+    files : Files
+        Who closes what is opened for reading here.
+    """
+
+    path: str
+    name: str
+    files: Files
+    by_handle = False
+
+    @property
+    def lock_path(self) -> str | None:
+        """The file that the run's lock belongs to."""
+        return self.path
+
+    @property
+    def disk_path(self) -> str | None:
+        """The file behind the handles that `group` gives, for finding extents."""
+        return self.path
+
+    def group(self) -> h5py.Group | None:
+        """Open the group afresh for reading; None if there is no such file or group yet."""
+        if not os.path.exists(self.path):
+            return None
+        found = self.files.open(self.path).get(self.name)
+        if found is not None and not isinstance(found, h5py.Group):
+            raise ArgumentValueError(f"h5_target_group: {self.path}::{self.name} is a dataset; expected a group.")
+        return found
+
+    @contextmanager
+    def edit(self) -> Iterator[h5py.Group]:
+        """Open the group for changes that take effect together at the end of the context; made if not there."""
+        if not os.path.exists(self.path):
+            _make_file(self.path)
+        with transaction(self.path) as file:
+            yield file.require_group(self.name)
+
+    def check_writable(self) -> None:
+        """Raise ReadOnlyFileError if the results could not be written."""
+        folder = os.path.dirname(self.path)
+        if os.path.exists(self.path):
+            for place, what in ((self.path, "the file"), (folder, "its folder (for the lock beside it)")):
+                if not os.access(place, os.W_OK):
+                    raise ReadOnlyFileError(
+                        f"h5_target_group: {self.path} cannot be used for results: {what} cannot be written. Give "
+                        "h5_target_group='other.h5::/', or lazy=True to look without computing."
+                    )
+        elif not os.access(folder, os.W_OK):
+            raise ReadOnlyFileError(f"h5_target_group: the folder {folder} cannot be written, or does not exist.")
+
+
+@dataclass(frozen=True, eq=False)
+class HandlePlace:
+    """A target group that the caller has open.
+
+    Attributes
+    ----------
+    handle : h5py.Group
+        The group.
+    """
+
+    handle: h5py.Group
+    by_handle = True
+    disk_path = None
+
+    @property
+    def path(self) -> str:
+        """The file's name, for messages."""
+        return str(self.handle.file.filename)
+
+    @property
+    def name(self) -> str:
+        """The group's name in the file."""
+        return str(self.handle.name)
+
+    @property
+    def lock_path(self) -> str | None:
+        """The file that the run's lock belongs to; None where there is none on disk."""
+        return real_path(self.handle.file)
+
+    def group(self) -> h5py.Group | None:
+        """Return the handle."""
+        return self.handle
+
+    @contextmanager
+    def edit(self) -> Iterator[h5py.Group]:
+        """Give the handle for changes and flush them at the end."""
+        yield self.handle
+        self.handle.file.flush()
+
+    def check_writable(self) -> None:
+        """Raise ReadOnlyFileError if the handle is open for reading only."""
+        if self.handle.file.mode == "r":
+            raise ReadOnlyFileError(
+                f"h5_target_group: {self.path} is open for reading only (mode 'r'), so results cannot be written. Open "
+                "it with mode 'r+', give h5_target_group='other.h5::/', or lazy=True to look without computing."
+            )
+
+
+Place = PathPlace | HandlePlace
+
+
+def place_of(target: Any, main: h5py.Dataset, main_path: str | None, files: Files) -> Place:
+    """Find the place of the results.
+
+    Parameters
+    ----------
+    target : None, str, path-like, h5py.Group
+        As given by the user; None means the group that holds the main dataset.
+    main : h5py.Dataset
+        The main dataset.
+    main_path : str or None
+        Its file, if lazyproc opened it by path.
+    files : Files
+        Who closes what is opened.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        If it is neither, or a handle that is closed.
+    """
+    if target is None:
+        if main_path is not None:
+            return PathPlace(main_path, str(main.parent.name), files)
+        return HandlePlace(main.parent)
+    if isinstance(target, str | os.PathLike):
+        return PathPlace(*split_address(target, "h5_target_group"), files)
+    if not isinstance(target, h5py.Group):
+        raise ArgumentTypeError(
+            f"h5_target_group: a {type(target).__name__} came; expected an open h5py.Group or h5py.File, or an address "
+            "such as 'out.h5::/group'."
+        )
+    if not target:
+        raise ArgumentValueError("h5_target_group: the group's file is closed. Open it again.")
+    return HandlePlace(target)
+
+
+def _make_file(path: str) -> None:
+    """Make an empty HDF5 file under its name in one step."""
+    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=f".{os.path.basename(path)}.")
+    os.close(descriptor)
+    try:
+        with h5py.File(temporary, "w"):
+            pass
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.link(temporary, path)  # unlike rename, never replaces a file that somebody made meanwhile
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(temporary)
+    sync_folder(path)

@@ -1,0 +1,244 @@
+"""Find results groups of the same work, finished or partial; a search never writes.
+
+The same work means: the same process name, exactly the same parameters and arguments, the same main dataset with the
+same values, and results of the declared form. What differs is told in words.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import h5py
+import numpy as np
+
+from lazyproc.core.errors import ResultsError
+from lazyproc.core.identity import code_changed
+from lazyproc.core.parameters import differences, same_arguments
+from lazyproc.core.runs import Runs
+from lazyproc.core.specs import ResolvedOutput
+from lazyproc.hdf5.attributes import has_manifest, read_parameters
+from lazyproc.hdf5.target import read_mask_pieces
+from lazyproc.hdf5.usid import read_text
+
+
+@dataclass(frozen=True)
+class Work:
+    """What shall be computed, as far as it decides whether two runs are the same.
+
+    Attributes
+    ----------
+    main_name : str
+        The main dataset's path in its file.
+    main_file : str
+        Its file.
+    n_positions : int
+        Its rows.
+    process_name : str
+        With ``-`` already turned into ``_``.
+    parameters : dict
+        The parameters.
+    arguments : str
+        The arguments of `compute` as text.
+    outputs : tuple of ResolvedOutput
+        What is declared.
+    code : str
+        Hash of the function's code.
+    status_name : str
+        The name of the status mask.
+    fingerprint : callable
+        A stored fingerprint to the present one of the main dataset, made the same way; empty if it is not verified.
+    """
+
+    main_name: str
+    main_file: str
+    n_positions: int
+    process_name: str
+    parameters: Mapping[str, Any]
+    arguments: str
+    outputs: tuple[ResolvedOutput, ...]
+    code: str
+    status_name: str
+    fingerprint: Callable[[str], str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A results group that bears the name of the work.
+
+    Attributes
+    ----------
+    name : str
+        The group's path in its file.
+    differences : tuple of str
+        Why it is not the same work; empty if it is.
+    remarks : tuple of str
+        What is worth a warning though it is the same work: the function's code has changed.
+    n_done : int
+        Positions that are marked done.
+    n_positions : int
+        Of how many.
+    """
+
+    name: str
+    differences: tuple[str, ...]
+    remarks: tuple[str, ...]
+    n_done: int
+    n_positions: int
+
+    @property
+    def is_complete(self) -> bool:
+        """The same work, and all of it done."""
+        return not self.differences and self.n_done == self.n_positions
+
+    @property
+    def is_partial(self) -> bool:
+        """The same work, and not all of it done."""
+        return not self.differences and self.n_done < self.n_positions
+
+
+def search(target: h5py.Group | None, work: Work) -> list[Found]:
+    """Examine all groups below `target` that bear the name of the work, in the order of their numbers."""
+    if target is None:
+        return []
+    prefix = re.escape(f"{work.main_name.rpartition('/')[2]}-{work.process_name}_")
+    numbered: list[tuple[int, str]] = []
+    for name in target:
+        match = re.fullmatch(prefix + r"(\d+)", name)
+        if match and target.get(name, getclass=True) is h5py.Group:
+            numbered.append((int(match.group(1)), name))
+    return [examine(target[name], work) for _, name in sorted(numbered)]
+
+
+def examine(group: h5py.Group, work: Work) -> Found:
+    """Compare one results group with the work."""
+    lines = list(_name_differences(group, work))
+    lines += differences(read_parameters(group), work.parameters)
+    lines += _argument_differences(group, work)
+    lines += _output_differences(group, work)
+    lines += _source_differences(group, work, verify=not lines)
+    n_done = 0
+    if not lines:
+        try:
+            n_done = count_done(group, work.n_positions, work.status_name)
+        except ResultsError as error:
+            lines.append(str(error))
+    return Found(str(group.name), tuple(lines), tuple(_remarks(group, work)), n_done, work.n_positions)
+
+
+def count_done(group: h5py.Group, n_positions: int, status_name: str) -> int:
+    """Count the positions marked done; legacy groups without a mask tell it by the attribute ``last_pixel``."""
+    return n_positions - remaining_positions(group, n_positions, status_name).n_positions
+
+
+def remaining_positions(group: h5py.Group, n_positions: int, status_name: str) -> Runs:
+    """Return the positions that are not marked done.
+
+    Raises
+    ------
+    ResultsError
+        If there is neither a status mask nor ``last_pixel``, or the mask is not what it should be.
+    """
+    label = f"{group.name}/{status_name}"
+    if status_name in group:
+        return Runs.from_mask_pieces(read_mask_pieces(group[status_name], n_positions, label))
+    if "last_pixel" not in group.attrs:
+        raise ResultsError(f"{label}: there is no status mask, nor the attribute last_pixel of older results.")
+    last = int(np.asarray(group.attrs["last_pixel"]).ravel()[0])
+    return Runs.from_spans([(min(max(last, 0), n_positions), n_positions)])
+
+
+def _name_differences(group: h5py.Group, work: Work) -> Iterable[str]:
+    tool = group.attrs.get("tool")
+    if tool is not None and read_text(tool).replace("-", "_") != work.process_name:
+        yield f"process: stored {read_text(tool)!r}, wanted {work.process_name!r}"
+
+
+def _argument_differences(group: h5py.Group, work: Work) -> Iterable[str]:
+    nothing = '{"args": [], "kwargs": {}}'
+    stored = read_text(group.attrs.get("lazyproc_arguments", nothing))
+    if not same_arguments(stored, work.arguments):
+        yield f"arguments of compute: stored {stored}, wanted {work.arguments}"
+
+
+def _output_differences(group: h5py.Group, work: Work) -> Iterable[str]:
+    for output in work.outputs:
+        dataset = group.get(output.name)
+        wanted = (work.n_positions, output.width)
+        if not isinstance(dataset, h5py.Dataset):
+            yield f"output {output.name!r}: not stored"
+        elif dataset.shape != wanted or dataset.dtype != output.dtype:
+            yield (
+                f"output {output.name!r}: stored with the shape {dataset.shape} and the dtype {dataset.dtype}, "
+                f"wanted {wanted} and {output.dtype}"
+            )
+
+
+def _source_differences(group: h5py.Group, work: Work, *, verify: bool) -> Iterable[str]:
+    stored_name = _source_name(group)
+    if stored_name is not None and stored_name != work.main_name:
+        yield f"source: stored results of {stored_name}, wanted {work.main_name}"
+        return
+    stored = read_text(group.attrs.get("lazyproc_fingerprint", ""))
+    if stored and verify:
+        now = work.fingerprint(stored)
+        if now:
+            if now != stored:
+                yield f"source: the values of {work.main_name} have changed since (fingerprint {stored}, now {now})"
+            return
+    if stored and not verify:
+        return
+    stored_file = _source_file(group)
+    if stored_file is None:
+        yield f"source: the file that these results were made from is not known, wanted {work.main_file}"
+    elif not _same_path(stored_file, work.main_file):
+        yield f"source: stored results of the file {stored_file}, wanted {work.main_file}"
+
+
+def _source_name(group: h5py.Group) -> str | None:
+    """Return the path of the main dataset that the results were made from, if it is recorded."""
+    for name in ("lazyproc_source", "source_dataset_path"):
+        if name in group.attrs:
+            return read_text(group.attrs[name])
+    reference = group.attrs.get("source_000")
+    if isinstance(reference, h5py.Reference) and reference:
+        try:
+            return str(group.file[reference].name)
+        except (ValueError, KeyError):
+            return None
+    return None
+
+
+def _source_file(group: h5py.Group) -> str | None:
+    if "source_file_path" in group.attrs:
+        return read_text(group.attrs["source_file_path"])
+    return None if _is_elsewhere(group) else ""
+
+
+def _is_elsewhere(group: h5py.Group) -> bool:
+    """Tell whether the results may come from another file: nothing in this one is their source."""
+    if "source_000" in group.attrs:
+        return False
+    main = str(group.name).rpartition("/")[2].partition("-")[0]
+    return main not in group.parent
+
+
+def _same_path(stored: str, now: str) -> bool:
+    return stored == "" or os.path.realpath(stored) == os.path.realpath(now)
+
+
+def _remarks(group: h5py.Group, work: Work) -> Iterable[str]:
+    stored = read_text(group.attrs.get("lazyproc_code", ""))
+    if stored and code_changed(stored, work.code):
+        yield (
+            "the function's code has changed since these results were computed; they are used as they are. "
+            "compute(override=True) computes afresh."
+        )
+
+
+def is_lazyproc_group(group: h5py.Group) -> bool:
+    """Tell whether lazyproc wrote the group."""
+    return has_manifest(group)

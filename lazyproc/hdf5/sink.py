@@ -1,0 +1,98 @@
+"""Where a worker puts its rows in place: the extents of the results, behind the fence."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from lazyproc.core.blocks import Block
+from lazyproc.hdf5.extents import Extent
+from lazyproc.hdf5.lock import Fence, FencedError
+
+_CHECKED_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Sink:
+    """The results' extents, written by workers directly. Small; travels to any worker that sees the file.
+
+    Attributes
+    ----------
+    extents : tuple of Extent
+        One an output, in their order.
+    fence : Fence
+        Tells whether this run may still write.
+    shares_lock : bool
+        The HDF5 file is closed during the loop, so a worker holds its lock shared and foreign writers stay away.
+        False where the caller has the file open for writing, and so holds that lock itself.
+    """
+
+    extents: tuple[Extent, ...]
+    fence: Fence
+    shares_lock: bool
+
+    def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> tuple[int, int]:
+        """Write the rows of a block.
+
+        Parameters
+        ----------
+        block : Block
+            Which positions.
+        arrays : sequence of ndarray
+            One an output, `(n_positions, width)`, rows in the order of the block.
+
+        Returns
+        -------
+        tuple of int
+            Bytes written, and the checksum of the first bytes of each output, for the driver to compare.
+
+        Raises
+        ------
+        FencedError
+            If the run is over. Nothing was written.
+        ResultsError
+            If the file was replaced or truncated.
+        """
+        written = 0
+        with self.fence.passed():
+            descriptor = self.extents[0].open(os.O_RDWR)
+            try:
+                if self.shares_lock:
+                    _share(descriptor, self.extents[0].path)
+                for extent, rows in zip(self.extents, arrays, strict=True):
+                    for start, stop, place in block.offsets():
+                        written += extent.write(descriptor, start, rows[place : place + stop - start])
+            finally:
+                os.close(descriptor)
+        return written, _checksum(rows[:1].tobytes()[:_CHECKED_BYTES] for rows in arrays)
+
+    def checksum(self, block: Block) -> int:
+        """Read back what `write` returned the checksum of: shows that a worker's bytes are seen here."""
+        first = [(block.start, block.start + 1)]
+        return _checksum(extent.read(first).tobytes()[:_CHECKED_BYTES] for extent in self.extents)
+
+    def read(self, block: Block) -> tuple[NDArray[Any], ...]:
+        """Read the rows of a block, one array an output."""
+        return tuple(extent.read(block.runs()) for extent in self.extents)
+
+
+def _checksum(parts: Any) -> int:
+    value = 0
+    for part in parts:
+        value = zlib.crc32(part, value)
+    return value
+
+
+def _share(descriptor: int, path: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FencedError(
+            f"{path}: another program has opened the file for writing; nothing more is written."
+        ) from error

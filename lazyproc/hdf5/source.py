@@ -1,0 +1,192 @@
+"""Read positions of a main dataset: by extents where it is contiguous, else through HDF5.
+
+Three ways, chosen once by `source_of`, all with the same face (`rows`, `shape`, `dtype`, `travels`):
+
+- `ExtentSource`: contiguous data, read by `preadv`; travels to workers, needs no HDF5 there.
+- `FileSource`: chunked, filtered, virtual or external data; each process opens the file itself, without locking it,
+  because a caller's `r+` handle keeps others from opening it normally.
+- `HandleSource`: a handle with no file on disk behind it (`core`, a Python file object); stays in its process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from lazyproc.core.errors import ResultsError
+from lazyproc.hdf5.extents import Extent, find_extent, real_path
+
+Spans = Iterable[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ExtentSource:
+    """Positions of a contiguous main dataset, read as bytes.
+
+    Attributes
+    ----------
+    extent : Extent
+        Where they lie.
+    """
+
+    extent: Extent
+    travels = True
+    chunk_rows = 1
+    chunk_bytes = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(n_positions, n_spectral)`."""
+        return self.extent.shape[0], self.extent.shape[1]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As stored."""
+        return self.extent.dtype
+
+    def rows(self, runs: Spans) -> NDArray[Any]:
+        """Read runs of positions into one new array `(n_positions, n_spectral)`. Safe in threads."""
+        return self.extent.read(runs)
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Positions of a main dataset that only HDF5 can read; each process opens the file for itself.
+
+    Attributes
+    ----------
+    path, name : str
+        The file and the dataset.
+    inode : tuple of int
+        Device and inode of the file when it was found.
+    shape, dtype
+        Of the dataset, `(n_positions, n_spectral)`.
+    chunk_rows : int
+        Positions in a storage chunk; 1 where there are none.
+    chunk_bytes : int
+        Decoded bytes of the storage chunks that hold one position: they are in memory while it is read.
+    many_files : bool
+        Parts lie in other files (virtual dataset, external storage).
+    """
+
+    path: str
+    name: str
+    inode: tuple[int, int]
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    chunk_rows: int
+    chunk_bytes: int
+    many_files: bool = False
+    travels = True
+
+    def rows(self, runs: Spans) -> NDArray[Any]:
+        """Read runs of positions into one new array `(n_positions, n_spectral)`. Threads take turns inside HDF5."""
+        with _opened_unlocked(self) as file:
+            return _read_slices(file[self.name], runs)
+
+
+@dataclass(frozen=True, eq=False)
+class HandleSource:
+    """Positions of a main dataset that exists only behind an open handle of this process."""
+
+    dataset: h5py.Dataset
+    chunk_rows: int
+    chunk_bytes: int
+    travels = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(n_positions, n_spectral)`."""
+        return int(self.dataset.shape[0]), int(self.dataset.shape[1])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As h5py reads it."""
+        return np.dtype(self.dataset.dtype)
+
+    def rows(self, runs: Spans) -> NDArray[Any]:
+        """Read runs of positions into one new array `(n_positions, n_spectral)`. Threads take turns inside HDF5."""
+        return _read_slices(self.dataset, runs)
+
+
+Source = ExtentSource | FileSource | HandleSource
+
+
+def source_of(dataset: h5py.Dataset, path: str | None = None) -> Source:
+    """Choose how the positions of a main dataset are read.
+
+    Parameters
+    ----------
+    dataset : h5py.Dataset
+        The main dataset, `(n_positions, n_spectral)`, open.
+    path : str, optional
+        The file behind the handle where lazyproc opened it as a Python file object.
+
+    Notes
+    -----
+    What the caller's own handle has not flushed yet is not seen by other processes: flush the file before a run.
+    """
+    extent = find_extent(dataset, path)
+    if extent is not None:
+        return ExtentSource(extent)
+    chunk_rows, chunk_bytes = chunk_layout(dataset)
+    path = path or real_path(dataset.file)
+    if path is None:
+        return HandleSource(dataset, chunk_rows, chunk_bytes)
+    status = os.stat(path)
+    shape = int(dataset.shape[0]), int(dataset.shape[1])
+    inode = (status.st_dev, status.st_ino)
+    many = dataset.is_virtual or bool(dataset.external)
+    return FileSource(path, str(dataset.name), inode, shape, dataset.dtype, chunk_rows, chunk_bytes, many)
+
+
+def chunk_layout(dataset: h5py.Dataset) -> tuple[int, int]:
+    """Return the positions in a storage chunk, and the decoded bytes of all chunks that hold one position."""
+    if dataset.chunks is None:
+        return 1, 0
+    rows, columns = dataset.chunks
+    across = math.ceil(dataset.shape[1] / columns)
+    return int(rows), int(rows * columns * across * dataset.dtype.itemsize)
+
+
+@contextmanager
+def _opened_unlocked(source: FileSource) -> Iterator[h5py.File]:
+    """Open for reading beside whatever handles of the file there are, here or elsewhere; closed after the block.
+
+    Opening costs about a millisecond; a file kept open would keep this process from opening it for writing later.
+    """
+    status = os.stat(source.path)
+    if (status.st_dev, status.st_ino) != source.inode:
+        raise ResultsError(f"{source.path}: the file was replaced by another one since {source.name} was found in it.")
+    try:
+        file = h5py.File(source.path, "r", locking=False)
+    except OSError:
+        # Within one process HDF5 refuses other lock flags than those of a handle that is open already. A Python file
+        # object is independent of them, but does not know where it lies: parts in other files would not be found.
+        if source.many_files:
+            raise
+        with open(source.path, "rb") as raw, h5py.File(raw, "r") as file:
+            yield file
+        return
+    with file:
+        yield file
+
+
+def _read_slices(dataset: h5py.Dataset, runs: Spans) -> NDArray[Any]:
+    spans = list(runs)
+    rows = np.empty((sum(stop - start for start, stop in spans), dataset.shape[1]), dataset.dtype)
+    place = 0
+    for start, stop in spans:
+        count = stop - start
+        if count and dataset.shape[1]:
+            dataset.read_direct(rows, np.s_[start:stop, :], np.s_[place : place + count, :])
+        place += count
+    return rows

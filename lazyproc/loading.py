@@ -1,0 +1,124 @@
+"""Find a process class by what a person types: ``module:Class``, ``path/to/file.py:Class``, or a registered name."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+from lazyproc.core.errors import ArgumentValueError
+from lazyproc.process import Process
+
+ENTRY_POINTS = "lazyproc.processes"
+"""Packages register processes under this entry-point group."""
+
+
+def load_process(text: str) -> type[Process]:
+    """Return the process class that `text` names.
+
+    Raises
+    ------
+    ArgumentValueError
+        If there is no such file, module or class, or it is no Process.
+    """
+    place, _, name = text.rpartition(":")
+    if not place:
+        return _checked(_registered(text), text)
+    module = _load_file(place) if place.endswith(".py") else _import(place)
+    if not hasattr(module, name):
+        there = [key for key, value in vars(module).items() if _is_process(value)]
+        raise ArgumentValueError(f"{text}: there is no {name} in {place}; the processes there are {there}.")
+    return _checked(getattr(module, name), text)
+
+
+def _is_process(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Process) and value is not Process
+
+
+def _checked(value: Any, text: str) -> type[Process]:
+    if not _is_process(value):
+        raise ArgumentValueError(f"{text}: is {value!r}; expected a subclass of lazyproc.Process.")
+    return value  # type: ignore[no-any-return]
+
+
+def _registered(name: str) -> Any:
+    known = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name not in known:
+        raise ArgumentValueError(
+            f"{name}: no process of that name is registered ({sorted(known) or 'none are'}); expected module:Class, "
+            "path/to/file.py:Class, or a registered name."
+        )
+    return known[name].load()
+
+
+def _load_file(path: str) -> ModuleType:
+    if not os.path.isfile(path):
+        raise ArgumentValueError(f"{path}: there is no such file; expected path/to/file.py:Class.")
+    # The name cannot be imported, so that the functions travel to workers by value.
+    stem = os.path.splitext(os.path.basename(path))[0]
+    name = f"lazyproc_file_{stem}"
+    spec = importlib.util.spec_from_file_location(name, os.path.abspath(path))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    _on_path(os.path.dirname(os.path.abspath(path)))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _import(name: str) -> ModuleType:
+    _on_path(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise ArgumentValueError(
+            f"{name}: there is no such module; expected module:Class of an installed package or of this folder, or "
+            "path/to/file.py:Class."
+        ) from error
+
+
+def _on_path(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def parse_parameters(pairs: Iterable[str]) -> dict[str, Any]:
+    """Turn ``name=value`` texts into parameters: JSON or Python values where they are ones, else texts.
+
+    Examples
+    --------
+    >>> parse_parameters(["smoothing=3", "window=[1, 2]", "kind=hann", "strict=true", "nothing=None"])
+    {'smoothing': 3, 'window': [1, 2], 'kind': 'hann', 'strict': True, 'nothing': None}
+    """
+    parameters: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise ArgumentValueError(f"-p {pair}: expected name=value, such as -p smoothing=3.")
+        if name.strip() in parameters:
+            raise ArgumentValueError(f"-p {name.strip()}: is given twice; give it once.")
+        parameters[name.strip()] = _value(value)
+    return parameters
+
+
+def _value(text: str) -> Any:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text

@@ -1,0 +1,77 @@
+"""`map_positions`: a process without a class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import h5py
+
+from lazyproc.core.errors import ArgumentTypeError
+from lazyproc.core.specs import Output
+from lazyproc.process import Process
+
+if TYPE_CHECKING:
+    import xarray
+
+
+def map_positions(
+    function: Callable[..., Any],
+    h5_main: h5py.Dataset | str,
+    outputs: Mapping[str, Output] | Output,
+    *,
+    process_name: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    vectorized: bool = False,
+    lazy: bool = False,
+    override: bool = False,
+    **options: Any,
+) -> h5py.Group | xarray.Dataset:
+    """Apply a function to every position of a main dataset.
+
+    Parameters
+    ----------
+    function : callable
+        One position `(n_spectral,)`, or with `vectorized` a block `(n_positions, n_spectral)`, to its results.
+    h5_main : h5py.Dataset or str
+        The main dataset, or its address ``"scan.h5::/Measurement_000/Channel_000/Raw_Data"``.
+    outputs : dict of str to Output
+        What the function returns.
+    process_name : str, optional
+        Names the results group. Default: the name of the function.
+    params : dict, optional
+        Parameters: the function gets those it accepts.
+    vectorized : bool
+        Whether the function takes many positions at once.
+    lazy : bool
+        Return the results as an `xarray.Dataset` that computes what is asked for and writes nothing; else compute all
+        and return the results group.
+    override : bool
+        Compute afresh, whatever there is.
+    **options
+        Further arguments of `Process`.
+
+    Returns
+    -------
+    h5py.Group or xarray.Dataset
+        See `lazy`.
+
+    Raises
+    ------
+    LazyprocError
+        As `Process` and its `compute` do.
+
+    Examples
+    --------
+    >>> import numpy as np, lazyproc
+    >>> address = "scan.h5::/Measurement_000/Channel_000/Raw_Data"
+    >>> map_positions(np.ptp, address, {"Range": lazyproc.Output("f4", units="V")})  # doctest: +SKIP
+    """
+    if not callable(function):
+        raise ArgumentTypeError(f"function: {function!r} came; expected a function of one position.")
+    name = process_name or getattr(function, "__name__", type(function).__name__).strip("<>")
+    kind = "_block_function" if vectorized else "_map_function"
+    declared = {name: outputs} if isinstance(outputs, Output) else outputs
+    process_class = type(name, (Process,), {"outputs": declared, kind: staticmethod(function)})
+    process = process_class(h5_main, name, params, lazy=lazy, **options)
+    return process.to_xarray() if lazy else process.compute(override)

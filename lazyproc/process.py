@@ -1,0 +1,550 @@
+"""`Process`: a function applied to every position of a main dataset, its results kept beside the data."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import h5py
+import numpy as np
+
+from lazyproc.arguments import (
+    check_client,
+    check_cores,
+    check_flag,
+    check_interval,
+    check_main,
+    check_memory,
+    check_multiplier,
+    check_name,
+    check_parms,
+    check_verify,
+)
+from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, DefinitionError
+from lazyproc.core.events import Listener
+from lazyproc.core.plan import Plan, html_table
+from lazyproc.core.probe import Probe
+from lazyproc.core.runs import Runs
+from lazyproc.core.specs import STATUS_MASK, Output, resolve_outputs, validate_outputs
+from lazyproc.declared import Declared
+from lazyproc.engine.choose import available_cores, default_cores
+from lazyproc.hdf5.files import Files, split_address
+from lazyproc.hdf5.place import place_of
+from lazyproc.hdf5.search import Found, examine
+from lazyproc.hdf5.source import source_of
+from lazyproc.hdf5.usid import main_dataset
+from lazyproc.perform import compute_here, perform
+from lazyproc.progress import ProgressBar
+from lazyproc.results import lazy_results, path_of_group
+from lazyproc.views import Committed, group_id
+
+if TYPE_CHECKING:
+    import xarray
+
+HOOKS = (
+    "_create_results_datasets",
+    "_read_data_chunk",
+    "_unit_computation",
+    "_write_results_chunk",
+    "_get_existing_datasets",
+)
+"""Methods that old subclasses of pyUSID's Process override."""
+
+
+class Process:
+    """A function applied to every position of a USID Main dataset; the results are kept beside the data.
+
+    A subclass declares its `outputs` and a function, of one position (`_map_function`) or of a block of positions
+    (`_block_function`); there is nothing else to write.
+
+    Parameters
+    ----------
+    h5_main : h5py.Dataset or str
+        The main dataset `(n_positions, n_spectral)`: an open dataset, or its address
+        ``"scan.h5::/Measurement_000/Channel_000/Raw_Data"``. With an address lazyproc opens the file itself, and others
+        can read it, and watch, while it computes.
+    process_name : str, optional
+        Names the results group. Default: the class attribute `process_name`, else the name of the class.
+    parms_dict : dict, optional
+        The parameters. The function gets those it accepts; all are stored, and decide whether two runs are the same.
+    cores : int, optional
+        CPU cores to use. Default: all but two (all but one of four or fewer). Not used with a client.
+    max_mem_mb : float, optional
+        MiB for the whole computation on this machine, all workers together. None: what is available.
+    mem_multiplier : float
+        At least 1: bytes that a position really takes over its source bytes, results not counted.
+    lazy : bool
+        The file may be read-only: for `plan`, `test` and `to_xarray`. `data` is a dask array.
+    h5_target_group : h5py.Group or str, optional
+        Where results are looked for and put, in any file: an open group, or an address such as ``"out.h5::/fits"``,
+        made if it is not there. Default: the group that holds the main dataset.
+    verbose : bool
+        Log what is done.
+    client : distributed.Client, optional
+        A Dask cluster. Default: the active client, else what the size of the job calls for. Never closed here.
+    checkpoint_interval : float
+        Seconds: the longest that a finished block waits until it is committed.
+    verify : str
+        How changed source data are noticed: ``"sampled"`` (all bytes up to 256 MiB, samples above), ``"full"`` or
+        ``"none"``.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError, NotMainDatasetError, ReadOnlyFileError
+        If an argument is wrong. The file is as it was: the constructor reads and never writes.
+    DefinitionError
+        If the class declares no outputs or no function.
+
+    Notes
+    -----
+    One driver a file: a second `compute` into the same file is refused while the first one runs. A run may be killed at
+    any time; what is marked in the status mask is right, and the same call goes on from there.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> class Mean(Process):
+    ...     outputs = {"Mean": Output("f4", units="V")}
+    ...
+    ...     @staticmethod
+    ...     def _map_function(spectrum):
+    ...         return np.mean(spectrum)
+    >>> group = Mean("scan.h5::/Measurement_000/Channel_000/Raw_Data").compute()  # doctest: +SKIP
+    """
+
+    process_name: Any = None
+    outputs: ClassVar[Mapping[str, Output] | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.outputs is None:
+            return
+        validate_outputs(cls.outputs, cls.__name__)
+        hooks = [name for name in HOOKS if hasattr(cls, name)]
+        if hooks:
+            raise DefinitionError(
+                f"{cls.__name__}: declares outputs and overrides {hooks}; expected one or the other. With outputs "
+                "lazyproc creates, reads and writes the datasets itself: remove these methods."
+            )
+        if hasattr(cls, "_map_function") and hasattr(cls, "_block_function"):
+            raise DefinitionError(f"{cls.__name__}: has _map_function and _block_function; expected one of them.")
+
+    def __init__(
+        self,
+        h5_main: h5py.Dataset | str,
+        process_name: str | None = None,
+        parms_dict: Mapping[str, Any] | None = None,
+        cores: int | None = None,
+        max_mem_mb: float | None = 4096,
+        mem_multiplier: float = 1.0,
+        lazy: bool = False,
+        h5_target_group: h5py.Group | str | None = None,
+        verbose: bool = False,
+        *,
+        client: Any = None,
+        checkpoint_interval: float = 10.0,
+        verify: str = "sampled",
+    ) -> None:
+        main = check_main(h5_main)
+        if process_name is not None or self.process_name is None:
+            process_name = process_name if process_name is not None else type(self).__name__
+            self.process_name = check_name(process_name)
+        else:
+            self.process_name = check_name(self.process_name)
+        self.parms_dict = check_parms(parms_dict)
+        wanted_cores = check_cores(cores)
+        self._cores = min(wanted_cores, available_cores()) if wanted_cores else default_cores()
+        self._max_bytes = check_memory(max_mem_mb)
+        self._multiplier = check_multiplier(mem_multiplier)
+        self._lazy = check_flag(lazy, "lazy")
+        self.verbose = check_flag(verbose, "verbose")
+        self._client = check_client(client)
+        self._interval = check_interval(checkpoint_interval)
+        self._verify = check_verify(verify)
+        self._function, self._vectorized = _function_of(type(self))
+
+        self._files = Files()
+        try:
+            self._main_path, self.h5_main = _open_main(main, self._files)
+            main_dataset(self.h5_main)
+            self._outputs = resolve_outputs(validate_outputs(self.outputs, type(self).__name__), self.h5_main.shape[1])
+            self._place = place_of(h5_target_group, self.h5_main, self._main_path, self._files)
+            if not self._lazy:
+                self._place.check_writable()
+            self._status_dset_name = STATUS_MASK
+            self._probe: Probe | None = None
+            self._progress: Listener = ProgressBar()
+            self._chosen: str | None = None
+            self.h5_results_grp: h5py.Group | None = None
+            self.mpi_comm, self.mpi_rank, self.mpi_size = None, 0, 1
+            self._source = source_of(self.h5_main, self._main_path)
+            with self._logging():
+                self._look()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- what was done before ------------------------------------------------------------------------------------
+
+    def _declared(self) -> Declared:
+        """Gather what is fixed about this process; read at each call, since attributes may be changed in between."""
+        if not self.h5_main:
+            raise ArgumentValueError(
+                f"{self.process_name}: the main dataset's file is closed. Open it again and make a new Process."
+            )
+        return Declared(
+            process_name=check_name(self.process_name),
+            main=self.h5_main,
+            main_path=self._main_path,
+            source=self._source,
+            place=self._place,
+            files=self._files,
+            function=self._function,
+            vectorized=self._vectorized,
+            outputs=self._outputs,
+            parameters=check_parms(self.parms_dict),
+            cores=self._cores,
+            max_bytes=self._max_bytes,
+            multiplier=self._multiplier,
+            client=self._client,
+            interval=self._interval,
+            verify=self._verify,
+            status_name=self._status_dset_name,
+        )
+
+    def _look(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> list[Found]:
+        """Look for results of the same work and keep what is found."""
+        declared = self._declared()
+        found = declared.found(declared.work(args, kwargs or {}))
+        parent = self._place.group()
+        self.duplicate_h5_groups = [parent.file[one.name] for one in found if one.is_complete] if parent else []
+        self.partial_h5_groups = [parent.file[one.name] for one in found if one.is_partial] if parent else []
+        return found
+
+    def use_partial_computation(self, h5_partial_group: h5py.Group | None = None) -> None:
+        """Choose the partial results that `compute` resumes.
+
+        Parameters
+        ----------
+        h5_partial_group : h5py.Group, optional
+            One of `partial_h5_groups`. Default: the last of them.
+
+        Raises
+        ------
+        ArgumentValueError
+            If it is none of them, or there are none.
+        """
+        names = [str(group.name) for group in self.partial_h5_groups]
+        if not names:
+            raise ArgumentValueError(f"h5_partial_group: {self.process_name} has no partial results here to resume.")
+        if h5_partial_group is None:
+            h5_partial_group = self.partial_h5_groups[-1]
+        elif not isinstance(h5_partial_group, h5py.Group) or h5_partial_group.name not in names:
+            raise ArgumentValueError(
+                f"h5_partial_group: {getattr(h5_partial_group, 'name', h5_partial_group)!r} came; expected one of the "
+                f"partial results of the same work: {names}."
+            )
+        self._chosen = str(h5_partial_group.name)
+        self.h5_results_grp = h5_partial_group
+
+    def why_not_duplicate(self, group: h5py.Group | str, *args: Any, **kwargs: Any) -> str:
+        """Tell what is different about the results in `group`, so that `compute` does not return or resume them.
+
+        Parameters
+        ----------
+        group : h5py.Group or str
+            A results group, or its name in the target's file.
+        *args, **kwargs
+            The arguments of `compute`.
+
+        Returns
+        -------
+        str
+            A line for each difference: parameters, arguments, code, input. Says so if there is none.
+        """
+        declared = self._declared()
+        parent = self._place.group()
+        if isinstance(group, str):
+            name = group.rpartition("::")[2]
+            group = (
+                (parent if parent is None or not name.startswith("/") else parent.file).get(name) if parent else None
+            )
+        if not isinstance(group, h5py.Group):
+            raise ArgumentTypeError("group: expected a results group, or its name in the file of the results.")
+        one = examine(group, declared.work(args, kwargs))
+        lines = list(one.differences) or [
+            f"no difference: {one.n_done} of {one.n_positions} positions of the same work are done"
+        ]
+        return "\n".join([*lines, *(f"code: {remark}" for remark in one.remarks)])
+
+    # -- doing it ------------------------------------------------------------------------------------------------
+
+    def compute(self, override: bool = False, *args: Any, **kwargs: Any) -> h5py.Group:
+        """Return the finished results of this work: found, resumed or computed afresh.
+
+        Parameters
+        ----------
+        override : bool
+            Compute afresh, whatever there is; in a new results group.
+        *args, **kwargs
+            Go to the function, and are part of what makes two runs the same.
+
+        Returns
+        -------
+        h5py.Group
+            The results group. With an address it is read-only and closed together with this Process.
+
+        Raises
+        ------
+        FunctionError
+            If the function raised; says at which positions, and from which exception.
+        OutputError
+            If what it returned does not fit the outputs; nothing is created if that shows on the first positions.
+        MemoryLimitError
+            If one position does not fit into `max_mem_mb`.
+        FileBusyError
+            If somebody else computes into this file, or has it open for writing.
+        Interrupted
+            After Ctrl-C (it is a KeyboardInterrupt); what was finished is committed.
+
+        Notes
+        -----
+        Safe to kill at any instant: positions marked done hold right values, and the same call goes on from there. At
+        most the blocks under way and those of the last `checkpoint_interval` are computed again.
+        """
+        check_flag(override, "override")
+        if self._lazy:
+            self._place.check_writable()
+        try:
+            with self._logging():
+                name = perform(
+                    self._declared(),
+                    args,
+                    kwargs,
+                    override=bool(override),
+                    chosen=self._chosen,
+                    listener=self._progress,
+                )
+        except BaseException:
+            with contextlib.suppress(Exception):  # what stopped the run is what the user must see
+                self._look(args, kwargs)
+            raise
+        finally:
+            self._chosen = None
+        self._look(args, kwargs)
+        parent = self._place.group()
+        assert parent is not None
+        self.h5_results_grp = parent.file[name]
+        return self.h5_results_grp
+
+    def test(self, positions: int | Any = None, **kwargs: Any) -> dict[str, np.ndarray]:
+        """Compute one or a few positions and return the results; nothing is written.
+
+        Parameters
+        ----------
+        positions : int or sequence of int, optional
+            Which positions. Default: the one in the middle.
+        **kwargs
+            Arguments of the function.
+
+        Returns
+        -------
+        dict of str to ndarray
+            For each output the result of the position, or `(n_positions, …)` for a sequence of them.
+        """
+        declared = self._declared()
+        wanted = _positions(positions, declared.n_positions)
+        runs = Runs.from_positions(wanted)
+        declared.flush_main()
+        kernel = declared.kernel((), kwargs)
+        arrays = compute_here(declared, kernel, runs)
+        order = np.searchsorted(runs.positions(), wanted)
+        shaped = {
+            output.name: array[order].reshape(len(wanted), *output.shape)
+            for output, array in zip(self._outputs, arrays, strict=True)
+        }
+        single = positions is None or np.ndim(positions) == 0
+        return {name: array[0] for name, array in shaped.items()} if single else shaped
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """Return what `compute` would do with these arguments, without doing it; reads metadata and masks only."""
+        declared = self._declared()
+        work = declared.work(args, kwargs)
+        return declared.plan(work, declared.found(work), declared.kernel(args, kwargs), self._probe)
+
+    def to_xarray(self, *args: Any, **kwargs: Any) -> xarray.Dataset:
+        """Return all outputs as lazy N-D arrays: positions already committed are read, the others computed when asked.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            The arguments of `compute`.
+
+        Returns
+        -------
+        xarray.Dataset
+            With coordinates and units. Nothing runs until its ``.compute()``, on whatever Dask scheduler is active
+            then, and that commits nothing.
+
+        Raises
+        ------
+        StaleViewError
+            On computing, if the results that it reads were replaced.
+        """
+        declared = self._declared()
+        declared.flush_main()
+        work = declared.work(args, kwargs)
+        kernel = declared.kernel(args, kwargs)
+        committed = self._committed(declared.found(work))
+        return lazy_results(
+            self.h5_main, self._outputs, kernel, committed, declared.process_name, declared.label, self.parms_dict
+        )
+
+    def _committed(self, found: list[Found]) -> Committed | None:
+        """Return the results that a view reads: the finished ones, else the partial ones that would be resumed."""
+        best = [one for one in found if one.is_complete] or [one for one in found if one.is_partial]
+        parent = self._place.group()
+        if not best or parent is None:
+            return None
+        group = parent.file[best[-1].name]
+        mask = self._status_dset_name if self._status_dset_name in group else ""
+        if not mask and best[-1].is_partial:
+            return None
+        path = self._place.path if not self._place.by_handle else path_of_group(group)
+        handle = None if path else group
+        return Committed(path, handle, best[-1].name, group_id(group), self._outputs, mask)
+
+    @property
+    def results_path(self) -> str:
+        """The file that results are put into."""
+        return self._place.path
+
+    @property
+    def data(self) -> Any:
+        """The main dataset as a dask array `(n_positions, n_spectral)`, if the process is lazy; else None."""
+        if not self._lazy:
+            return None
+        from lazyproc.views import lazy_rows
+
+        return lazy_rows(self._source, str(self.process_name))
+
+    # -- housekeeping --------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close what this Process opened itself: with an address, its files and the groups it returned."""
+        self._files.close()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Show what is logged while this object works, if it is verbose."""
+        log = logging.getLogger("lazyproc")
+        level = log.level
+        handler = None if log.hasHandlers() else logging.StreamHandler()
+        if self.verbose:
+            log.setLevel(logging.INFO)
+            if handler is not None:
+                log.addHandler(handler)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+            if handler is not None:
+                log.removeHandler(handler)
+
+    def _lines(self) -> list[tuple[str, str]]:
+        if not self.h5_main:
+            return [("process", str(self.process_name)), ("main dataset", "closed")]
+        n_positions, n_spectral = self.h5_main.shape
+        return [
+            ("process", str(self.process_name)),
+            ("main dataset", f"{self._main_path or self.h5_main.file.filename}::{self.h5_main.name}"),
+            ("shape", f"{n_positions:,} positions x {n_spectral:,} values, {self.h5_main.dtype}"),
+            ("outputs", ", ".join(f"{one.name} {one.shape or ''} {one.dtype}" for one in self._outputs)),
+            ("parameters", ", ".join(f"{key}={value!r}" for key, value in self.parms_dict.items()) or "none"),
+            ("target group", f"{self._place.path}::{self._place.name}"),
+            ("finished results", ", ".join(_names(self.duplicate_h5_groups)) or "none"),
+            ("partial results", ", ".join(_names(self.partial_h5_groups)) or "none"),
+        ]
+
+    def __repr__(self) -> str:
+        rows = self._lines()
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(["<lazyproc.Process>", *(f"  {label:<{width}}  {text}" for label, text in rows)])
+
+    def _repr_html_(self) -> str:
+        return html_table("lazyproc.Process", self._lines())
+
+
+def _names(groups: list[h5py.Group]) -> list[str]:
+    return [str(group.name).rpartition("/")[2] if group else "closed" for group in groups]
+
+
+def _open_main(main: str | h5py.Dataset, files: Files) -> tuple[str | None, h5py.Dataset]:
+    if isinstance(main, h5py.Dataset):
+        return None, main
+    path, name = split_address(main, "h5_main")
+    file = files.open(path)
+    found = file.get(name)
+    if not isinstance(found, h5py.Dataset):
+        what = "a group" if isinstance(found, h5py.Group) else "not there"
+        raise ArgumentValueError(
+            f"h5_main: {path}::{name} is {what}; expected a dataset: give its whole address, such as "
+            "'scan.h5::/Measurement_000/Channel_000/Raw_Data'."
+        )
+    return path, found
+
+
+def _function_of(cls: type[Process]) -> tuple[Callable[..., Any], bool]:
+    """Return the declared function, free of any instance, and whether it takes blocks."""
+    if cls.outputs is None:
+        hooks = [name for name in HOOKS if hasattr(cls, name)]
+        extra = f" It overrides {hooks}, which this version of lazyproc does not run." if hooks else ""
+        raise DefinitionError(
+            f"{cls.__name__}: declares no outputs; expected a dict such as outputs = {{'Mean': Output('f4')}}.{extra}"
+        )
+    name = next((one for one in ("_block_function", "_map_function") if hasattr(cls, one)), None)
+    if name is None:
+        raise DefinitionError(
+            f"{cls.__name__}: has no function; expected a static method _map_function(spectrum, …) of one position, or "
+            "_block_function(block, …) of a block `(n_positions, n_spectral)`."
+        )
+    declared = inspect.getattr_static(cls, name)
+    if isinstance(declared, staticmethod):
+        declared = declared.__func__
+    elif isinstance(declared, classmethod) or _takes_self(declared):
+        raise DefinitionError(
+            f"{cls.__name__}: {name} is a method of the instance; expected a static method or a plain function. A "
+            "worker gets the function alone: an instance would drag its open files along. Write @staticmethod above "
+            "it, and hand over what it needs by parms_dict."
+        )
+    if not callable(declared):
+        raise DefinitionError(f"{cls.__name__}: {name} is {declared!r}; expected a function.")
+    return declared, name == "_block_function"
+
+
+def _takes_self(function: Any) -> bool:
+    if not inspect.isfunction(function):
+        return False
+    first = next(iter(inspect.signature(function).parameters), "")
+    return first in ("self", "cls")
+
+
+def _positions(positions: Any, n_positions: int) -> np.ndarray:
+    if positions is None:
+        return np.array([n_positions // 2])
+    wanted = np.atleast_1d(np.asarray(positions))
+    if wanted.dtype.kind not in "iu" or wanted.ndim != 1 or wanted.size == 0:
+        raise ArgumentTypeError(f"positions: {positions!r} came; expected a position, or a sequence of positions.")
+    wanted = np.where(wanted < 0, wanted + n_positions, wanted)
+    if wanted.min() < 0 or wanted.max() >= n_positions:
+        raise ArgumentValueError(f"positions: {positions!r} came; expected numbers from 0 to {n_positions - 1}.")
+    return wanted

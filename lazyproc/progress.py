@@ -1,0 +1,54 @@
+"""What a person sees of a run: a progress bar with positions, rate and time left, in a terminal or a notebook."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lazyproc.core.events import BlockDone, Event, Finished, Started
+
+_PATIENCE = 1.0
+"""Seconds before a bar appears: short jobs need none."""
+
+
+class ProgressBar:
+    """A listener that draws a bar; silent where nobody looks (off a terminal and outside of notebooks).
+
+    Parameters
+    ----------
+    delay : float
+        Seconds before the bar appears.
+    """
+
+    def __init__(self, delay: float = _PATIENCE) -> None:
+        self._delay = delay
+        self._bar: Any = None
+
+    def __call__(self, event: Event) -> None:
+        """Take an event of the run."""
+        if isinstance(event, Started):
+            self._bar = self._open(event)
+        elif self._bar is not None and isinstance(event, BlockDone):
+            self._bar.update(event.n_positions)
+        elif self._bar is not None and isinstance(event, Finished):
+            self._bar.close()
+            self._bar = None
+
+    def _open(self, event: Started) -> Any:
+        from tqdm.auto import tqdm
+
+        # disable=None makes tqdm silent unless standard error is a terminal; its notebook form knows better itself.
+        return tqdm(
+            total=event.n_positions,
+            initial=event.n_done,
+            desc=event.process_name,
+            unit=" positions",
+            unit_scale=False,
+            dynamic_ncols=True,
+            disable=None,
+            delay=self._delay,
+            leave=True,
+        )
+
+
+def quiet(event: Event) -> None:
+    """Take events and show nothing."""

@@ -1,0 +1,267 @@
+"""Results as labelled arrays: `open_results` for what is in a file, `lazy_results` for what a process would give."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+
+from lazyproc.core.errors import ArgumentTypeError, ResultsError
+from lazyproc.core.specs import STATUS_MASK, Dimension, Output, ResolvedOutput
+from lazyproc.engine.kernel import Kernel
+from lazyproc.hdf5.attributes import read_parameters
+from lazyproc.hdf5.extents import real_path
+from lazyproc.hdf5.files import Files, split_address
+from lazyproc.hdf5.usid import is_main, position_grid, read_text, spectroscopic_grid
+from lazyproc.layout import Axis, axis_of_grid, axis_of_output, block_grid, positions_per_view_block
+from lazyproc.views import BlockView, Committed, group_id, lazy_arrays
+
+if TYPE_CHECKING:
+    import xarray
+
+_STATUS = "status"
+
+
+def open_results(group: h5py.Group | str | os.PathLike[str]) -> xarray.Dataset:
+    """Open a results group as a dataset of N-D, dask-backed arrays.
+
+    Parameters
+    ----------
+    group : h5py.Group or str
+        The results group, written by lazyproc or by pyUSID, or its address: ``"scan.h5::/…/Raw_Data-Fit_000"``.
+
+    Returns
+    -------
+    xarray.Dataset
+        One variable a main dataset in the group, with the coordinates of the source; `status`, which tells for each
+        position whether it is done (1) or not (0); parameters and provenance as attributes. Positions that are not
+        done show the fill value.
+
+    Raises
+    ------
+    ResultsError
+        If the group holds no main dataset.
+    ArgumentTypeError
+        If it is no group, nor an address of one.
+    FileNotFoundError
+        If there is no such file.
+
+    Notes
+    -----
+    Reads while a run goes on are fine: a row shows once it is committed, and only with right values. The file is
+    opened for each read, and the group's identity is checked each time.
+
+    Examples
+    --------
+    >>> maps = open_results("scan.h5::/Measurement_000/Channel_000/Raw_Data-Fit_000")  # doctest: +SKIP
+    >>> maps["Amplitude"].plot()  # doctest: +SKIP
+    """
+    files = Files()
+    try:
+        path, opened = _open_group(group, files)
+        return _dataset_of_group(opened, path)
+    finally:
+        files.close()
+
+
+def _open_group(group: Any, files: Files) -> tuple[str | None, h5py.Group]:
+    """Open the group; by its path wherever there is one, so that the dataset outlives the caller's handle."""
+    if isinstance(group, str | os.PathLike):
+        path, name = split_address(group, "group")
+        found = files.open(path).get(name)
+        if not isinstance(found, h5py.Group):
+            raise ArgumentTypeError(f"group: {path}::{name} is not there, or no group; expected a results group.")
+        return path, found
+    if not isinstance(group, h5py.Group) or not group:
+        raise ArgumentTypeError(
+            f"group: {group!r} came; expected an open results group, or its address 'scan.h5::/…/Raw_Data-Fit_000'."
+        )
+    path = path_of_group(group)
+    if path is None:
+        return None, group
+    if group.file.mode != "r":
+        group.file.flush()
+    return path, files.open(path)[group.name]
+
+
+def path_of_group(group: h5py.Group) -> str | None:
+    """Return the file behind a handle of any kind, if opening it by its name shows the same group."""
+    path = real_path(group.file)
+    if path is not None:
+        return path
+    name = str(group.file.filename)  # a file object that lazyproc opened tells its path
+    if group.file.driver != "fileobj" or not os.path.isfile(name):
+        return None
+    files = Files()
+    try:
+        same = files.open(name).get(group.name)
+        return name if isinstance(same, h5py.Group) and group_id(same) == group_id(group) else None
+    finally:
+        files.close()
+
+
+def _dataset_of_group(group: h5py.Group, path: str | None) -> xarray.Dataset:
+    names = [name for name, item in group.items() if isinstance(item, h5py.Dataset) and is_main(item)]
+    if not names:
+        raise ResultsError(
+            f"{path or group.file.filename}::{group.name}: holds no main dataset; expected a results group, such as "
+            "'…/Raw_Data-Fit_000'."
+        )
+    n_positions = group[names[0]].shape[0]
+    names = [name for name in names if group[name].shape[0] == n_positions]
+    stored = [_stored_output(group[name]) for name in names]
+    outputs = tuple(output for output, _ in stored)
+    positions = axis_of_grid(position_grid(group[names[0]]), "position", {*names, _STATUS})
+    status_name = _status_name(group, n_positions)
+    committed = Committed(path, None if path else group, str(group.name), group_id(group), outputs, status_name)
+    inner = _inner_axes(outputs, [axis for _, axis in stored], positions)
+    dataset = _assemble(outputs, positions, inner, committed, None, str(group.name).rpartition("/")[2], ("", ""))
+    dataset.attrs.update(_attributes(group))
+    if status_name:
+        dataset[_STATUS] = _status(group, status_name, positions, committed)
+    return dataset
+
+
+def _status_name(group: h5py.Group, n_positions: int) -> str:
+    mask = group.get(STATUS_MASK)
+    usable = isinstance(mask, h5py.Dataset) and mask.shape == (n_positions,) and mask.dtype == np.uint8
+    return STATUS_MASK if usable else ""
+
+
+def _stored_output(dataset: h5py.Dataset) -> tuple[ResolvedOutput, Axis | None]:
+    """Describe a stored main dataset as an output, and the dimensions of one position's result."""
+    name = str(dataset.name).rpartition("/")[2]
+    quantity, units = read_text(dataset.attrs["quantity"]), read_text(dataset.attrs["units"])
+    fill = dataset.fillvalue if dataset.dtype.fields is None and dataset.attrs.get("lazyproc_scalar") else None
+    spec = Output(dataset.dtype, None, quantity, units, fill_value=fill)
+    grid = spectroscopic_grid(dataset)
+    single = dataset.shape[1] == 1 and len(grid.labels) == 1
+    if single and dataset.attrs.get("lazyproc_scalar", True):
+        return ResolvedOutput(name, dataset.dtype, (), quantity, units, None, spec), None
+    axis = axis_of_grid(grid, f"{name}_value", ())
+    return ResolvedOutput(name, dataset.dtype, (dataset.shape[1],), quantity, units, None, spec), axis
+
+
+def _inner_axes(outputs: Sequence[ResolvedOutput], axes: Sequence[Axis | None], positions: Axis) -> list[Axis]:
+    """Share dimensions between outputs that are equal, and rename those that only have the name in common."""
+    taken = {*positions.dims, *positions.coordinates, *(output.name for output in outputs), _STATUS}
+    shared: dict[str, Any] = {}
+    inner = []
+    for output, axis in zip(outputs, axes, strict=True):
+        if axis is None:
+            inner.append(Axis((), (), (), {}))
+            continue
+        renamed = {dim: _shared_name(dim, axis, output.name, shared, taken) for dim in axis.dims}
+        coordinates = {
+            renamed.get(name, name): (tuple(renamed[dim] for dim in dims), values, attrs)
+            for name, (dims, values, attrs) in axis.coordinates.items()
+        }
+        inner.append(Axis(tuple(renamed[dim] for dim in axis.dims), axis.shape, axis.axes, coordinates))
+    return inner
+
+
+def _shared_name(dim: str, axis: Axis, output: str, shared: dict[str, Any], taken: set[str]) -> str:
+    size = axis.shape[axis.axes[axis.dims.index(dim)]]
+    known = axis.coordinates.get(dim)
+    content = (size, None if known is None else (known[1].tobytes(), str(known[2])))
+    name = dim
+    if dim in taken and shared.get(dim) != content:
+        name = f"{output}_{dim}"
+    shared[name] = content
+    taken.add(name)
+    return name
+
+
+def _attributes(group: h5py.Group) -> dict[str, Any]:
+    """Return parameters and provenance; references are left out, since they mean nothing outside the file."""
+    attributes = {
+        name: read_text(value) if isinstance(value, str | bytes) else value
+        for name, value in group.attrs.items()
+        if name != "lazyproc_parameter_kinds" and not isinstance(value, h5py.Reference | h5py.RegionReference)
+    }
+    return attributes | read_parameters(group)
+
+
+def _status(group: h5py.Group, status_name: str, positions: Axis, committed: Committed) -> Any:
+    import xarray
+
+    width = ResolvedOutput(status_name, np.dtype(np.uint8), (), "status", "", None, Output("u1", fill_value=0))
+    mask_only = Committed(committed.path, committed.handle, committed.name, committed.run_id, (width,), "")
+    grid = block_grid(positions.shape, positions_per_view_block(1))
+    view = BlockView(grid, (width,), mask_only, None)
+    (array,) = lazy_arrays(view, positions, [Axis((), (), (), {})], "status")
+    attrs = {"flag_values": [0, 1], "flag_meanings": "not_done done"}
+    return xarray.Variable(positions.dims, array, attrs)
+
+
+def _assemble(
+    outputs: Sequence[ResolvedOutput],
+    positions: Axis,
+    inner: Sequence[Axis],
+    committed: Committed | None,
+    kernel: Kernel | None,
+    name: str,
+    label: tuple[str, str],
+    row_bytes: int = 0,
+) -> xarray.Dataset:
+    import xarray
+
+    row_bytes += sum(output.row_bytes for output in outputs)
+    grid = block_grid(positions.shape, positions_per_view_block(row_bytes))
+    view = BlockView(grid, tuple(outputs), committed, kernel, label)
+    arrays = lazy_arrays(view, positions, inner, name)
+    variables = {
+        output.name: xarray.Variable(
+            positions.dims + axis.dims, array, {"long_name": output.quantity, "units": output.units}
+        )
+        for output, axis, array in zip(outputs, inner, arrays, strict=True)
+    }
+    coordinates: dict[str, Any] = {}
+    for axis in (positions, *inner):
+        for key, (dims, values, attrs) in axis.coordinates.items():
+            coordinates[key] = xarray.Variable(dims, values, attrs)
+    return xarray.Dataset(variables, coordinates)
+
+
+def lazy_results(
+    main: h5py.Dataset,
+    outputs: Sequence[ResolvedOutput],
+    kernel: Kernel,
+    committed: Committed | None,
+    process_name: str,
+    label: str,
+    parameters: Mapping[str, Any],
+) -> xarray.Dataset:
+    """Make the dataset of all outputs of a process: committed positions are read, the others computed when asked for.
+
+    Parameters
+    ----------
+    main : h5py.Dataset
+        The main dataset.
+    outputs : sequence of ResolvedOutput
+        What the process gives.
+    kernel : Kernel
+        How a block is computed.
+    committed : Committed or None
+        What is in a file already.
+    process_name, label : str
+        The process, and the main dataset, for messages.
+    parameters : mapping
+        Become attributes.
+    """
+    names = {output.name for output in outputs}
+    positions = axis_of_grid(position_grid(main), "position", names | {_STATUS})
+    taken = {*positions.dims, *positions.coordinates, *names, _STATUS}
+    spectroscopic = Axis((), (), (), {})
+    if any(output.spec.shape_from_main for output in outputs):
+        spectroscopic = axis_of_grid(spectroscopic_grid(main), "spectral", taken)
+        taken |= {*spectroscopic.dims, *spectroscopic.coordinates}
+    shared: dict[str, Dimension] = {}
+    inner = [axis_of_output(output, spectroscopic, shared, taken) for output in outputs]
+    source_bytes = int(main.shape[1]) * main.dtype.itemsize
+    dataset = _assemble(outputs, positions, inner, committed, kernel, process_name, (process_name, label), source_bytes)
+    dataset.attrs.update({"tool": process_name, **parameters})
+    return dataset

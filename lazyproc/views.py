@@ -1,0 +1,253 @@
+"""Lazy N-D views: dask arrays whose blocks read what is committed and compute the rest. They commit nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from lazyproc.core.apply import OutputMismatch, RowError
+from lazyproc.core.blocks import Block
+from lazyproc.core.errors import StaleViewError
+from lazyproc.core.runs import Runs
+from lazyproc.core.specs import ResolvedOutput
+from lazyproc.engine.failure import Failure
+from lazyproc.engine.kernel import Kernel
+from lazyproc.hdf5.files import Files
+from lazyproc.hdf5.source import Source
+from lazyproc.hdf5.usid import read_text
+from lazyproc.layout import Axis, BlockGrid, positions_per_view_block
+
+if TYPE_CHECKING:
+    import dask.array
+
+Arrays = tuple[NDArray[Any], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Committed:
+    """Results in a file, as a view reads them. Travels, unless it holds a handle.
+
+    Attributes
+    ----------
+    path : str or None
+        The file; opened afresh for each block.
+    handle : h5py.Group or None
+        The results group, where there is no file on disk behind it.
+    name : str
+        The results group.
+    run_id : str
+        Its identity: another group under the same name is refused.
+    outputs : tuple of ResolvedOutput
+        The datasets.
+    status_name : str
+        The name of the status mask; empty if there is none and everything counts as done.
+    """
+
+    path: str | None
+    handle: h5py.Group | None
+    name: str
+    run_id: str
+    outputs: tuple[ResolvedOutput, ...]
+    status_name: str
+
+    def read(self, start: int, stop: int) -> tuple[Arrays, NDArray[np.bool_]]:
+        """Read rows of all outputs, and which of them are done.
+
+        Raises
+        ------
+        StaleViewError
+            If the results are gone, or others stand in their place.
+        """
+        files = Files()
+        try:
+            group = self._open(files)
+            done = self._done(group, start, stop)
+            arrays = tuple(self._rows(group, output, start, stop, done) for output in self.outputs)
+        finally:
+            files.close()
+        return arrays, done
+
+    def _open(self, files: Files) -> h5py.Group:
+        if self.path is None:
+            group: Any = self.handle
+        else:
+            try:
+                group = files.open(self.path).get(self.name)
+            except FileNotFoundError as error:
+                raise StaleViewError(f"{self.path}: the file of this view is gone.") from error
+        if not isinstance(group, h5py.Group) or not group or group_id(group) != self.run_id:
+            raise StaleViewError(
+                f"{self.path or 'the file'}::{self.name}: this view was made from results that are no longer there, or "
+                "that others have replaced. Open the results again."
+            )
+        return group
+
+    def _done(self, group: h5py.Group, start: int, stop: int) -> NDArray[np.bool_]:
+        if not self.status_name:
+            return np.ones(stop - start, bool)
+        return np.asarray(group[self.status_name][start:stop] == 1)
+
+    def _rows(
+        self, group: h5py.Group, output: ResolvedOutput, start: int, stop: int, done: NDArray[np.bool_]
+    ) -> NDArray[Any]:
+        """Read the rows that are done; the others are the fill value, whatever lies in the file."""
+        if done.all():
+            return np.asarray(group[output.name][start:stop])
+        rows = np.empty((stop - start, output.width), output.dtype)
+        rows[...] = output.fill_value
+        for first, last in Runs.from_mask(done, value=1):
+            rows[first:last] = group[output.name][start + first : start + last]
+        return rows
+
+
+def group_id(group: h5py.Group) -> str:
+    """Return what tells a results group from another one of the same name."""
+    return read_text(group.attrs.get("lazyproc_run_id", group.attrs.get("timestamp", "")))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockView:
+    """Gives the results of any block: reads what is committed, computes the rest.
+
+    Attributes
+    ----------
+    grid : BlockGrid
+        The blocks.
+    outputs : tuple of ResolvedOutput
+        The results.
+    committed : Committed or None
+        What is in the file already.
+    kernel : Kernel or None
+        How to compute the rest; None leaves the fill value.
+    label : str
+        The process and the main dataset, for messages.
+    """
+
+    grid: BlockGrid
+    outputs: tuple[ResolvedOutput, ...]
+    committed: Committed | None
+    kernel: Kernel | None
+    label: tuple[str, str] = ("", "")
+
+    def __call__(self, block_id: Sequence[int]) -> NDArray[Any]:
+        """Return one element, in as many dimensions as the positions have, that holds the arrays of all outputs."""
+        start, stop = self.grid.span(block_id)
+        element = np.empty((1,) * len(self.grid.shape), object)
+        element.flat[0] = self._arrays(start, stop)
+        return element
+
+    def _arrays(self, start: int, stop: int) -> Arrays:
+        if self.committed is None:
+            return self._compute(Runs.from_spans([(start, stop)]))
+        arrays, done = self.committed.read(start, stop)
+        if self.kernel is None or done.all():
+            return arrays
+        missing = Runs.from_mask(done, value=0, offset=start)
+        rows = missing.positions() - start
+        for array, computed in zip(arrays, self._compute(missing), strict=True):
+            array[rows] = computed
+        return arrays
+
+    def _compute(self, runs: Runs) -> Arrays:
+        assert self.kernel is not None
+        block = Block(0, tuple(runs.starts.tolist()), tuple(runs.stops.tolist()))
+        try:
+            return self.kernel.compute(self.kernel.source.rows(block.runs()))
+        except RowError as error:
+            failure = Failure.of_function(error, block)
+        except OutputMismatch as error:
+            failure = Failure.of_output(error, block)
+        failure.raise_error(*self.label)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pick:
+    """Takes one output out of a block and gives it its N-D shape."""
+
+    number: int
+    grid: BlockGrid
+    inner: tuple[int, ...]
+
+    def __call__(self, block: NDArray[Any], block_id: Sequence[int]) -> NDArray[Any]:
+        array: NDArray[Any] = block.flat[0][self.number]
+        n_dims = len(self.grid.shape)
+        return array.reshape(self.grid.block_shape(block_id[:n_dims]) + self.inner)
+
+
+def lazy_arrays(view: BlockView, positions: Axis, inner: Sequence[Axis], name: str) -> list[dask.array.Array]:
+    """Make one dask array an output, with the dimensions in the order of the file.
+
+    Parameters
+    ----------
+    view : BlockView
+        Gives the blocks; computed together, the outputs share one call of the function a position.
+    positions : Axis
+        The dimensions of the positions.
+    inner : sequence of Axis
+        The dimensions of each output's result.
+    name : str
+        What the tasks are called.
+    """
+    import dask.array as da
+    from dask.base import tokenize
+
+    grid = view.grid
+    n_dims = len(grid.shape)
+    token = tokenize(id(view), name, np.random.default_rng().bytes(8))
+    blocks = da.map_blocks(
+        view,
+        chunks=tuple((1,) * len(sizes) for sizes in grid.chunks),
+        dtype=object,
+        meta=np.empty((0,) * n_dims, object),
+        name=f"{name}-{token}",
+    )
+    arrays = []
+    for number, (output, axis) in enumerate(zip(view.outputs, inner, strict=True)):
+        new = list(range(n_dims, n_dims + len(axis.shape)))
+        picked = da.map_blocks(
+            _Pick(number, grid, axis.shape),
+            blocks,
+            chunks=grid.chunks + tuple((size,) for size in axis.shape),
+            new_axis=new or None,
+            dtype=output.dtype,
+            meta=np.empty((0,) * (n_dims + len(axis.shape)), output.dtype),
+            name=f"{output.name}-{tokenize(token, number)}",
+        )
+        order = positions.axes + tuple(n_dims + axis_number for axis_number in axis.axes)
+        arrays.append(picked if order == tuple(range(len(order))) else picked.transpose(order))
+    return arrays
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Reads one block of a main dataset."""
+
+    source: Source
+    rows: int
+
+    def __call__(self, block_id: Sequence[int]) -> NDArray[Any]:
+        start = block_id[0] * self.rows
+        return self.source.rows([(start, min(start + self.rows, self.source.shape[0]))])
+
+
+def lazy_rows(source: Source, name: str) -> dask.array.Array:
+    """Make a dask array `(n_positions, n_spectral)` of a main dataset, with whole spectra in each chunk."""
+    import dask.array as da
+    from dask.base import tokenize
+
+    n_positions, n_spectral = source.shape
+    rows = positions_per_view_block(n_spectral * source.dtype.itemsize)
+    rows = min(n_positions, -(-rows // source.chunk_rows) * source.chunk_rows)
+    sizes = tuple(min(rows, n_positions - start) for start in range(0, n_positions, rows))
+    return da.map_blocks(
+        _Rows(source, rows),
+        chunks=(sizes, (n_spectral,)),
+        dtype=source.dtype,
+        meta=np.empty((0, 0), source.dtype),
+        name=f"{name}-rows-{tokenize(np.random.default_rng().bytes(8))}",
+    )
