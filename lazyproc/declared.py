@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import h5py
@@ -90,6 +90,8 @@ class Declared:
     interval: float
     verify: str
     status_name: str
+    _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
+    """Made once for each call of a method of Process: the values are taken not to change within it."""
 
     @property
     def n_positions(self) -> int:
@@ -132,9 +134,11 @@ class Declared:
         return self._fingerprint("full" if stored.startswith("all:") else self.verify)
 
     def _fingerprint(self, verify: str) -> str:
-        if verify != "none":
-            self.flush_main()
-        return fingerprint(self.main, self.source, verify, self.main_path)
+        if verify not in self._fingerprints:
+            if verify != "none":
+                self.flush_main()
+            self._fingerprints[verify] = fingerprint(self.main, self.source, verify, self.main_path)
+        return self._fingerprints[verify]
 
     def flush_main(self) -> None:
         """Write out what the caller's own handle still holds back: workers read the file, not the handle."""

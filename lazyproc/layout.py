@@ -63,20 +63,20 @@ def axis_of_grid(grid: Grid, flat_name: str, taken: Iterable[str]) -> Axis:
     units = [{"units": unit} for unit in grid.units]
     if not grid.is_regular:
         flat = _free(flat_name, used)
-        coordinates = {
-            name: ((flat,), np.asarray(values), unit)
+        columns: Coordinates = {
+            name: ((flat,), np.asarray(values), dict(unit))
             for name, values, unit in zip(names, grid.coordinates, units, strict=True)
         }
-        return Axis((flat,), (grid.length,), (0,), coordinates)
+        return Axis((flat,), (grid.length,), (0,), columns)
     shape, axes = nd_shape_and_axes(grid)
     dims = tuple(names)
-    coordinates = {}
+    coordinates: Coordinates = {}
     for name, size, values, unit in zip(names, grid.sizes, grid.coordinates, units, strict=True):
         if len(values) == size:
-            coordinates[name] = ((name,), np.asarray(values), unit)
+            coordinates[name] = ((name,), np.asarray(values), dict(unit))
         else:  # its values depend on other dimensions, too: a coordinate over all of them, under another name
             whole = np.asarray(values).reshape(shape).transpose(axes)
-            coordinates[_free(f"{name}_values", used)] = (dims, whole, unit)
+            coordinates[_free(f"{name}_values", used)] = (dims, whole, dict(unit))
     return Axis(dims, shape, axes, coordinates)
 
 

@@ -182,7 +182,7 @@ class Process:
             self.mpi_comm, self.mpi_rank, self.mpi_size = None, 0, 1
             self._source = source_of(self.h5_main, self._main_path)
             with self._logging():
-                self._look()
+                self._look(self._declared(), (), {})
         except BaseException:
             self.close()
             raise
@@ -215,14 +215,12 @@ class Process:
             status_name=self._status_dset_name,
         )
 
-    def _look(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> list[Found]:
+    def _look(self, declared: Declared, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look for results of the same work and keep what is found."""
-        declared = self._declared()
-        found = declared.found(declared.work(args, kwargs or {}))
+        found = declared.found(declared.work(args, kwargs))
         parent = self._place.group()
         self.duplicate_h5_groups = [parent.file[one.name] for one in found if one.is_complete] if parent else []
         self.partial_h5_groups = [parent.file[one.name] for one in found if one.is_partial] if parent else []
-        return found
 
     def use_partial_computation(self, h5_partial_group: h5py.Group | None = None) -> None:
         """Choose the partial results that `compute` resumes.
@@ -318,6 +316,7 @@ class Process:
         check_flag(override, "override")
         if self._lazy:
             self._place.check_writable()
+        declared = self._declared()
         try:
             with self._logging():
                 name = perform(
@@ -330,11 +329,11 @@ class Process:
                 )
         except BaseException:
             with contextlib.suppress(Exception):  # what stopped the run is what the user must see
-                self._look(args, kwargs)
+                self._look(declared, args, kwargs)
             raise
         finally:
             self._chosen = None
-        self._look(args, kwargs)
+        self._look(declared, args, kwargs)
         parent = self._place.group()
         assert parent is not None
         self.h5_results_grp = parent.file[name]

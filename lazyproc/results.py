@@ -70,11 +70,11 @@ def open_results(group: h5py.Group | str | os.PathLike[str]) -> xarray.Dataset:
 def _open_group(group: Any, files: Files) -> tuple[str | None, h5py.Group]:
     """Open the group; by its path wherever there is one, so that the dataset outlives the caller's handle."""
     if isinstance(group, str | os.PathLike):
-        path, name = split_address(group, "group")
-        found = files.open(path).get(name)
+        file, name = split_address(group, "group")
+        found = files.open(file).get(name)
         if not isinstance(found, h5py.Group):
-            raise ArgumentTypeError(f"group: {path}::{name} is not there, or no group; expected a results group.")
-        return path, found
+            raise ArgumentTypeError(f"group: {file}::{name} is not there, or no group; expected a results group.")
+        return file, found
     if not isinstance(group, h5py.Group) or not group:
         raise ArgumentTypeError(
             f"group: {group!r} came; expected an open results group, or its address 'scan.h5::/…/Raw_Data-Fit_000'."

@@ -351,7 +351,7 @@ def test_open_hdf5_objects_are_refused_and_nothing_is_written() -> None:
     "name", [3, None, "", "a\0", "\ud800", "n" * 1025, "tool", "last_pixel", "source_000", "lazyproc_", "sidpy_version"]
 )
 def test_names_that_cannot_be_used_are_refused(name: Any) -> None:
-    with pytest.raises(ParameterError, match="[Rr]ename"):
+    with pytest.raises(ParameterError, match=r"[Rr]ename"):
         check_parameters({name: 1})
 
 

@@ -402,7 +402,8 @@ def _numpy_to_json(value: np.generic, where: str) -> dict[str, Any]:
         plain = str.__str__(value) if isinstance(value, str) else bytes(value)
         return {"$numpy": "str" if isinstance(plain, str) else "bytes", "value": _to_json(plain, where)}
     _check_array(value, where)
-    return {"$numpy": value.dtype.str, "value": _items_to_json(np.asarray(value))[0]}
+    items = _items_to_json(np.asarray(value))
+    return {"$numpy": value.dtype.str, "value": items[0] if len(items) == 1 else items}
 
 
 def _array_to_json(value: NDArray[Any], where: str, digest: bool) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def _copied_pair(
 
 def _copy(group: h5py.Group, source: h5py.Dataset, name: str, along: int) -> h5py.Dataset:
     """Copy an ancillary dataset in pieces, with its attributes but for references: they hold in their own file only."""
-    attrs = {key: source.attrs[key] for key in source.attrs if _is_plain(source.attrs.get_id(key).dtype)}
+    attrs = {key: source.attrs[key] for key in source.attrs if _is_plain(source.attrs, key)}
     attrs.update((key, read_texts(source.attrs[key])) for key in ("labels", "units"))
     copy = _create_contiguous(group, name, source.shape, source.dtype, attrs)
     for start, stop in spans(source, along):
@@ -252,6 +252,10 @@ def _copy(group: h5py.Group, source: h5py.Dataset, name: str, along: int) -> h5p
     return copy
 
 
-def _is_plain(dtype: np.dtype[Any]) -> bool:
-    """Tell whether an attribute's values mean the same in another file."""
+def _is_plain(attrs: h5py.AttributeManager, name: str) -> bool:
+    """Tell whether an attribute can be read, and means the same in another file."""
+    try:
+        dtype = attrs.get_id(name).dtype
+    except TypeError:  # a type that NumPy does not have
+        return False
     return not dtype.hasobject or h5py.check_string_dtype(dtype) is not None

@@ -99,12 +99,47 @@ class Files:
                 raw.close()
 
 
-class _FreshFile(io.BufferedReader):
-    """A file's bytes; its repr is its path, which is what h5py then tells as the file name."""
+class _FreshFile(io.RawIOBase):
+    """A file's bytes, read straight from disk; its repr is its path, which is what h5py then tells as the file name.
+
+    Closed without a complaint when nobody holds it any more: views and groups may outlive what opened them.
+    """
 
     def __init__(self, path: str) -> None:
-        super().__init__(io.FileIO(path, "rb"))
+        super().__init__()
         self._path = path
+        self._place = 0
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Close the file."""
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+    def readable(self) -> bool:
+        """Only reading is possible."""
+        return True
+
+    def seekable(self) -> bool:
+        """Any place can be sought."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place."""
+        size = os.fstat(self._descriptor).st_size
+        self._place = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: size}[whence] + offset
+        return self._place
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """Read as much as the system gives at once."""
+        count = os.preadv(self._descriptor, [buffer], self._place)
+        self._place += count
+        return count
 
     def __repr__(self) -> str:
         return self._path

@@ -107,7 +107,7 @@ class Overlay(io.RawIOBase):
         self._place += count
         return count
 
-    def write(self, data) -> int:  # type: ignore[no-untyped-def, override]
+    def write(self, data) -> int:  # type: ignore[no-untyped-def]
         """Keep what is written."""
         view = memoryview(data).cast("B")
         done = 0

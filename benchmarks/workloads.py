@@ -1,0 +1,121 @@
+"""The workloads that contenders are compared on: simulated files and the functions applied to their positions."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+MAIN = "/Measurement_000/Channel_000/Raw_Data"
+PASS_BAND = 0.1
+
+
+def mean_of_one(spectrum: np.ndarray) -> Any:
+    """Average one spectrum: a cheap function of one position."""
+    return np.mean(spectrum)
+
+
+def mean_of_block(block: np.ndarray) -> Any:
+    """Average each spectrum of a block."""
+    return block.mean(axis=1)
+
+
+def low_pass_block(block: np.ndarray) -> Any:
+    """Keep the lowest tenth of each spectrum's frequencies; the result is as large as the source."""
+    spectrum = np.fft.rfft(block, axis=1)
+    spectrum[:, int(PASS_BAND * spectrum.shape[1]) :] = 0
+    return np.fft.irfft(spectrum, block.shape[1], axis=1)
+
+
+def fit_one(spectrum: np.ndarray) -> Any:
+    """Fit a Gaussian on a background by least squares: some milliseconds."""
+    from scipy.optimize import least_squares
+
+    x = np.linspace(-1, 1, len(spectrum))
+
+    def residual(p: np.ndarray) -> np.ndarray:
+        return p[0] * np.exp(-(((x - p[1]) / p[2]) ** 2)) + p[3] - spectrum
+
+    return least_squares(residual, [1.0, 0.0, 0.3, 0.0]).x
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A file's shape, a function and the width of its result.
+
+    Attributes
+    ----------
+    n_positions, n_spectral : int
+        Shape of the main dataset, float32.
+    function : callable
+        Of a block, or of one position.
+    vectorized : bool
+        Which of the two.
+    width : int
+        Values a position in the result, float32.
+    compression : str or None
+        Of the source.
+    """
+
+    n_positions: int
+    n_spectral: int
+    function: Any
+    vectorized: bool
+    width: int
+    compression: str | None = None
+
+
+WORKLOADS = {
+    "mean": Workload(131_072, 512, mean_of_one, False, 1),
+    "mean-block": Workload(131_072, 512, mean_of_block, True, 1),
+    "fft": Workload(16_384, 8_192, low_pass_block, True, 8_192),
+    "fit": Workload(2_048, 256, fit_one, False, 4),
+    "gzip-mean": Workload(32_768, 512, mean_of_block, True, 1, "gzip"),
+    "tiny": Workload(1_000, 128, mean_of_one, False, 1),
+}
+
+
+def make_file(folder: str, name: str) -> str:
+    """Write the file of a workload, once, and return its path."""
+    import h5py
+
+    workload = WORKLOADS[name]
+    path = os.path.join(folder, f"{workload.n_positions}x{workload.n_spectral}-{workload.compression}.h5")
+    if os.path.exists(path):
+        return path
+    random = np.random.default_rng(1)
+    x = np.linspace(-1, 1, workload.n_spectral, dtype=np.float32)
+    rows = 512
+    with h5py.File(path + ".part", "w") as file:
+        group = file.create_group(MAIN.rpartition("/")[0])
+        chunks = (64, workload.n_spectral) if workload.compression else None
+        main = group.create_dataset(
+            "Raw_Data", (workload.n_positions, workload.n_spectral), "f4", chunks=chunks, compression=workload.compression
+        )
+        for start in range(0, workload.n_positions, rows):
+            count = min(rows, workload.n_positions - start)
+            centre = random.uniform(-0.5, 0.5, (count, 1)).astype("f4")
+            noise = random.standard_normal((count, workload.n_spectral), dtype=np.float32)
+            main[start : start + count] = np.exp(-(((x - centre) / 0.2) ** 2)) + np.float32(0.05) * noise
+        _describe(file, group, main, workload)
+    os.replace(path + ".part", path)
+    return path
+
+
+def _describe(file: Any, group: Any, main: Any, workload: Workload) -> None:
+    """Add what makes it a USID Main dataset."""
+    main.attrs["quantity"], main.attrs["units"] = "Deflection", "V"
+    positions = np.arange(workload.n_positions, dtype="u4").reshape(-1, 1)
+    columns = np.arange(workload.n_spectral, dtype="u4").reshape(1, -1)
+    for name, values, label, unit in (
+        ("Position_Indices", positions, "X", "um"),
+        ("Position_Values", positions.astype("f4"), "X", "um"),
+        ("Spectroscopic_Indices", columns, "Time", "s"),
+        ("Spectroscopic_Values", columns.astype("f4"), "Time", "s"),
+    ):
+        dataset = group.create_dataset(name, data=values)
+        dataset.attrs["labels"] = np.array([label], "S8")
+        dataset.attrs["units"] = np.array([unit], "S8")
+        main.attrs[name] = dataset.ref
