@@ -191,8 +191,10 @@ class Declared:
     def scheduler(self, kernel: Kernel, probe: Probe | None, n_remaining: int) -> Scheduler:
         """Choose where blocks are computed: the client handed over, the active one, else what the job calls for."""
         client = self.client or active_client()
-        if client is not None:
+        if client is not None and self.source.travels:
             return Scheduler("client", count_threads(client), client)
+        if client is not None:
+            log.warning("%s lies behind a handle that other processes cannot open: it is computed here", self.label)
         if probe is None:
             return Scheduler("processes" if self.cores > 1 else "serial", self.cores)
         return choose_local(kernel, probe, n_remaining, self.cores)

@@ -1,4 +1,4 @@
-"""Main datasets are recognised, broken ones are refused by name, grids are found exactly; what is created is in place."""
+"""Main datasets are recognised, broken ones refused by name, grids found exactly; what is created has its place."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def reshaped(n_rows, n_cols):
     def change(main, group):
         attrs = dict(main.attrs)
         del group["Raw_Data"]
-        group.create_dataset("Raw_Data", (n_rows, n_cols) if n_cols is not None else (n_rows,)).attrs.update(attrs)
+        shape = (n_rows,) if n_cols is None else (n_rows, n_cols)
+        group.create_dataset("Raw_Data", shape, "f4").attrs.update(attrs)
 
     return change
 
@@ -156,9 +157,9 @@ BROKEN = [
     (reshaped(20, 0), ["no columns", "(20, 0)"]),
     (reshaped(21, 6), ["Position_Indices", "(20, 2)", "(21, 6)", "(21, n_position_dims)"]),
     (reshaped(20, 7), ["Spectroscopic_Indices", "(1, 6)", "(20, 7)", "(n_spectral_dims, 7)"]),
-    (refer("Position_Values", shape=(20,)), ["Position_Values", "(20,)"]),
-    (refer("Position_Values", shape=(20, 3)), ["Position_Indices", "(20, 2)", "Position_Values", "(20, 3)"]),
-    (refer("Position_Indices", shape=(20, 0)), ["Position_Indices", "(20, 0)"]),
+    (refer("Position_Values", shape=(20,), dtype="f4"), ["Position_Values", "(20,)"]),
+    (refer("Position_Values", shape=(20, 3), dtype="f4"), ["Position_Indices", "(20, 2)", "Position_Values", "(20, 3)"]),
+    (refer("Position_Indices", shape=(20, 0), dtype="f4"), ["Position_Indices", "(20, 0)"]),
     (refer("Position_Indices", data=h5py.Empty("f4")), ["Position_Indices", "None"]),
     (refer("Position_Indices", shape=(20, 2), dtype="S3"), ["Position_Indices", "|S3", "expected numbers"]),
     (on_ancillary("Position_Indices", "labels", None), ["Position_Indices", "labels is missing"]),

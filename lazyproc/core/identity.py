@@ -224,20 +224,23 @@ def _compile(node: ast.FunctionDef | ast.AsyncFunctionDef, f: types.FunctionType
     """Compile a function as it stood: in its class, and within a function that has the variables it closes over."""
     free = [name for name in f.__code__.co_freevars if name != "__class__"]
     *_, owner = ("<locals>", *f.__qualname__.split(".")[:-1])
-    definition: ast.stmt = node
+    definition: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef = node
     if owner != "<locals>":
         definition = ast.ClassDef(name=owner, bases=[], keywords=[], body=[node], decorator_list=[])
         if sys.version_info >= (3, 12):
             definition.type_params = []
-    outer = ast.parse("def outer():\n pass")
-    assert isinstance(outer.body[0], ast.FunctionDef)
-    outer.body[0].body = [*ast.parse("".join(f"{name} = 0\n" for name in free)).body, definition]
+    around = [f"{name} = 0" for name in free]
+    if definition.name not in free:  # where it calls itself, it does so by its global name
+        around.append(f"global {definition.name}")
     flags = f.__code__.co_flags & _FUTURE_FLAGS
     try:
-        code = compile(ast.fix_missing_locations(outer), "<source>", "exec", flags=flags, dont_inherit=True)
+        module = ast.parse("def __around__():\n " + "\n ".join([*around, "pass"]))
+        assert isinstance(module.body[0], ast.FunctionDef)
+        module.body[0].body.append(definition)
+        code = compile(ast.fix_missing_locations(module), "<source>", "exec", flags=flags, dont_inherit=True)
     except (SyntaxError, ValueError):
         return None
-    return next((found for found in _codes(code) if found.co_name == node.name and found is not code), None)
+    return next((found for found in _codes(code) if found.co_name == node.name), None)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -261,18 +264,15 @@ def _dump(node: Any) -> Any:
 
 
 def _byte_code(code: types.CodeType) -> tuple[Any, ...]:
-    """Describe what a code object does, without where it stands and without its docstring."""
-    constants = [_constant(item) for item in code.co_consts]
-    if code.co_consts and isinstance(code.co_consts[0], str) and code.co_consts[0] not in _used(code):
-        constants[0] = ("docstring",)
+    """Describe what a code object does, without where it stands and without its docstring, which nothing loads."""
+    steps = [
+        (step.opcode, _constant(step.argval) if step.opcode in dis.hasconst else step.arg)
+        for step in dis.get_instructions(code)
+        if step.opname != "EXTENDED_ARG"
+    ]
     names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
     counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
-    return (code.co_code, code.co_exceptiontable, constants, names, counts)
-
-
-def _used(code: types.CodeType) -> list[Any]:
-    """Return the constants that are loaded: the docstring of a function is not."""
-    return [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_CONST", "RETURN_CONST")]
+    return (steps, code.co_exceptiontable, names, counts)
 
 
 def _constant(item: Any) -> Any:

@@ -579,7 +579,9 @@ def _digest(form: tuple[Any, ...]) -> _Digest:
 
 def _arguments_form(text: str) -> tuple[Any, ...]:
     tree = json.loads(text)
-    return _digested(_form([_from_json(tree["args"]), _from_json(tree["kwargs"])], "The arguments", ()))
+    args, kwargs = _from_json(tree["args"]), _from_json(tree["kwargs"])
+    positional = [_digested(_form(value, "An argument", ())) for value in args]
+    return (*positional, [(name, _digested(_form(kwargs[name], "An argument", ()))) for name in sorted(kwargs)])
 
 
 def _digested(form: tuple[Any, ...]) -> tuple[Any, ...]:

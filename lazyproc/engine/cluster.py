@@ -114,7 +114,14 @@ def run_client(
     """
     from distributed import as_completed
 
-    packed = pack(kernel)
+    try:
+        packed = pack(kernel)
+    except Exception as error:
+        raise WorkerError(
+            f"{name}: the function, or an argument of it, cannot be sent to the workers of the cluster "
+            f"({type(error).__name__}: {error}). Define the function at the top level of a module, and keep open files "
+            "and locks out of its arguments."
+        ) from error
     payload = packed if len(packed) <= _INLINE_BYTES else client.scatter(packed, broadcast=True, hash=False)
     run = uuid.uuid4().hex[:24]
     waiting = iter(blocks)

@@ -1,0 +1,208 @@
+"""Every scheduler runs the same block function with the same results, in a bounded window, and survives lost workers."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from lazyproc.core.blocks import Block, BlockPlan
+from lazyproc.core.errors import WorkerError
+from lazyproc.core.probe import Probe
+from lazyproc.core.runs import Runs
+from lazyproc.core.specs import Output
+from lazyproc.engine.choose import Scheduler, available_cores, choose_local, default_cores
+from lazyproc.engine.cluster import block_array
+from lazyproc.engine.kernel import Kernel, Receipt, pack, unpack
+from lazyproc.engine.local import run_processes, run_serial, run_threads
+
+N_POSITIONS = 1000
+REMAINING = Runs.from_spans([(0, 17), (40, 41), (100, 640), (641, 1000)])
+
+
+@dataclass(frozen=True)
+class NumberSource:
+    """Positions whose values are their own numbers."""
+
+    travels = True
+
+    def rows(self, runs: Any) -> NDArray[Any]:
+        return np.concatenate([np.arange(start, stop, dtype=float) for start, stop in runs]).reshape(-1, 1)
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A parameter that takes room."""
+
+    values: NDArray[Any]
+
+
+def twice(spectrum: NDArray[Any]) -> Any:
+    return 2 * spectrum[0]
+
+
+def twice_block(block: NDArray[Any]) -> Any:
+    return 2 * block[:, 0]
+
+
+def kernel_of(function: Any, *, vectorized: bool = False, **kwargs: Any) -> Kernel:
+    outputs = (Output("f8").resolve("Twice", 1),)
+    return Kernel(function, vectorized, (), kwargs, outputs, NumberSource(), None)
+
+
+def never() -> bool:
+    return False
+
+
+def collect(receipts: Iterator[Receipt | None]) -> NDArray[Any]:
+    """Gather the results of all receipts, and see that every position came once."""
+    found = np.full(N_POSITIONS, np.nan)
+    for receipt in receipts:
+        if receipt is None:
+            continue
+        assert receipt.failure is None
+        assert receipt.arrays is not None
+        for start, stop, place in receipt.block.offsets():
+            assert np.isnan(found[start:stop]).all()
+            found[start:stop] = receipt.arrays[0][place : place + stop - start, 0]
+    return found
+
+
+EXPECTED = np.full(N_POSITIONS, np.nan)
+EXPECTED[REMAINING.positions()] = 2.0 * REMAINING.positions()
+
+
+@pytest.mark.parametrize("max_positions", [1000, 64])
+def test_engines_of_this_machine_agree(max_positions: int) -> None:
+    plan = BlockPlan(REMAINING, max_positions)
+    one, block = kernel_of(twice), kernel_of(twice_block, vectorized=True)
+    np.testing.assert_array_equal(collect(run_serial(one, plan, never)), EXPECTED)
+    np.testing.assert_array_equal(collect(run_serial(block, plan, never)), EXPECTED)
+    np.testing.assert_array_equal(collect(run_threads(block, plan, 2, never)), EXPECTED)
+    np.testing.assert_array_equal(collect(run_processes(one, plan, 2, never)), EXPECTED)
+
+
+def test_more_blocks_than_one_graph_holds() -> None:
+    plan = BlockPlan(REMAINING, 2)
+    assert plan.count() > 256, "or this would be one graph only"
+    np.testing.assert_array_equal(collect(run_processes(kernel_of(twice), plan, 2, never)), EXPECTED)
+
+
+def test_window_of_threads_is_bounded() -> None:
+    """A slow consumer holds the workers back: what is computed and not taken stays below the window."""
+    started: list[int] = []
+    lock = threading.Lock()
+
+    def count(block: NDArray[Any]) -> Any:
+        with lock:
+            started.append(len(block))
+        return block[:, 0]
+
+    taken = 0
+    for receipt in run_threads(kernel_of(count, vectorized=True), BlockPlan(REMAINING, 20), 2, never):
+        if receipt is not None:
+            time.sleep(0.01)
+            taken += 1
+            assert len(started) - taken <= 2 * 2
+
+
+@pytest.mark.parametrize("engine", ["serial", "threads", "processes"])
+def test_stopping_starts_nothing_new(engine: str) -> None:
+    plan = BlockPlan(REMAINING, 5)
+    taken: list[Receipt] = []
+
+    def enough() -> bool:
+        return len(taken) >= 3
+
+    kernel = kernel_of(twice_block, vectorized=True)
+    receipts = Scheduler(engine, 2).run(kernel, plan, enough, "stopping")
+    for receipt in receipts:
+        taken += [receipt] if receipt is not None else []
+    assert 3 <= len(taken) <= 3 + 3 * 2, "those under way, and no more"
+
+
+def die_on_position_200(spectrum: NDArray[Any]) -> Any:
+    if spectrum[0] == 200:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return spectrum[0]
+
+
+def test_a_block_that_always_kills_its_worker_is_given_up() -> None:
+    plan = BlockPlan(REMAINING, 50)
+    taken: list[Receipt] = []
+    receipts = run_processes(kernel_of(die_on_position_200), plan, 2, never)
+    with pytest.raises(WorkerError, match=r"died 3 times .* positions \d+ to \d+"):
+        taken.extend(receipt for receipt in receipts if receipt is not None)
+    assert all(receipt.failure is None for receipt in taken)
+    numbers = [receipt.block.index for receipt in taken]
+    assert len(numbers) == len(set(numbers)), "no block comes twice"
+
+
+def die_once(spectrum: NDArray[Any], flag: str) -> Any:
+    if spectrum[0] == 200:
+        try:
+            os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            pass
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return 2 * spectrum[0]
+
+
+def test_a_lost_worker_is_replaced(tmp_path: Path) -> None:
+    kernel = kernel_of(die_once, flag=str(tmp_path / "died"))
+    np.testing.assert_array_equal(collect(run_processes(kernel, BlockPlan(REMAINING, 50), 2, never)), EXPECTED)
+    assert (tmp_path / "died").exists()
+
+
+def test_messages_are_small_whatever_the_parameters_are() -> None:
+    """Parameters travel in the kernel, once a worker; a block's own message is a few numbers."""
+    parameter = NamedParameter(np.zeros(10**6))
+    packed = pack(kernel_of(twice, parameter=parameter))
+    assert len(packed) > 8 * 10**6
+    assert unpack(packed) is unpack(packed), "a worker loads it once"
+    assert len(pickle.dumps(Block(123456, (10**9,), (10**9 + 5000,)))) < 200
+
+
+def test_one_task_a_block() -> None:
+    blocks = list(BlockPlan(REMAINING, 100))
+    array = block_array("Peak_Finding-1234", blocks, b"")
+    assert len(dict(array.__dask_graph__())) == len(blocks) == array.npartitions
+    assert array.chunks == (tuple(block.n_positions for block in blocks),)
+
+
+# seconds a position, thread gain, vectorised, workers -> scheduler
+CHOICES = [
+    pytest.param(1e-6, 1.0, False, 2, "serial", id="too short for a pool"),
+    pytest.param(1e-2, 1.0, False, 2, "processes", id="long: processes pay"),
+    pytest.param(1e-2, 1.9, False, 2, "processes", id="functions of one position never run in threads"),
+    pytest.param(1e-3, 1.9, True, 2, "threads", id="NumPy on blocks: threads cost nothing to start"),
+    pytest.param(1e-2, 1.1, True, 2, "processes", id="a block function that holds Python's lock"),
+    pytest.param(1e-2, 1.9, True, 1, "serial", id="one worker stays in the process"),
+]
+
+
+@pytest.mark.parametrize(("seconds", "gain", "vectorized", "workers", "expected"), CHOICES)
+def test_choice_of_scheduler(seconds: float, gain: float, vectorized: bool, workers: int, expected: str) -> None:
+    kernel = kernel_of(twice_block if vectorized else twice, vectorized=vectorized)
+    assert choose_local(kernel, Probe(seconds, thread_gain=gain), N_POSITIONS, workers).kind == expected
+
+
+def test_a_function_that_cannot_travel_stays_here_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    kernel = kernel_of(twice, lock=threading.Lock())
+    assert choose_local(kernel, Probe(1.0), N_POSITIONS, 2).kind == "serial"
+    assert "cannot be sent to worker processes" in caplog.text
+
+
+def test_cores() -> None:
+    assert 1 <= default_cores() <= available_cores() <= (os.cpu_count() or 1)
