@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lazyproc.compat import replace_pyusid
     from lazyproc.core.errors import (
         ArgumentTypeError,
         ArgumentValueError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     )
     from lazyproc.core.plan import Plan
     from lazyproc.core.specs import Dimension, Output
+    from lazyproc.engine.parallel import parallel_compute, recommend_cpu_cores
     from lazyproc.mapping import map_positions
     from lazyproc.process import Process
     from lazyproc.results import open_results
@@ -39,6 +41,9 @@ _HOMES = {
     "Process": "lazyproc.process",
     "map_positions": "lazyproc.mapping",
     "open_results": "lazyproc.results",
+    "parallel_compute": "lazyproc.engine.parallel",
+    "recommend_cpu_cores": "lazyproc.engine.parallel",
+    "replace_pyusid": "lazyproc.compat",
 } | dict.fromkeys(
     (
         "ArgumentTypeError",
@@ -82,6 +87,9 @@ __all__ = [
     "WorkerError",
     "map_positions",
     "open_results",
+    "parallel_compute",
+    "recommend_cpu_cores",
+    "replace_pyusid",
 ]
 
 

@@ -58,11 +58,11 @@ def check_memory(max_mem_mb: Any) -> int | None:
     """Check the memory limit in MiB and return it in bytes; None means what is available."""
     if max_mem_mb is None:
         return None
-    if isinstance(max_mem_mb, bool) or not isinstance(max_mem_mb, int | float | np.integer | np.floating):
-        raise ArgumentTypeError(f"max_mem_mb: {max_mem_mb!r} came; expected a number of MiB, or None.")
-    if not math.isfinite(max_mem_mb) or max_mem_mb <= 0:
+    if isinstance(max_mem_mb, bool) or not isinstance(max_mem_mb, int | np.integer):
+        raise ArgumentTypeError(f"max_mem_mb: {max_mem_mb!r} came; expected a whole number of MiB, or None.")
+    if max_mem_mb <= 0:
         raise ArgumentValueError(f"max_mem_mb: {max_mem_mb} came; expected more than 0 MiB.")
-    return int(max_mem_mb * MEBIBYTE)
+    return int(max_mem_mb) * MEBIBYTE
 
 
 def check_multiplier(mem_multiplier: Any) -> float:

@@ -60,7 +60,7 @@ def _work_options(command: Callable[..., None]) -> Callable[..., None]:
             "-p", "--parameter", "pairs", multiple=True, metavar="NAME=VALUE", help="A parameter; repeatable."
         ),
         click.option("--target", metavar="FILE::GROUP", help="Where results go. Default: beside the main dataset."),
-        click.option("--max-mem-mb", type=float, default=4096, show_default=True, help="MiB for everything together."),
+        click.option("--max-mem-mb", type=int, default=4096, show_default=True, help="MiB for everything together."),
         click.option("--cores", type=int, help="CPU cores. Default: all."),
         click.option("--verbose", is_flag=True, help="Say what is done."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
@@ -75,7 +75,7 @@ def _make(
     address: str,
     pairs: tuple[str, ...],
     target: str | None,
-    max_mem_mb: float,
+    max_mem_mb: int,
     cores: int | None,
     verbose: bool,
     **more: Any,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,29 +33,21 @@ from lazyproc.core.specs import STATUS_MASK, Output, resolve_outputs, validate_o
 from lazyproc.declared import Declared
 from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.hdf5.files import Files, split_address
-from lazyproc.hdf5.place import place_of
+from lazyproc.hdf5.place import HandlePlace, Place, place_of
 from lazyproc.hdf5.search import Found, examine
 from lazyproc.hdf5.source import source_of
-from lazyproc.hdf5.usid import main_dataset
+from lazyproc.hdf5.usid_dataset import MainDatasetHandle
+from lazyproc.hooks import HOOKS, HookContract
 from lazyproc.perform import compute_here, perform
 from lazyproc.progress import ProgressBar
 from lazyproc.results import lazy_results, path_of_group
-from lazyproc.views import Committed, group_id
+from lazyproc.views import Committed, group_id, lazy_rows
 
 if TYPE_CHECKING:
     import xarray
 
-HOOKS = (
-    "_create_results_datasets",
-    "_read_data_chunk",
-    "_unit_computation",
-    "_write_results_chunk",
-    "_get_existing_datasets",
-)
-"""Methods that old subclasses of pyUSID's Process override."""
 
-
-class Process:
+class Process(HookContract):
     """A function applied to every position of a USID Main dataset; the results are kept beside the data.
 
     A subclass declares its `outputs` and a function, of one position (`_map_function`) or of a block of positions
@@ -72,7 +65,7 @@ class Process:
         The parameters. The function gets those it accepts; all are stored, and decide whether two runs are the same.
     cores : int, optional
         CPU cores to use. Default: all but two (all but one of four or fewer). Not used with a client.
-    max_mem_mb : float, optional
+    max_mem_mb : int, optional
         MiB for the whole computation on this machine, all workers together. None: what is available.
     mem_multiplier : float
         At least 1: bytes that a position really takes over its source bytes, results not counted.
@@ -123,13 +116,13 @@ class Process:
         if cls.outputs is None:
             return
         validate_outputs(cls.outputs, cls.__name__)
-        hooks = [name for name in HOOKS if hasattr(cls, name)]
+        hooks = [name for name in HOOKS if _overrides(cls, name)]
         if hooks:
             raise DefinitionError(
                 f"{cls.__name__}: declares outputs and overrides {hooks}; expected one or the other. With outputs "
                 "lazyproc creates, reads and writes the datasets itself: remove these methods."
             )
-        if hasattr(cls, "_map_function") and hasattr(cls, "_block_function"):
+        if _overrides(cls, "_map_function") and hasattr(cls, "_block_function"):
             raise DefinitionError(f"{cls.__name__}: has _map_function and _block_function; expected one of them.")
 
     def __init__(
@@ -138,7 +131,7 @@ class Process:
         process_name: str | None = None,
         parms_dict: Mapping[str, Any] | None = None,
         cores: int | None = None,
-        max_mem_mb: float | None = 4096,
+        max_mem_mb: int | None = 4096,
         mem_multiplier: float = 1.0,
         lazy: bool = False,
         h5_target_group: h5py.Group | str | None = None,
@@ -164,15 +157,21 @@ class Process:
         self._client = check_client(client)
         self._interval = check_interval(checkpoint_interval)
         self._verify = check_verify(verify)
-        self._function, self._vectorized = _function_of(type(self))
+        self._declares = type(self).outputs is not None
+        if self._declares:
+            self._function, self._vectorized = _function_of(type(self))
+        else:
+            _check_hook_style(type(self))
 
         self._files = Files()
         try:
-            self._main_path, self.h5_main = _open_main(main, self._files)
-            main_dataset(self.h5_main)
-            self._outputs = resolve_outputs(validate_outputs(self.outputs, type(self).__name__), self.h5_main.shape[1])
+            self._main_path, dataset = _open_main(main, self._files, writable=not self._declares)
+            self.h5_main = MainDatasetHandle(dataset)
+            if self._declares:
+                declared = validate_outputs(self.outputs, type(self).__name__)
+                self._outputs = resolve_outputs(declared, self.h5_main.shape[1])
             self._place = place_of(h5_target_group, self.h5_main, self._main_path, self._files)
-            if not self._lazy:
+            if not (self._lazy and self._declares):
                 self._place.check_writable()
             self._status_dset_name = STATUS_MASK
             self._probe: Probe | None = None
@@ -182,7 +181,11 @@ class Process:
             self.mpi_comm, self.mpi_rank, self.mpi_size = None, 0, 1
             self._source = source_of(self.h5_main, self._main_path)
             with self._logging():
-                self._look(self._declared(), (), {})
+                if self._declares:
+                    self._look(self._declared(), (), {})
+                else:
+                    self._h5_target_group = _target_handle(self._place, self._main_path, self.h5_main, self._files)
+                    self._start_hooks(wanted_cores, max_mem_mb, self._multiplier)
         except BaseException:
             self.close()
             raise
@@ -191,6 +194,11 @@ class Process:
 
     def _declared(self) -> Declared:
         """Gather what is fixed about this process; read at each call, since attributes may be changed in between."""
+        if not self._declares:
+            raise DefinitionError(
+                f"{type(self).__name__}: declares no outputs; expected a dict such as "
+                "outputs = {'Mean': Output('f4')}. A class with the hooks of the old contract has compute(), and test() if it writes one."
+            )
         if not self.h5_main:
             raise ArgumentValueError(
                 f"{self.process_name}: the main dataset's file is closed. Open it again and make a new Process."
@@ -314,6 +322,9 @@ class Process:
         most the blocks under way and those of the last `checkpoint_interval` are computed again.
         """
         check_flag(override, "override")
+        if not self._declares:
+            with self._logging():
+                return self._compute_hooks(bool(override), args, kwargs)
         if self._lazy:
             self._place.check_writable()
         declared = self._declared()
@@ -354,6 +365,8 @@ class Process:
         dict of str to ndarray
             For each output the result of the position, or `(n_positions, …)` for a sequence of them.
         """
+        if not self._declares:
+            raise NotImplementedError(f"{type(self).__name__}: test is for the class itself to write.")
         declared = self._declared()
         wanted = _positions(positions, declared.n_positions)
         runs = Runs.from_positions(wanted)
@@ -423,12 +436,17 @@ class Process:
 
     @property
     def data(self) -> Any:
-        """The main dataset as a dask array `(n_positions, n_spectral)`, if the process is lazy; else None."""
-        if not self._lazy:
-            return None
-        from lazyproc.views import lazy_rows
+        """The main dataset as a dask array `(n_positions, n_spectral)`, if the process is lazy; else None.
 
-        return lazy_rows(self._source, str(self.process_name))
+        For a class with the hooks of the old contract: the batch that was read, or whatever the hooks have put here.
+        """
+        if self._data is None and self._lazy and self._declares:
+            self._data = lazy_rows(self._source, str(self.process_name))
+        return self._data
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        self._data = value
 
     # -- housekeeping --------------------------------------------------------------------------------------------
 
@@ -467,12 +485,17 @@ class Process:
             ("process", str(self.process_name)),
             ("main dataset", f"{self._main_path or self.h5_main.file.filename}::{self.h5_main.name}"),
             ("shape", f"{n_positions:,} positions x {n_spectral:,} values, {self.h5_main.dtype}"),
-            ("outputs", ", ".join(f"{one.name} {one.shape or ''} {one.dtype}" for one in self._outputs)),
-            ("parameters", ", ".join(f"{key}={value!r}" for key, value in self.parms_dict.items()) or "none"),
+            ("outputs", self._output_texts()),
+            ("parameters", ", ".join(f"{key}={value!r}" for key, value in (self.parms_dict or {}).items()) or "none"),
             ("target group", f"{self._place.path}::{self._place.name}"),
             ("finished results", ", ".join(_names(self.duplicate_h5_groups)) or "none"),
             ("partial results", ", ".join(_names(self.partial_h5_groups)) or "none"),
         ]
+
+    def _output_texts(self) -> str:
+        if not self._declares:
+            return "created by the class itself"
+        return ", ".join(f"{one.name} {one.shape or ''} {one.dtype}" for one in self._outputs)
 
     def __repr__(self) -> str:
         rows = self._lines()
@@ -487,7 +510,8 @@ def _names(groups: list[h5py.Group]) -> list[str]:
     return [str(group.name).rpartition("/")[2] if group else "closed" for group in groups]
 
 
-def _open_main(main: str | h5py.Dataset, files: Files) -> tuple[str | None, h5py.Dataset]:
+def _open_main(main: str | h5py.Dataset, files: Files, *, writable: bool) -> tuple[str | None, h5py.Dataset]:
+    """Open the main dataset; old hooks write through its handle, so it is opened for writing for them."""
     if isinstance(main, h5py.Dataset):
         return None, main
     path, name = split_address(main, "h5_main")
@@ -499,19 +523,46 @@ def _open_main(main: str | h5py.Dataset, files: Files) -> tuple[str | None, h5py
             f"h5_main: {path}::{name} is {what}; expected a dataset: give its whole address, such as "
             "'scan.h5::/Measurement_000/Channel_000/Raw_Data'."
         )
-    return path, found
+    return path, files.open_for_writing(path)[name] if writable and os.access(path, os.W_OK) else found
+
+
+def _target_handle(place: Place, main_path: str | None, main: h5py.Dataset, files: Files) -> h5py.Group:
+    """Return an open, writable group for hooks to write to."""
+    if isinstance(place, HandlePlace):
+        return place.handle
+    if place.path == main_path:
+        return main.file.require_group(place.name)
+    if place.group() is None:
+        with place.edit():
+            pass
+    return files.open_for_writing(place.path)[place.name]
+
+
+def _overrides(cls: type[Process], name: str) -> bool:
+    """Tell whether a class, or one of its bases below Process, has its own form of a method."""
+    return inspect.getattr_static(cls, name, None) is not inspect.getattr_static(HookContract, name, None)
+
+
+def _check_hook_style(cls: type[Process]) -> None:
+    """Refuse a class that looks as if its outputs were forgotten."""
+    functions = [name for name in ("_map_function", "_block_function") if _overrides(cls, name)]
+    others = [name for name in (*HOOKS, "compute", "test") if _overrides_process(cls, name)]
+    if functions and not others:
+        raise DefinitionError(
+            f"{cls.__name__}: has {functions[0]}, but declares no outputs; expected a dict such as "
+            "outputs = {'Mean': Output('f4')}: what the function gives for each position."
+        )
+
+
+def _overrides_process(cls: type[Process], name: str) -> bool:
+    return inspect.getattr_static(cls, name) is not inspect.getattr_static(Process, name)
 
 
 def _function_of(cls: type[Process]) -> tuple[Callable[..., Any], bool]:
     """Return the declared function, free of any instance, and whether it takes blocks."""
-    if cls.outputs is None:
-        hooks = [name for name in HOOKS if hasattr(cls, name)]
-        extra = f" It overrides {hooks}, which this version of lazyproc does not run." if hooks else ""
-        raise DefinitionError(
-            f"{cls.__name__}: declares no outputs; expected a dict such as outputs = {{'Mean': Output('f4')}}.{extra}"
-        )
-    name = next((one for one in ("_block_function", "_map_function") if hasattr(cls, one)), None)
-    if name is None:
+    vectorized = hasattr(cls, "_block_function")
+    name = "_block_function" if vectorized else "_map_function"
+    if not vectorized and not _overrides(cls, name):
         raise DefinitionError(
             f"{cls.__name__}: has no function; expected a static method _map_function(spectrum, …) of one position, or "
             "_block_function(block, …) of a block `(n_positions, n_spectral)`."
@@ -527,7 +578,7 @@ def _function_of(cls: type[Process]) -> tuple[Callable[..., Any], bool]:
         )
     if not callable(declared):
         raise DefinitionError(f"{cls.__name__}: {name} is {declared!r}; expected a function.")
-    return declared, name == "_block_function"
+    return declared, vectorized
 
 
 def _takes_self(function: Any) -> bool:

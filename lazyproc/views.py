@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.apply import OutputMismatch, RowError
-from lazyproc.core.blocks import Block
+from lazyproc.core.blocks import Block, BlockPlan
 from lazyproc.core.errors import StaleViewError
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import ResolvedOutput
@@ -225,28 +225,38 @@ def lazy_arrays(view: BlockView, positions: Axis, inner: Sequence[Axis], name: s
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Reads one block of a main dataset."""
+    """Reads one block of rows of a main dataset."""
 
     source: Source
-    rows: int
+    blocks: tuple[Block, ...]
 
     def __call__(self, block_id: Sequence[int]) -> NDArray[Any]:
-        start = block_id[0] * self.rows
-        return self.source.rows([(start, min(start + self.rows, self.source.shape[0]))])
+        return self.source.rows(self.blocks[block_id[0]].runs())
 
 
-def lazy_rows(source: Source, name: str) -> dask.array.Array:
-    """Make a dask array `(n_positions, n_spectral)` of a main dataset, with whole spectra in each chunk."""
+def lazy_rows(source: Source, name: str, positions: Runs | None = None) -> dask.array.Array:
+    """Make a dask array `(n_positions, n_spectral)` of a main dataset, with whole spectra in each chunk.
+
+    Parameters
+    ----------
+    source : Source
+        How its positions are read.
+    name : str
+        What the tasks are called.
+    positions : Runs, optional
+        Which of them. Default: all.
+    """
     import dask.array as da
     from dask.base import tokenize
 
     n_positions, n_spectral = source.shape
-    rows = positions_per_view_block(n_spectral * source.dtype.itemsize)
-    rows = min(n_positions, -(-rows // source.chunk_rows) * source.chunk_rows)
-    sizes = tuple(min(rows, n_positions - start) for start in range(0, n_positions, rows))
+    most = positions_per_view_block(n_spectral * source.dtype.itemsize)
+    most = max(most, min(source.chunk_rows, n_positions))
+    plan = BlockPlan(positions or Runs.full(n_positions), most, align=min(source.chunk_rows, n_positions))
+    blocks = tuple(plan)
     return da.map_blocks(
-        _Rows(source, rows),
-        chunks=(sizes, (n_spectral,)),
+        _Rows(source, blocks),
+        chunks=(tuple(block.n_positions for block in blocks), (n_spectral,)),
         dtype=source.dtype,
         meta=np.empty((0, 0), source.dtype),
         name=f"{name}-rows-{tokenize(np.random.default_rng().bytes(8))}",

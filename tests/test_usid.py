@@ -158,7 +158,10 @@ BROKEN = [
     (reshaped(21, 6), ["Position_Indices", "(20, 2)", "(21, 6)", "(21, n_position_dims)"]),
     (reshaped(20, 7), ["Spectroscopic_Indices", "(1, 6)", "(20, 7)", "(n_spectral_dims, 7)"]),
     (refer("Position_Values", shape=(20,), dtype="f4"), ["Position_Values", "(20,)"]),
-    (refer("Position_Values", shape=(20, 3), dtype="f4"), ["Position_Indices", "(20, 2)", "Position_Values", "(20, 3)"]),
+    (
+        refer("Position_Values", shape=(20, 3), dtype="f4"),
+        ["Position_Indices", "(20, 2)", "Position_Values", "(20, 3)"],
+    ),
     (refer("Position_Indices", shape=(20, 0), dtype="f4"), ["Position_Indices", "(20, 0)"]),
     (refer("Position_Indices", data=h5py.Empty("f4")), ["Position_Indices", "None"]),
     (refer("Position_Indices", shape=(20, 2), dtype="S3"), ["Position_Indices", "|S3", "expected numbers"]),

@@ -20,6 +20,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from lazyproc.core.parameters import canonical
 
 _BYTE = f"byte{sys.version_info.major}{sys.version_info.minor}"
 _FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Import = ast.Import | ast.ImportFrom
 _CONSTANTS = (bool, int, float, complex, str, bytes, np.generic, np.ndarray)
 
 
@@ -75,9 +78,10 @@ def code_hash(f: Callable[..., Any]) -> str:
         return f"name:{function_name(f)}"
     nodes: list[Any] = [_target(f)]
     numbers = {id(nodes[0]): 0}
+    files: dict[str, _File | None] = {}
     parts: list[Any] = []
     for node in nodes:  # grows while it is walked
-        parts.append(_describe(node, nodes, numbers))
+        parts.append(_describe(node, nodes, numbers, files))
     prefix = _BYTE if any(part[0] == "byte" for part in parts) else "src"
     return f"{prefix}:{hashlib.sha256(ascii(parts).encode()).hexdigest()[:16]}"
 
@@ -126,7 +130,7 @@ def _is_opaque(f: Any) -> bool:
     return isinstance(f, type) or (not has_call and _inner(f) is None)
 
 
-def _describe(node: Any, nodes: list[Any], numbers: dict[int, int]) -> tuple[Any, ...]:
+def _describe(node: Any, nodes: list[Any], numbers: dict[int, int], files: dict[str, _File | None]) -> tuple[Any, ...]:
     """Describe one function in plain values; other functions stand in it as their numbers, and join the list."""
 
     def value(item: Any) -> Any:
@@ -147,8 +151,11 @@ def _describe(node: Any, nodes: list[Any], numbers: dict[int, int]) -> tuple[Any
             return ("wrapper", function_name(type(node)), value(inner))
         state = [(name, value(item)) for name, item in sorted(getattr(node, "__dict__", {}).items())]
         return ("object", function_name(type(node)), value(type(node).__call__), state)
-    tree = _source(node)
-    code = ("byte", _byte_code(node.__code__)) if tree is None else ("src", _dump(tree))
+    tree = _source(node.__code__, files)
+    if tree is None:
+        code = ("byte", _byte_code(node.__code__))
+    else:
+        code = ("src", _dump(tree, skip=("kind", "type_comment", "decorator_list")))
     defaults = [value(item) for item in node.__defaults__ or ()]
     keywords = [(name, value(item)) for name, item in sorted((node.__kwdefaults__ or {}).items())]
     return (*code, defaults, keywords, [(name, value(item)) for name, item in _outside(node)])
@@ -191,56 +198,55 @@ def _global_names(code: types.CodeType) -> set[str]:
 # ---- the source
 
 
-def _source(f: types.FunctionType) -> ast.AST | None:
-    """Return the syntax tree of a function without docstrings and decorators, or None if its source is not at hand.
+@dataclass(frozen=True)
+class _File:
+    """The source of a module, or of a notebook's cell.
+
+    Attributes
+    ----------
+    tree : ast.Module
+        Its syntax tree.
+    codes : frozenset of tuple
+        Name, first line and byte code of all functions in it.
+    """
+
+    tree: ast.Module
+    codes: frozenset[tuple[str, int, str]]
+
+
+def _source(code: types.CodeType, files: dict[str, _File | None]) -> _Function | None:
+    """Return the syntax tree of a function, or None if its source is not at hand.
 
     The file may have changed since it was imported, so the tree counts only if it compiles to the code that runs.
     """
-    if f.__code__.co_name == "<lambda>":
+    if code.co_filename not in files:
+        files[code.co_filename] = _read(code)
+    file = files[code.co_filename]
+    if file is None or (code.co_name, code.co_firstlineno, ascii(_byte_code(code))) not in file.codes:
         return None
-    try:
-        text = inspect.getsource(f.__code__)
-        module = ast.parse("if 1:\n" + text if text[:1] in (" ", "\t") else text)
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return None
-    body = module.body[0].body if isinstance(module.body[0], ast.If) else module.body
-    node = body[0]
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name != f.__code__.co_name:
-        return None
-    node.decorator_list = []
-    compiled = _compile(node, f)
-    if compiled is None or _byte_code(compiled) != _byte_code(f.__code__):
-        return None
-    for inner in ast.walk(node):
-        if (
-            isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-            and ast.get_docstring(inner) is not None
-        ):
-            inner.body = inner.body[1:] or [ast.Pass()]
-    return node
+    for node in ast.walk(file.tree):
+        if isinstance(node, _Function) and node.name == code.co_name and _first_line(node) == code.co_firstlineno:
+            return node
+    return None  # a lambda, a comprehension
 
 
-def _compile(node: ast.FunctionDef | ast.AsyncFunctionDef, f: types.FunctionType) -> types.CodeType | None:
-    """Compile a function as it stood: in its class, and within a function that has the variables it closes over."""
-    free = [name for name in f.__code__.co_freevars if name != "__class__"]
-    *_, owner = ("<locals>", *f.__qualname__.split(".")[:-1])
-    definition: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef = node
-    if owner != "<locals>":
-        definition = ast.ClassDef(name=owner, bases=[], keywords=[], body=[node], decorator_list=[])
-        if sys.version_info >= (3, 12):
-            definition.type_params = []
-    around = [f"{name} = 0" for name in free]
-    if definition.name not in free:  # where it calls itself, it does so by its global name
-        around.append(f"global {definition.name}")
-    flags = f.__code__.co_flags & _FUTURE_FLAGS
+def _read(code: types.CodeType) -> _File | None:
+    """Read and compile the file that a code object came from: as a whole, and, as notebooks do, statement by statement.
+
+    The two differ: a call `np.mean(x)` compiles to other instructions where `np` is imported by the same unit.
+    """
+    codes = set()
     try:
-        module = ast.parse("def __around__():\n " + "\n ".join([*around, "pass"]))
-        assert isinstance(module.body[0], ast.FunctionDef)
-        module.body[0].body.append(definition)
-        code = compile(ast.fix_missing_locations(module), "<source>", "exec", flags=flags, dont_inherit=True)
-    except (SyntaxError, ValueError):
+        lines, _ = inspect.findsource(code)
+        tree = ast.parse("".join(lines))
+        units = [tree, *(ast.Module([statement], []) for statement in tree.body if not isinstance(statement, _Import))]
+        for unit in units:
+            flags = code.co_flags & _FUTURE_FLAGS
+            compiled = compile(unit, code.co_filename, "exec", flags=flags, dont_inherit=True)
+            codes |= {(c.co_name, c.co_firstlineno, ascii(_byte_code(c))) for c in _codes(compiled)}
+    except (OSError, TypeError, SyntaxError, ValueError, IndexError, RecursionError):
         return None
-    return next((found for found in _codes(code) if found.co_name == node.name), None)
+    return _File(tree, frozenset(codes))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -250,11 +256,18 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _dump(node: Any) -> Any:
+def _first_line(node: _Function) -> int:
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+
+
+def _dump(node: Any, skip: tuple[str, ...] = ("kind", "type_comment")) -> Any:
     """Turn a syntax tree into plain values that are the same in all versions of Python: empty fields left out."""
     if isinstance(node, ast.AST):
-        fields = [(name, item) for name, item in ast.iter_fields(node) if name not in ("kind", "type_comment")]
-        return (type(node).__name__, [(name, _dump(item)) for name, item in fields if item is not None and item != []])
+        fields = dict(ast.iter_fields(node))
+        if isinstance(node, _Function | ast.ClassDef) and ast.get_docstring(node) is not None:
+            fields["body"] = node.body[1:] or [ast.Pass()]
+        kept = [(name, item) for name, item in fields.items() if name not in skip and item is not None and item != []]
+        return (type(node).__name__, [(name, _dump(item)) for name, item in kept])
     if isinstance(node, list):
         return [_dump(item) for item in node]
     return (type(node).__name__, ascii(node))

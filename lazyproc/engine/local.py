@@ -116,9 +116,14 @@ _installed: dict[str, bytes] = {}
 """In a worker process: the kernels it was started with. Always empty in the driver."""
 
 
-def _install(run: str, packed: bytes) -> None:
-    """Set up a worker process: Ctrl-C is the driver's affair, and the kernel is kept."""
+def ignore_interrupts() -> None:
+    """Set up a worker process: Ctrl-C is the driver's affair."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _install(run: str, packed: bytes) -> None:
+    """Set up a worker process, and keep the kernel there."""
+    ignore_interrupts()
     _installed[run] = packed
 
 

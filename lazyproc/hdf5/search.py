@@ -104,13 +104,18 @@ def search(target: h5py.Group | None, work: Work) -> list[Found]:
     """Examine all groups below `target` that bear the name of the work, in the order of their numbers."""
     if target is None:
         return []
-    prefix = re.escape(f"{work.main_name.rpartition('/')[2]}-{work.process_name}_")
+    return [examine(group, work) for group in named_groups(target, work.main_name, work.process_name)]
+
+
+def named_groups(target: h5py.Group, main_name: str, process_name: str) -> list[h5py.Group]:
+    """Return the groups below `target` named ``<main>-<process>_<number>``, exactly, in the order of their numbers."""
+    prefix = re.escape(f"{main_name.rpartition('/')[2]}-{process_name}_")
     numbered: list[tuple[int, str]] = []
     for name in target:
         match = re.fullmatch(prefix + r"(\d+)", name)
         if match and target.get(name, getclass=True) is h5py.Group:
             numbered.append((int(match.group(1)), name))
-    return [examine(target[name], work) for _, name in sorted(numbered)]
+    return [target[name] for _, name in sorted(numbered)]
 
 
 def examine(group: h5py.Group, work: Work) -> Found:
@@ -178,7 +183,7 @@ def _output_differences(group: h5py.Group, work: Work) -> Iterable[str]:
 
 
 def _source_differences(group: h5py.Group, work: Work, *, verify: bool) -> Iterable[str]:
-    stored_name = _source_name(group)
+    stored_name = source_name(group)
     if stored_name is not None and stored_name != work.main_name:
         yield f"source: stored results of {stored_name}, wanted {work.main_name}"
         return
@@ -191,14 +196,19 @@ def _source_differences(group: h5py.Group, work: Work, *, verify: bool) -> Itera
             return
     if stored and not verify:
         return
+    yield from file_differences(group, work.main_file)
+
+
+def file_differences(group: h5py.Group, main_file: str) -> Iterable[str]:
+    """Compare the recorded file of the main dataset with the present one; for groups without a fingerprint."""
     stored_file = _source_file(group)
     if stored_file is None:
-        yield f"source: the file that these results were made from is not known, wanted {work.main_file}"
-    elif not _same_path(stored_file, work.main_file):
-        yield f"source: stored results of the file {stored_file}, wanted {work.main_file}"
+        yield f"source: the file that these results were made from is not known, wanted {main_file}"
+    elif not _same_path(stored_file, main_file):
+        yield f"source: stored results of the file {stored_file}, wanted {main_file}"
 
 
-def _source_name(group: h5py.Group) -> str | None:
+def source_name(group: h5py.Group) -> str | None:
     """Return the path of the main dataset that the results were made from, if it is recorded."""
     for name in ("lazyproc_source", "source_dataset_path"):
         if name in group.attrs:

@@ -112,8 +112,12 @@ def main_dataset(h5: h5py.Dataset) -> MainDataset:
 
 def is_main(h5: object) -> bool:
     """Tell whether an object is an open USID Main dataset."""
+    return _is_valid(h5)
+
+
+def _is_valid(h5: object, linked: set[int] | None = None) -> bool:
     try:
-        _validated(h5)
+        _validated(h5, linked)
     except (ArgumentTypeError, ArgumentValueError):
         return False
     return True
@@ -134,11 +138,16 @@ def find_main_datasets(group: h5py.Group) -> list[str]:
     """Return the full names of all main datasets below a group; soft and external links are not followed."""
     base = str(group.name).rstrip("/")
     found: list[str] = []
+    linked: set[int] = set()
+
+    def note(name: bytes, info: Any) -> None:
+        linked.add(info.addr)
 
     def visit(name: str, item: object) -> None:
-        if is_main(item):
+        if isinstance(item, h5py.Dataset) and _is_valid(item, linked):
             found.append(f"{base}/{name}")
 
+    h5py.h5o.visit(group.file["/"].id, note, info=True)
     group.visititems(visit)
     return found
 
@@ -186,9 +195,12 @@ def read_texts(value: object) -> Texts:
     return (read_text(value),)
 
 
-def _validated(h5: Any) -> tuple[str, str, Handles, list[tuple[Texts, Texts]]]:
-    """Return quantity, units, the four handles, and labels and units of both axes; ask for no names: HDF5 finds the
-    name of what a reference points to by searching the whole file."""
+def _validated(h5: Any, linked: set[int] | None = None) -> tuple[str, str, Handles, list[tuple[Texts, Texts]]]:
+    """Return quantity, units, the four handles, and labels and units of both axes.
+
+    `linked` holds the addresses of all objects that have a name. To ask for the name of what a reference points to
+    makes HDF5 search the whole file, so this is done only without `linked`.
+    """
     if not isinstance(h5, h5py.Dataset):
         raise ArgumentTypeError(f"h5_main is {h5!r} ({type(h5).__name__}); expected an open h5py.Dataset.")
     if not h5.id.valid:
@@ -210,7 +222,7 @@ def _validated(h5: Any) -> tuple[str, str, Handles, list[tuple[Texts, Texts]]]:
             "four ancillary datasets. Choose another dataset (find_main_datasets lists them), or add what is missing.",
         )
     quantity, units = _texts(h5, h5, "quantity", 1)[0], _texts(h5, h5, "units", 1)[0]
-    inds, vals, spec_inds, spec_vals = (_referred(h5, name) for name in REFERENCES)
+    inds, vals, spec_inds, spec_vals = (_referred(h5, name, linked) for name in REFERENCES)
     texts = [_checked_pair(h5, 0, inds, vals), _checked_pair(h5, 1, spec_inds, spec_vals)]
     return quantity, units, (inds, vals, spec_inds, spec_vals), texts
 
@@ -223,8 +235,12 @@ def _shape(h5: h5py.Dataset) -> tuple[int, int]:
     return int(h5.shape[0]), int(h5.shape[1])
 
 
-def _referred(h5: h5py.Dataset, name: str) -> h5py.Dataset:
-    """Follow a reference to an ancillary dataset."""
+def _referred(h5: h5py.Dataset, name: str, linked: set[int] | None) -> h5py.Dataset:
+    """Follow a reference to an ancillary dataset.
+
+    What was deleted can often still be opened by a reference, until something else is written in its place; only that
+    no name leads to it gives it away.
+    """
     advice = f"Write the reference again: h5.attrs[{name!r}] = dataset.ref."
     try:
         reference = h5.attrs[name]
@@ -236,12 +252,12 @@ def _referred(h5: h5py.Dataset, name: str) -> h5py.Dataset:
         _refuse(h5, f"its attribute {name} is a null reference; expected one to a dataset. {advice}")
     try:
         item = h5.file[reference]
-        links = h5py.h5o.get_info(item.id).rc
+        deleted = item.name is None if linked is None else h5py.h5o.get_info(item.id).addr not in linked
     except _H5_ERRORS as error:
         _refuse(h5, f"its attribute {name} refers to nothing ({error}); the dataset was deleted. {advice}")
     if not isinstance(item, h5py.Dataset):
         _refuse(h5, f"its attribute {name} refers to {item!r}; expected a dataset. {advice}")
-    if links == 0:
+    if deleted:
         _refuse(h5, f"its attribute {name} refers to a dataset that was deleted. {advice}")
     return item
 
@@ -281,19 +297,18 @@ def _checked_pair(h5: h5py.Dataset, axis: int, indices: h5py.Dataset, values: h5
 
 def _texts(h5: h5py.Dataset, item: h5py.Dataset, name: str, count: int) -> Texts:
     """Return the texts in an attribute of the main dataset or of an ancillary one."""
-    owner = "its attribute" if item is h5 else f"{item.name}: the attribute"
     wanted = "a text" if item is h5 else f"{count} text(s), one a dimension"
-    if name not in item.attrs:
-        _refuse(h5, f"{owner} {name} is missing; expected {wanted}. Add it.")
     try:
-        value = item.attrs[name]
-        texts = read_texts(value)
+        value = item.attrs[name] if name in item.attrs else None
+        texts = () if value is None else read_texts(value)
+        problem = "is missing" if value is None else f"is {texts}, {len(texts)} text(s)"
     except ArgumentTypeError:
-        _refuse(h5, f"{owner} {name} is {value!r}; expected {wanted}. Write it again.")
+        texts, problem = (), f"is {value!r}"
     except _H5_ERRORS as error:
-        _refuse(h5, f"{owner} {name} cannot be read ({error}); expected {wanted}. Write it again.")
+        texts, problem = (), f"cannot be read ({error})"
     if len(texts) != count:
-        _refuse(h5, f"{owner} {name} is {texts}, {len(texts)} text(s); expected {wanted}. Write it again.")
+        owner = "its attribute" if item is h5 else f"{item.name}: the attribute"
+        _refuse(h5, f"{owner} {name} {problem}; expected {wanted}. Write it again.")
     return texts
 
 

@@ -1,0 +1,105 @@
+"""`replace_pyusid`: third-party packages written for pyUSID run their processes on lazyproc, unchanged."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from types import TracebackType
+from typing import Any
+
+from lazyproc.core.errors import LazyprocError
+
+_PLACES = (
+    ("pyUSID.processing.process", "Process"),
+    ("pyUSID.processing.process", "parallel_compute"),
+    ("pyUSID.processing", "Process"),
+    ("pyUSID.processing", "parallel_compute"),
+    ("pyUSID.processing.comp_utils", "parallel_compute"),
+    ("pyUSID.processing.comp_utils", "recommend_cpu_cores"),
+    ("pyUSID", "Process"),
+    ("pyUSID", "parallel_compute"),
+    ("pyUSID", "recommend_cpu_cores"),
+)
+
+log = logging.getLogger("lazyproc")
+
+
+class Replacement:
+    """What `replace_pyusid` has changed; `undo` puts it back, as does the end of a ``with`` block."""
+
+    def __init__(self, replaced: dict[tuple[str, str], Any]) -> None:
+        self._replaced = replaced
+
+    def undo(self) -> None:
+        """Put pyUSID's own names back. Classes defined meanwhile keep the base they were defined with."""
+        for (module, name), value in self._replaced.items():
+            setattr(sys.modules[module], name, value)
+        self._replaced = {}
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        names = sorted(f"{module}.{name}" for module, name in self._replaced)
+        return f"<lazyproc.Replacement of {', '.join(names) or 'nothing'}>"
+
+
+def replace_pyusid() -> Replacement:
+    """Let pyUSID's `Process`, `parallel_compute` and `recommend_cpu_cores` be lazyproc's.
+
+    Call it before the package is imported whose processes shall run on lazyproc: a class keeps the base that it was
+    defined with.
+
+    Returns
+    -------
+    Replacement
+        ``.undo()`` puts everything back; or use it as a context.
+
+    Raises
+    ------
+    LazyprocError
+        If pyUSID is not installed.
+
+    Notes
+    -----
+    Changes attributes of pyUSID's modules, for the whole process. Calling it twice changes nothing more; undoing the
+    second call then does nothing.
+
+    Examples
+    --------
+    >>> import lazyproc
+    >>> lazyproc.replace_pyusid()  # doctest: +SKIP
+    >>> from BGlib.be.analysis import BESHOfitter  # doctest: +SKIP
+    """
+    from lazyproc.engine.parallel import parallel_compute, recommend_cpu_cores
+    from lazyproc.process import Process
+
+    new = {"Process": Process, "parallel_compute": parallel_compute, "recommend_cpu_cores": recommend_cpu_cores}
+    replaced: dict[tuple[str, str], Any] = {}
+    for place, name in _PLACES:
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise LazyprocError(
+                f"replace_pyusid: {place} cannot be imported ({error}); install pyUSID, or write your class on "
+                "lazyproc.Process itself: from lazyproc import Process."
+            ) from error
+        old = getattr(module, name, None)
+        if old is not None and old is not new[name]:
+            replaced[place, name] = old
+            setattr(module, name, new[name])
+    old_process = replaced.get(("pyUSID.processing.process", "Process"))
+    late = [cls.__module__ for cls in old_process.__subclasses__()] if old_process is not None else []
+    if late:
+        log.warning(
+            "replace_pyusid: classes of %s were defined before, and keep pyUSID's Process; call it before they are "
+            "imported",
+            ", ".join(sorted(set(late))),
+        )
+    return Replacement(replaced)

@@ -1,0 +1,208 @@
+"""`parallel_compute` and `recommend_cpu_cores`: the helpers of old subclasses, on Dask."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, WorkerError
+from lazyproc.engine.choose import available_cores, default_cores
+from lazyproc.engine.cluster import active_client, count_threads
+from lazyproc.engine.local import ignore_interrupts
+
+_PIECES = 4
+"""Pieces a core: enough to even out, few enough to be worth their way."""
+_LEAST_JOBS = 20
+"""Calls a core from which several cores are worth it, for short computations."""
+_IDLE_SECONDS = 60
+"""How long worker processes wait for the next batch before they go."""
+
+log = logging.getLogger("lazyproc")
+
+
+def recommend_cpu_cores(
+    num_jobs: int,
+    requested_cores: int | None = None,
+    min_free_cores: int | None = None,
+    lengthy_computation: bool = False,
+    verbose: bool = False,
+) -> int:
+    """Say how many CPU cores are worth it for a number of calls.
+
+    Parameters
+    ----------
+    num_jobs : int
+        How many calls there are.
+    requested_cores : int, optional
+        What is wished for; no more than there are. Default: all but `min_free_cores`.
+    min_free_cores : int, optional
+        Cores to leave alone. Default: two, or one of four or fewer, or none of one.
+    lengthy_computation : bool
+        Each call takes seconds: many cores pay even for few calls.
+    verbose : bool
+        Log the answer.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        If a number is no whole number, or out of range.
+
+    Examples
+    --------
+    >>> recommend_cpu_cores(10, requested_cores=1)
+    1
+    """
+    cores = available_cores()
+    if isinstance(num_jobs, bool) or not isinstance(num_jobs, int | np.integer):
+        raise ArgumentTypeError(f"num_jobs: {num_jobs!r} came; expected a whole number.")
+    if num_jobs < 1:
+        raise ArgumentValueError(f"num_jobs: {num_jobs} came; expected 1 or more.")
+    if min_free_cores is not None and not isinstance(min_free_cores, int | np.integer):
+        raise ArgumentTypeError(f"min_free_cores: {min_free_cores!r} came; expected a whole number.")
+    if min_free_cores is not None and not 0 <= min_free_cores < cores:
+        raise ArgumentValueError(f"min_free_cores: {min_free_cores} came; expected 0 to {cores - 1}.")
+    if requested_cores is None:
+        chosen = default_cores() if min_free_cores is None else cores - min_free_cores
+    elif isinstance(requested_cores, bool) or not isinstance(requested_cores, int | np.integer):
+        raise ArgumentTypeError(f"requested_cores: {requested_cores!r} came; expected a whole number, or None.")
+    else:
+        chosen = max(1, min(abs(int(requested_cores)), cores))
+    if not lengthy_computation and chosen > 1 and num_jobs // chosen < _LEAST_JOBS:
+        chosen = max(1, min(chosen, num_jobs // (2 * _LEAST_JOBS)))
+    if verbose:
+        log.info("%d cores for %d calls", chosen, num_jobs)
+    return chosen
+
+
+def parallel_compute(
+    data: Any,
+    func: Callable[..., Any],
+    cores: int | None = None,
+    lengthy_computation: bool = False,
+    func_args: Sequence[Any] | None = None,
+    func_kwargs: Mapping[str, Any] | None = None,
+    verbose: bool = False,
+    joblib_backend: str | None = None,
+    *,
+    client: Any = None,
+) -> list[Any]:
+    """Apply a function to each row of an array, in pieces on several cores, and return the list of results.
+
+    Parameters
+    ----------
+    data : ndarray or dask array
+        The function gets each item along the first axis.
+    func : callable
+        Of one item.
+    cores : int, optional
+        CPU cores; 1 stays in this process and pickles nothing. Default: what `recommend_cpu_cores` says.
+    lengthy_computation : bool
+        Each call takes seconds.
+    func_args, func_kwargs
+        Further arguments of the function.
+    verbose : bool
+        Log what is done.
+    joblib_backend : str, optional
+        Taken for the sake of old callers; has no effect, since the work runs on Dask.
+    client : distributed.Client, optional
+        Default: the active one, else worker processes of this machine under Dask's local scheduler.
+
+    Returns
+    -------
+    list
+        One result an item, in order.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If `func` is no function, or `data` no array.
+    WorkerError
+        If the function cannot be sent to other processes.
+    Exception
+        Whatever the function raises.
+
+    Examples
+    --------
+    >>> parallel_compute(np.arange(6.0).reshape(3, 2), np.sum, cores=1)
+    [np.float64(1.0), np.float64(5.0), np.float64(9.0)]
+    """
+    if not callable(func):
+        raise ArgumentTypeError(f"func: {func!r} came; expected a function of one position.")
+    if not isinstance(data, np.ndarray) and not hasattr(data, "dask"):
+        raise ArgumentTypeError(f"data: a {type(data).__name__} came; expected a NumPy array or a dask array.")
+    if func_args is not None and not isinstance(func_args, list | tuple):
+        raise ArgumentTypeError(f"func_args: {func_args!r} came; expected a list.")
+    if func_kwargs is not None and not isinstance(func_kwargs, Mapping):
+        raise ArgumentTypeError(f"func_kwargs: {func_kwargs!r} came; expected a dict.")
+    args, kwargs = tuple(func_args or ()), dict(func_kwargs or {})
+    if not len(data):
+        return []
+    cores = recommend_cpu_cores(len(data), cores, lengthy_computation=lengthy_computation, verbose=verbose)
+    client = client or active_client()
+    results: list[Any] = []
+    for rows in _in_memory(data):
+        if cores == 1 and client is None:
+            results += [func(row, *args, **kwargs) for row in rows]
+        else:
+            results += _spread(rows, func, args, kwargs, cores, client)
+    return results
+
+
+def _in_memory(data: Any) -> Iterator[Any]:
+    """Yield arrays in memory, row after row: all of an array, or chunk by chunk of a dask array, whole rows."""
+    if isinstance(data, np.ndarray):
+        yield data
+        return
+    whole = data.rechunk({axis: -1 for axis in range(1, data.ndim)})
+    for number in range(whole.numblocks[0]):
+        yield np.asarray(whole.blocks[number])
+
+
+def _spread(
+    rows: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], cores: int, client: Any
+) -> list[Any]:
+    """Apply the function in pieces, as a Dask graph."""
+    packed = _pack(func, args, kwargs)
+    workers = cores if client is None else count_threads(client)
+    edges = np.linspace(0, len(rows), min(len(rows), _PIECES * workers) + 1).astype(int).tolist()
+    name = f"{getattr(func, '__name__', 'function').strip('<>')}-{uuid.uuid4().hex}"
+    keys = [(name, number) for number in range(len(edges) - 1)]
+    graph = {key: (_apply, packed, rows[edges[key[1]] : edges[key[1] + 1]]) for key in keys}
+    if client is not None:
+        pieces = client.get(graph, keys, optimize_graph=False)
+    else:
+        pieces = _on_processes(graph, keys, cores)
+    return [result for piece in pieces for result in piece]
+
+
+def _on_processes(graph: dict[Any, Any], keys: list[Any], cores: int) -> Any:
+    import dask.multiprocessing
+    from loky import get_reusable_executor
+
+    one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR")}
+    pool = get_reusable_executor(cores, timeout=_IDLE_SECONDS, initializer=ignore_interrupts, env=one_thread)
+    return dask.multiprocessing.get(graph, keys, pool=pool, num_workers=cores, optimize_graph=False)
+
+
+def _pack(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+    import cloudpickle
+
+    try:
+        return bytes(cloudpickle.dumps((func, args, kwargs)))
+    except Exception as error:
+        raise WorkerError(
+            f"{getattr(func, '__qualname__', func)}: the function, or an argument of it, cannot be sent to worker "
+            f"processes ({type(error).__name__}: {error}). Use cores=1, which stays in this process, or keep open "
+            "files and locks out of it (a static method instead of a method of the instance)."
+        ) from error
+
+
+def _apply(packed: bytes, rows: Any) -> list[Any]:
+    import pickle
+
+    func, args, kwargs = pickle.loads(packed)
+    return [func(row, *args, **kwargs) for row in rows]
