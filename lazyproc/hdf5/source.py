@@ -110,7 +110,8 @@ class HandleSource:
     @property
     def dtype(self) -> np.dtype[Any]:
         """As h5py reads it."""
-        return np.dtype(self.dataset.dtype)
+        dtype: np.dtype[Any] = self.dataset.dtype
+        return dtype
 
     def rows(self, runs: Spans) -> NDArray[Any]:
         """Read runs of positions into one new array `(n_positions, n_spectral)`. Threads take turns inside HDF5."""
