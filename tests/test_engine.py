@@ -1,4 +1,4 @@
-"""Every scheduler runs the same block function with the same results, in a bounded window, and survives lost workers."""
+"""Every scheduler runs the same block function with the same results, in a bounded window, whoever dies."""
 
 from __future__ import annotations
 
@@ -206,3 +206,23 @@ def test_a_function_that_cannot_travel_stays_here_and_says_so(caplog: pytest.Log
 
 def test_cores() -> None:
     assert 1 <= default_cores() <= available_cores() <= (os.cpu_count() or 1)
+
+
+def blas_threads() -> int:
+    from threadpoolctl import threadpool_info
+
+    return max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
+
+
+def slow_blas_threads(block: NDArray[Any]) -> Any:
+    time.sleep(0.02 * (block[0, 0] % 3))
+    return np.full(len(block), float(blas_threads()))
+
+
+def test_native_threads_are_limited_while_blocks_run_and_restored_after() -> None:
+    """Blocks in several threads begin and end within each other's time: the old number must come back all the same."""
+    kernel = kernel_of(slow_blas_threads, vectorized=True).for_run(None, 1)
+    before = blas_threads()
+    receipts = [one for one in run_threads(kernel, BlockPlan(REMAINING, 50), 3, never) if one is not None]
+    assert all(receipt.arrays is not None and (receipt.arrays[0] == 1).all() for receipt in receipts)
+    assert blas_threads() == before

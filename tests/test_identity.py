@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import itertools
+import linecache
 import operator
 import pathlib
 import subprocess
@@ -162,9 +164,9 @@ def test_what_a_function_uses_of_its_own_module_counts(load: Callable[..., Any])
 import math
 LEVEL = {level}
 CACHE = {cache}
-def helper(x): return x * {factor}
+def scaled(x): return x * {factor}
 def unused(x): return {factor} + {level}
-def f(x): return [helper(x) for _ in range(math.floor(LEVEL))] + list(CACHE)
+def f(x): return [scaled(x) for _ in range(math.floor(LEVEL))] + list(CACHE)
 """
     base = code_hash(load(text.format(level=3, factor=2, cache="{}")).f)
     assert base == code_hash(load(text.format(level=3, factor=2, cache="{1: 2}")).f)
@@ -268,6 +270,23 @@ def test_a_source_changed_after_its_import_is_not_taken_for_the_code_that_runs(l
     assert code_hash(module.f) == before or code_hash(module.f).startswith(BYTE)
     path.unlink()
     assert code_hash(module.f).startswith((BYTE, "src:"))
+
+
+def test_functions_of_a_notebook_have_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook compiles a cell statement by statement, and keeps its text in `linecache`."""
+
+    def run(number: int, cell: str) -> dict[str, Any]:
+        name, scope = f"/no/such/cell_{number}", {"__name__": "__main__"}
+        monkeypatch.setitem(linecache.cache, name, (len(cell), None, cell.splitlines(keepends=True), name))
+        for statement in ast.parse(cell).body:
+            exec(compile(ast.Module([statement], []), name, "exec"), scope)
+        return scope
+
+    cell = "import numpy as np\nscale = {}\ndef f(x):\n    return scale * np.mean(x)\n"
+    base = code_hash(run(1, cell.format(2))["f"])
+    assert base.startswith("src:")
+    assert base == code_hash(run(2, "# once more\n" + cell.format(2))["f"])
+    assert base != code_hash(run(3, cell.format(3))["f"])
 
 
 def test_partials(load: Callable[..., Any]) -> None:

@@ -163,10 +163,14 @@ def _describe(node: Any, nodes: list[Any], numbers: dict[int, int], files: dict[
 
 def _plain(item: Any) -> Any:
     try:
-        return canonical(item)
+        form = canonical(item)
     except ParameterError:
         named = callable(item) or isinstance(item, types.ModuleType)
         return ("name", getattr(item, "__name__", "") if named else "", type(item).__qualname__)
+    match form:
+        case (kind, shape, bytes() as payload):  # perhaps of a large array
+            return (kind, shape, hashlib.sha256(payload).hexdigest())
+    return form
 
 
 def _outside(f: types.FunctionType) -> Iterator[tuple[str, Any]]:

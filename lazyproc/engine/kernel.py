@@ -18,6 +18,7 @@ from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
 from lazyproc.core.blocks import Block
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.engine.failure import Failure
+from lazyproc.engine.native import limited_native_threads
 
 
 class BlockSource(Protocol):
@@ -113,7 +114,7 @@ def run_block(kernel: Kernel, block: Block) -> Receipt:
     begin = time.perf_counter()
     receipt = Receipt(block, f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}")
     try:
-        with _native_threads(kernel.native_threads):
+        with limited_native_threads(kernel.native_threads) if kernel.native_threads else nullcontext():
             data = kernel.source.rows(block.runs())
             receipt.bytes_read = data.nbytes
             arrays = kernel.compute(data)
@@ -130,14 +131,6 @@ def run_block(kernel: Kernel, block: Block) -> Receipt:
         receipt.failure = Failure.of_worker(error, block)
     receipt.seconds = time.perf_counter() - begin
     return receipt
-
-
-def _native_threads(limit: int | None) -> Any:
-    if limit is None:
-        return nullcontext()
-    from threadpoolctl import threadpool_limits
-
-    return threadpool_limits(limit)
 
 
 def pack(kernel: Kernel) -> bytes:
