@@ -224,7 +224,7 @@ def _loop(
     in_place = target.sink is not None and declared.in_place_everywhere(scheduler, declared.place.lock_path)
     sizes = declared.blocks(remaining, scheduler, probe, driver_writes=not in_place)
     scheduler = scheduler.with_workers(sizes.n_workers)
-    kernel = kernel.for_run(target.sink if in_place else None, 1 if scheduler.limits_native_threads else None)
+    kernel = kernel.for_run(target.sink if in_place else None, scheduler.native_threads)
     n_before = declared.n_positions - remaining.n_positions
     listener(Started(declared.process_name, declared.n_positions, n_before, str(scheduler)))
     log.info(

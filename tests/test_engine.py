@@ -219,10 +219,13 @@ def slow_blas_threads(block: NDArray[Any]) -> Any:
     return np.full(len(block), float(blas_threads()))
 
 
-def test_native_threads_are_limited_while_blocks_run_and_restored_after() -> None:
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_native_threads_are_limited_while_blocks_run_and_restored_after(kind: str) -> None:
     """Blocks in several threads begin and end within each other's time: the old number must come back all the same."""
-    kernel = kernel_of(slow_blas_threads, vectorized=True).for_run(None, 1)
+    scheduler = Scheduler(kind, 3)
+    kernel = kernel_of(slow_blas_threads, vectorized=True).for_run(None, scheduler.native_threads)
     before = blas_threads()
-    receipts = [one for one in run_threads(kernel, BlockPlan(REMAINING, 50), 3, never) if one is not None]
+    plan = BlockPlan(REMAINING, 50)
+    receipts = [one for one in scheduler.run(kernel, plan, never, "native") if one is not None]
     assert all(receipt.arrays is not None and (receipt.arrays[0] == 1).all() for receipt in receipts)
     assert blas_threads() == before

@@ -51,9 +51,9 @@ class Scheduler:
         return names[self.kind]
 
     @property
-    def limits_native_threads(self) -> bool:
-        """Whether BLAS and OpenMP get one thread a worker."""
-        return self.n_workers > 1
+    def native_threads(self) -> int | None:
+        """How many threads BLAS and OpenMP get in a worker; None where that is not for the worker to say."""
+        return 1 if self.kind in ("processes", "client") else None
 
     def with_workers(self, n_workers: int) -> Scheduler:
         """Return the scheduler with as many workers as the memory allows; a cluster keeps its own."""

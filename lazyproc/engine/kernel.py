@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,7 +18,6 @@ from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
 from lazyproc.core.blocks import Block
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.native import limited_native_threads
 
 
 class BlockSource(Protocol):
@@ -114,7 +113,7 @@ def run_block(kernel: Kernel, block: Block) -> Receipt:
     begin = time.perf_counter()
     receipt = Receipt(block, f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}")
     try:
-        with limited_native_threads(kernel.native_threads) if kernel.native_threads else nullcontext():
+        with _native_threads(kernel.native_threads):
             data = kernel.source.rows(block.runs())
             receipt.bytes_read = data.nbytes
             arrays = kernel.compute(data)
@@ -131,6 +130,16 @@ def run_block(kernel: Kernel, block: Block) -> Receipt:
         receipt.failure = Failure.of_worker(error, block)
     receipt.seconds = time.perf_counter() - begin
     return receipt
+
+
+def _native_threads(limit: int | None) -> AbstractContextManager[Any]:
+    """Limit the threads of BLAS and OpenMP; where threads of one process share them, the first one decides."""
+    if limit is None:
+        return nullcontext()
+    from threadpoolctl import threadpool_limits
+
+    limited: AbstractContextManager[Any] = threadpool_limits(limit)
+    return limited
 
 
 def pack(kernel: Kernel) -> bytes:

@@ -44,9 +44,13 @@ def run_serial(kernel: Kernel, blocks: Iterable[Block], stopping: Stopping) -> R
 
 def run_threads(kernel: Kernel, blocks: Iterable[Block], n_workers: int, stopping: Stopping) -> Receipts:
     """Do the blocks in threads of this process; for functions that let other threads run (NumPy on whole blocks)."""
+    from threadpoolctl import threadpool_limits
+
     waiting = iter(blocks)
     pending: set[Future[Receipt]] = set()
-    with ThreadPoolExecutor(n_workers, thread_name_prefix="lazyproc") as pool:
+    # BLAS knows one limit for the whole process, which the driver sets and restores; OpenMP one for each thread.
+    one_each = ThreadPoolExecutor(n_workers, "lazyproc", initializer=threadpool_limits, initargs=(1,))
+    with threadpool_limits(1), one_each as pool:
         try:
             while True:
                 free = 0 if stopping() else 2 * n_workers - len(pending)
