@@ -28,6 +28,11 @@ from lazyproc.hdf5.place import Place
 from lazyproc.hdf5.search import Found, Work, remaining_positions, search
 from lazyproc.hdf5.source import Source
 
+_LOCAL_BYTES = 8 * 2**20
+"""Source and results of a block that costs next to nothing to start: small enough for the processor's caches."""
+_SENT_BYTES = 32 * 2**20
+"""The same for a block that is sent to another process."""
+
 log = logging.getLogger("lazyproc")
 
 
@@ -217,7 +222,8 @@ class Declared:
             n_workers=workers,
             align=align,
             seconds_per_position=seconds,
-            bytes_per_position=memory.bytes_per_position,
+            bytes_per_position=memory.source_bytes + memory.result_bytes,
+            preferred_bytes=_LOCAL_BYTES if scheduler.kind in ("serial", "threads") else _SENT_BYTES,
             target_seconds=min(1.0, max(0.05, self.interval / 4)),
         )
         plan = BlockPlan(remaining, size, align=min(align, self.n_positions))

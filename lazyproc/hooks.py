@@ -12,7 +12,9 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -23,13 +25,24 @@ from numpy.typing import NDArray
 from lazyproc.core.errors import ArgumentValueError, DefinitionError, MemoryLimitError, ResultsError
 from lazyproc.core.events import BlockDone, Finished, Listener, Started
 from lazyproc.core.memory import DRIVER_BYTES, MEBIBYTE
-from lazyproc.core.parameters import arguments_text, same_arguments
 from lazyproc.core.runs import Runs
 from lazyproc.engine.choose import available_cores, default_cores
+from lazyproc.engine.cluster import active_client
 from lazyproc.engine.parallel import parallel_compute
 from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.fingerprint import fingerprint
-from lazyproc.hdf5.hook_record import HookWork, ensure_status_mask, find_groups, stored_arguments
+from lazyproc.hdf5.hook_record import (
+    NOT_COMPARABLE,
+    HookWork,
+    WriteWatch,
+    ensure_status_mask,
+    find_groups,
+    is_first_phase,
+    same_arguments_recorded,
+    same_parameters_recorded,
+    sync_files,
+    text_of,
+)
 from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.source import source_of
@@ -51,6 +64,9 @@ _COPIES = 1.5
 _OBJECT_BYTES = 256
 """What a result takes as a Python object, over its bytes in the file."""
 
+_HELD: ContextVar[frozenset[str]] = ContextVar("lazyproc_held", default=frozenset())
+"""Files whose lock this thread holds: a hook may run another process on the same file."""
+
 log = logging.getLogger("lazyproc")
 
 
@@ -65,16 +81,19 @@ class HookContract:
 
     h5_main: Any
     h5_results_grp: Any
+    use_partial_computation: Any
     parms_dict: Any
     process_name: Any
     verbose: bool
     duplicate_h5_groups: list[h5py.Group]
     partial_h5_groups: list[h5py.Group]
     _results: Any = None
+    _default_rows: int | None = None
     _status_dset_name: str
     _h5_status_dset: Any = None
     _h5_target_group: Any = None
     _cores: int
+    _asked_cores: int | None = None
     _max_pos_per_read: Any
     _client: Any
     _verify: str
@@ -83,6 +102,9 @@ class HookContract:
     _data: Any = None
     _pixels: NDArray[np.int64] | None = None
     _batches: Batches | None = None
+    _chosen: str | None = None
+    _constructing: bool = False
+    _searched: tuple[str, str] = ("", NOT_COMPARABLE)
 
     # -- what a subclass writes ----------------------------------------------------------------------------------
 
@@ -120,15 +142,19 @@ class HookContract:
 
     def _unit_computation(self, *args: Any, **kwargs: Any) -> None:
         """Compute the batch: the function applied to each item of ``self.data`` gives ``self._results``."""
+        # One core that was asked for means this process; where it is all there is, a cluster is welcome.
+        in_process = self._cores == 1 and (self._asked_cores == 1 or default_cores() > 1)
+        client = self._client or (None if in_process else active_client())
         self._results = parallel_compute(
             self._data,
             self._map_function,
-            cores=self._cores,
+            cores=None if client else self._cores,
             func_args=list(args),
             func_kwargs=kwargs,
             verbose=self.verbose,
-            client=None if self._cores == 1 else self._client,
+            client=client,
         )
+        self._default_rows = len(self._results)
 
     def _get_pixels_in_current_batch(self) -> NDArray[np.int64] | None:
         """Return the positions of the batch that is in ``self.data``, ascending."""
@@ -167,7 +193,7 @@ class HookContract:
         """
         from lazyproc.arguments import check_cores, check_memory, check_multiplier
 
-        wanted = check_cores(cores)
+        self._asked_cores = wanted = check_cores(cores)
         self._cores = min(wanted, available_cores()) if wanted else default_cores()
         limit = check_memory(man_mem_limit if man_mem_limit is not None else mem)
         available = int(psutil.virtual_memory().available)
@@ -179,12 +205,13 @@ class HookContract:
             needed = -(-int(position + DRIVER_BYTES) // MEBIBYTE)
             raise MemoryLimitError(
                 f"max_mem_mb: {limit // MEBIBYTE} MiB are allowed, but one position of {source / MEBIBYTE:.1f} MiB "
-                f"takes {position / MEBIBYTE:.1f} MiB with its copies and results. Raise max_mem_mb to {needed} or more."
+                f"takes {position / MEBIBYTE:.1f} MiB with its copies and results. Raise max_mem_mb to {needed}."
             )
 
     def _check_for_duplicates(self) -> tuple[list[h5py.Group], list[h5py.Group]]:
         """Return the results groups of the same work, finished and partial; reads the attributes as they are now."""
-        return find_groups(self._h5_target_group, self._hook_work())
+        self._searched = self._status_dset_name, text_of((), self.parms_dict or {})
+        return find_groups(self._h5_target_group, self._hook_work(), exact=self._constructing)
 
     def _hook_work(self) -> HookWork:
         source = self.h5_main
@@ -196,6 +223,7 @@ class HookContract:
             parameters=dict(self.parms_dict or {}),
             status_name=self._status_dset_name,
             fingerprint=self._hook_fingerprint,
+            searched=self._searched[1] if self._searched[0] == self._status_dset_name else NOT_COMPARABLE,
         )
 
     def _hook_fingerprint(self, stored: str = "") -> str:
@@ -210,27 +238,38 @@ class HookContract:
 
     def _start_hooks(self, cores: Any, max_mem_mb: Any, mem_multiplier: Any) -> None:
         """Do what the old constructor did: sizes, a first try of `_get_existing_datasets`, the search."""
+        self.duplicate_h5_groups, self.partial_h5_groups = [], []
         self._set_memory_and_cores(cores=cores, man_mem_limit=max_mem_mb, mem_multiplier=mem_multiplier)
         try:
             self._get_existing_datasets()
         except Exception as error:  # old hooks are not made to be called before there is a group; the call is theirs
             log.debug("%s: _get_existing_datasets raised in the constructor: %s", type(self).__name__, error)
-        self.duplicate_h5_groups, self.partial_h5_groups = self._check_for_duplicates()
+        self._constructing = True
+        try:
+            self.duplicate_h5_groups, self.partial_h5_groups = self._check_for_duplicates()
+        finally:
+            self._constructing = False
 
     def _compute_hooks(self, override: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> h5py.Group:
         """Return the finished results: found, resumed or computed afresh, by calling the hooks in the old order."""
-        arguments = _arguments_text(args, kwargs)
+        work = self._hook_work()  # as it is now: hooks may change the attributes that it is read from
+        arguments = text_of(args, kwargs)
+        afresh = override
         if not override:
-            finished = _of_arguments(self.duplicate_h5_groups, self._status_dset_name, arguments)
+            finished = _of_same_work(self.duplicate_h5_groups, work, arguments)
             if finished:
                 self.h5_results_grp = finished[-1]
                 return finished[-1]
-            partial = _of_arguments(self.partial_h5_groups, self._status_dset_name, arguments)
-            if partial and self.h5_results_grp is None:
-                self.h5_results_grp = partial[-1]
-        else:
-            _leave_old_results(self)
-        with _locked(self._h5_target_group.file):
+            if self.h5_results_grp is None:
+                self._take_partial(work, arguments)
+            else:
+                if self._is_done_here(work, arguments):
+                    return self.h5_results_grp
+                afresh = not self._goes_on(work, arguments)
+        if afresh and self.h5_results_grp is not None and _belongs_to_one_phase(self.h5_results_grp, work):
+            self.h5_results_grp = None
+        with ExitStack() as locks:
+            locks.enter_context(_locked(self._h5_target_group.file))
             if self.h5_results_grp is None:
                 self._create_results_datasets()
                 _check_group(self)
@@ -238,38 +277,70 @@ class HookContract:
             else:
                 self._get_existing_datasets()
             _check_group(self)
-            _Loop(self, arguments).go(args, kwargs)
+            locks.enter_context(_locked(self.h5_results_grp.file))
+            work = replace(self._hook_work(), parameters=work.parameters, searched=work.searched)
+            _Loop(self, ensure_status_mask(self.h5_results_grp, work, arguments, afresh=afresh)).go(args, kwargs)
         return self.h5_results_grp
 
+    def _take_partial(self, work: HookWork, arguments: str) -> None:
+        """Take up the last of the partial results, if there are any and the class can."""
+        partial = _of_same_work(self.partial_h5_groups, work, arguments)
+        if partial and self._can_resume():
+            self.use_partial_computation(partial[-1])
+        elif partial:
+            self._warn_afresh(partial[-1])
 
-def _arguments_text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Return the arguments of `compute` as text; what cannot be compared is told apart by being itself."""
-    from lazyproc.core.errors import ParameterError
+    def _can_resume(self) -> bool:
+        own = getattr(self._get_existing_datasets, "__func__", self._get_existing_datasets)
+        return own is not HookContract._get_existing_datasets
 
-    try:
-        return arguments_text(args, kwargs)
-    except ParameterError:
-        return arguments_text((uuid.uuid4().hex,), {})
+    def _warn_afresh(self, group: h5py.Group) -> None:
+        log.warning(
+            "%s has no _get_existing_datasets, so the partial results in %s cannot be resumed; all is computed afresh",
+            type(self).__name__,
+            group.name,
+        )
+
+    def _is_done_here(self, work: HookWork, arguments: str) -> bool:
+        """Tell whether a class that cannot resume has finished just this in the group that it holds."""
+        group = self.h5_results_grp
+        if self._can_resume() or work.status_name not in group or not self._is_same(group, work, arguments):
+            return False
+        return not remaining_positions(group, work.n_positions, work.status_name)
+
+    def _goes_on(self, work: HookWork, arguments: str) -> bool:
+        """Tell whether to go on in the group that is held: begun for the same work, or this phase not yet begun."""
+        group = self.h5_results_grp
+        if work.status_name not in group:
+            return True
+        if not self._is_same(group, work, arguments):
+            log.info("%s: %s holds results of other parameters or arguments", work.process_name, group.name)
+            return False
+        if not self._can_resume() and self._chosen != group.name:
+            self._warn_afresh(group)
+            return False
+        return True
+
+    @staticmethod
+    def _is_same(group: h5py.Group, work: HookWork, arguments: str) -> bool:
+        """Compare with the record of a group that is held; what cannot be compared counts as the same."""
+        if work.parameters and not same_parameters_recorded(group, work):
+            return False
+        return arguments == NOT_COMPARABLE or same_arguments_recorded(group, work, arguments, unknown=True)
 
 
-def _of_arguments(groups: list[h5py.Group], status_name: str, arguments: str) -> list[h5py.Group]:
-    return [group for group in groups if same_arguments(stored_arguments(group, status_name), arguments)]
-
-
-def _leave_old_results(process: HookContract) -> None:
-    """Start afresh although a group is held: in a new group, or in the same one if this is a later phase of it."""
-    group = process.h5_results_grp
-    if group is None or process._status_dset_name not in group:
-        return
-    masks = [
-        name
-        for name, item in group.items()
-        if isinstance(item, h5py.Dataset) and item.shape == (process.h5_main.shape[0],) and item.dtype == np.uint8
+def _of_same_work(groups: list[h5py.Group], work: HookWork, arguments: str) -> list[h5py.Group]:
+    """Keep groups begun with the parameters as they are now, and these arguments of `compute`."""
+    return [
+        group
+        for group in groups
+        if same_arguments_recorded(group, work, arguments) and same_parameters_recorded(group, work)
     ]
-    if masks == [process._status_dset_name]:
-        process.h5_results_grp = None
-    else:
-        group[process._status_dset_name][...] = 0
+
+
+def _belongs_to_one_phase(group: h5py.Group, work: HookWork) -> bool:
+    """Tell whether computing afresh means another group: not for a later phase, which builds on what is in this one."""
+    return is_first_phase(group, work) and (work.status_name in group or int(group.attrs.get("last_pixel", 0)) > 0)
 
 
 def _check_group(process: HookContract) -> None:
@@ -282,16 +353,18 @@ def _check_group(process: HookContract) -> None:
 
 @contextmanager
 def _locked(file: h5py.File) -> Iterator[None]:
-    """Hold the run's lock of the file, if there is one on disk."""
+    """Hold the run's lock of the file, if there is one on disk, and this thread does not hold it already."""
     path = real_path(file)
-    if path is None:
+    if path is None or path in _HELD.get():
         yield
         return
     lock = RunLock(path, uuid.uuid4().hex)
     lock.acquire()
+    held = _HELD.set(_HELD.get() | {path})
     try:
         yield
     finally:
+        _HELD.reset(held)
         lock.release()
 
 
@@ -306,6 +379,9 @@ class Batches:
 
     def __init__(self, remaining: Runs) -> None:
         self._left = remaining
+
+    def __bool__(self) -> bool:
+        return bool(self._left)
 
     def next(self, most: Any) -> NDArray[np.int64] | None:
         """Return the next positions, at most `most` of them (any number; fractions are dropped); None at the end."""
@@ -338,15 +414,13 @@ class Batches:
 class _Loop:
     """Batches of a hook-style process, from the status mask to the last commit."""
 
-    def __init__(self, process: HookContract, arguments: str) -> None:
+    def __init__(self, process: HookContract, mask: h5py.Dataset) -> None:
         self._process = process
         self._group: h5py.Group = process.h5_results_grp
-        work = process._hook_work()
-        recorded = work.status_name in self._group
-        self._mask = ensure_status_mask(self._group, work, arguments, "" if recorded else process._hook_fingerprint())
-        process._h5_status_dset = self._mask
-        self._remaining = remaining_positions(self._group, work.n_positions, work.status_name)
-        self._n_positions = work.n_positions
+        self._mask = process._h5_status_dset = mask
+        self._n_positions = int(mask.shape[0])
+        status_name = str(mask.name).rpartition("/")[2]
+        self._remaining = remaining_positions(self._group, self._n_positions, status_name)
         process._batches = Batches(self._remaining)
 
     def go(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -355,15 +429,15 @@ class _Loop:
         n_done = self._n_positions - self._remaining.n_positions
         process._progress(Started(str(process.process_name), self._n_positions, n_done, "hooks"))
         try:
+            self._sync()  # before any row is written: a mask that was cleared must not come back
             process._read_data_chunk()
             while process._data is not None:
-                pixels = process._get_pixels_in_current_batch()
-                process._unit_computation(*args, **kwargs)
-                self._write(pixels)
-                n_done += len(pixels)  # type: ignore[arg-type]
-                process._progress(BlockDone(len(pixels)))  # type: ignore[arg-type]
-                # The old batch is let go before the next one is read: only one is ever in memory.
-                process._data = process._results = None
+                n_batch = self._batch(args, kwargs)
+                n_done += n_batch
+                process._progress(BlockDone(n_batch))
+                if process._batches:
+                    # The old batch is let go before the next one is read: only one is ever in memory.
+                    process._data = process._results = None
                 process._read_data_chunk()
         finally:
             process._progress(Finished(n_done))
@@ -371,51 +445,75 @@ class _Loop:
         self._group.attrs["last_pixel"] = np.int64(self._n_positions)
         self._sync()
 
-    def _write(self, pixels: NDArray[np.int64] | None) -> None:
-        """Let the hook write, make that durable, then mark the batch and make that durable."""
+    def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """Compute a batch, let the hook write it, make that durable, then mark it and make that durable."""
+        process = self._process
+        pixels = process._get_pixels_in_current_batch()
         if pixels is None or len(pixels) == 0:
             raise ResultsError(
-                f"{type(self._process).__name__}: self.data is set, but no positions belong to it: a _read_data_chunk "
+                f"{type(process).__name__}: self.data is set, but no positions belong to it: a _read_data_chunk "
                 "that sets self.data has to call the one of the base first."
             )
-        watch = _WriteWatch()
-        self._process._write_results_chunk()
+        block = Runs.from_positions(pixels)  # hooks get the array itself, and may change it
+        process._default_rows = None
+        watch = WriteWatch(self._files())
+        process._unit_computation(*args, **kwargs)
+        _check_number(process, block.n_positions)
+        process._write_results_chunk()
         self._sync()
         if watch.saw_nothing():
             raise ResultsError(
-                f"{type(self._process).__name__}: _write_results_chunk wrote nothing for the positions {pixels[0]} to "
-                f"{pixels[-1]}; expected results in the datasets of {self._group.name}. They are not marked as done."
+                f"{type(process).__name__}: _write_results_chunk wrote nothing for the positions {block.starts[0]} to "
+                f"{block.stops[-1] - 1}; expected results in the datasets of {self._group.name}. They are not marked "
+                "as done."
             )
-        for start, stop in Runs.from_positions(pixels):
+        for start, stop in block:
             self._mask[start:stop] = 1
         self._sync()
+        return block.n_positions
+
+    def _files(self) -> set[h5py.File]:
+        """Return the files that hooks may have written to: of the group, the mask and all that the subclass holds."""
+        held = [self._group, self._mask, *vars(self._process).values()]
+        return {one.file for one in held if isinstance(one, h5py.Dataset | h5py.Group) and one}
 
     def _sync(self) -> None:
-        """Flush the file that the results are in, whichever that is, down to the disk."""
-        for file in {self._group.file, self._mask.file}:
-            file.flush()
-            if real_path(file) is not None:
-                os.fdatasync(file.id.get_vfd_handle())
+        sync_files(self._files())
 
 
-class _WriteWatch:
-    """Tells whether this process has written any bytes at all since; only where the system counts them."""
+def _check_number(process: HookContract, n_positions: int) -> None:
+    """Raise ResultsError if ``self._results`` is a list with a number of results that cannot be right.
 
-    def __init__(self) -> None:
-        self._before = self._count()
+    It is right for one result a position or a row of ``self.data``, for several a position, and for columns with one
+    value a position. Whatever else a subclass keeps there is its own business.
+    """
+    results, rows = process._results, process._default_rows
+    if type(results) is not list or not results or (rows is None and not _are_numbers(results)):
+        return
+    fitting = {n_positions, rows, _length(process._data)}
+    if len(results) in fitting or len(results) % n_positions == 0 or all(_length(one) in fitting for one in results):
+        return
+    raise ResultsError(
+        f"{type(process).__name__}: self._results has {len(results)} results for {n_positions} positions; expected "
+        "one for each. The batch is not written and not marked as done."
+    )
 
-    @staticmethod
-    def _count() -> int | None:
-        try:
-            with open("/proc/self/io", "rb") as file:
-                return int(file.read().split(b"wchar:")[1].split()[0])
-        except (OSError, IndexError, ValueError):
-            return None
 
-    def saw_nothing(self) -> bool:
-        """Return True only if it is certain that nothing was written."""
-        now = self._count()
-        return now is not None and now == self._before
+def _length(value: Any) -> int:
+    shape = getattr(value, "shape", None)
+    return int(shape[0]) if shape else len(value) if isinstance(value, list | tuple) else -1
+
+
+def _are_numbers(items: list[Any]) -> bool:
+    """Tell whether all are numbers, or arrays or tuples of numbers, of one type and shape."""
+    if len({type(item) for item in items}) != 1 or not isinstance(
+        items[0], int | float | complex | np.generic | tuple | list | np.ndarray
+    ):
+        return False
+    try:
+        return np.asarray(items).dtype.kind in "biufcV"
+    except ValueError:
+        return False
 
 
 def is_hook_style(cls: type[Process]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +80,8 @@ def axis_of_grid(grid: Grid, flat_name: str, taken: Iterable[str]) -> Axis:
     return Axis(dims, shape, axes, coordinates)
 
 
-def axis_of_output(output: ResolvedOutput, spectroscopic: Axis, shared: dict[str, Any], taken: set[str]) -> Axis:
-    """Turn the dimensions of an output into dimensions of the dataset.
+def axis_of_output(output: ResolvedOutput, spectroscopic: Axis) -> Axis:
+    """Turn the dimensions of an output into dimensions of the dataset, under the names as declared.
 
     Parameters
     ----------
@@ -89,25 +89,57 @@ def axis_of_output(output: ResolvedOutput, spectroscopic: Axis, shared: dict[str
         The output.
     spectroscopic : Axis
         The columns of the main dataset, for outputs that keep them.
-    shared : dict
-        Dimensions that were used already, by name: equal ones are shared. Is added to.
-    taken : set of str
-        Names in use. Is added to.
     """
     if output.spec.shape_from_main:
         return spectroscopic
-    names: list[str] = []
-    coordinates: Coordinates = {}
-    for dim in output.dims or ():
-        name = dim.name
-        if shared.get(name, None) != dim:
-            if name in taken:
-                name = _free(f"{output.name}_{dim.name}", taken)
-            shared[name] = dim
-            taken.add(name)
-        names.append(name)
-        coordinates[name] = ((name,), np.asarray(dim.values), {"units": dim.units})
-    return Axis(tuple(names), output.shape, tuple(range(len(names))), coordinates)
+    dims = output.dims or ()
+    names = tuple(dim.name for dim in dims)
+    coordinates: Coordinates = {dim.name: ((dim.name,), np.asarray(dim.values), {"units": dim.units}) for dim in dims}
+    return Axis(names, output.shape, tuple(range(len(names))), coordinates)
+
+
+def name_apart(axes: Mapping[str, Axis], taken: Iterable[str]) -> list[Axis]:
+    """Name the dimensions of outputs so that they can stand in one dataset.
+
+    Equal dimensions of several outputs stay one dimension. A name that means different things, or that is taken, gets
+    the output's name in front, for all outputs alike: what things are called does not depend on their order.
+
+    Parameters
+    ----------
+    axes : mapping of str to Axis
+        The dimensions of each output.
+    taken : iterable of str
+        Names in use.
+    """
+    used = set(taken)
+    meanings: dict[str, set[Any]] = {}
+    for axis in axes.values():
+        for name, meaning in _meanings(axis).items():
+            meanings.setdefault(name, set()).add(meaning)
+    apart = {name for name, different in meanings.items() if len(different) > 1 or name in used}
+    used |= meanings.keys()
+    return [
+        _renamed(axis, {name: _free(f"{output}_{name}", used) for name in _meanings(axis) if name in apart})
+        for output, axis in axes.items()
+    ]
+
+
+def _meanings(axis: Axis) -> dict[str, Any]:
+    """Return what the names of an axis stand for: sizes and values."""
+    sizes = {dim: axis.shape[place] for dim, place in zip(axis.dims, axis.axes, strict=True)}
+    meanings: dict[str, Any] = {dim: (size, None) for dim, size in sizes.items()}
+    for name, (dims, values, attrs) in axis.coordinates.items():
+        along = tuple((dim, sizes[dim]) for dim in dims)
+        meanings[name] = (along, values.astype(np.complex128).tobytes(), str(attrs))  # NaN equals NaN as bytes
+    return meanings
+
+
+def _renamed(axis: Axis, names: Mapping[str, str]) -> Axis:
+    coordinates: Coordinates = {
+        names.get(name, name): (tuple(names.get(dim, dim) for dim in dims), values, attrs)
+        for name, (dims, values, attrs) in axis.coordinates.items()
+    }
+    return Axis(tuple(names.get(dim, dim) for dim in axis.dims), axis.shape, axis.axes, coordinates)
 
 
 def _free(name: str, used: set[str]) -> str:
@@ -124,36 +156,40 @@ def _free(name: str, used: set[str]) -> str:
 class BlockGrid:
     """Positions cut into blocks such that each is one run of rows and a rectangle of the N-D form at the same time.
 
+    Travels with each task, so it holds a few numbers whatever the number of blocks.
+
     Attributes
     ----------
     shape : tuple of int
         Of the positions, from the slowest dimension to the fastest.
-    chunks : tuple of tuple of int
-        Sizes of the chunks along each dimension.
+    steps : tuple of int
+        Size of a block along each dimension; the last block along a dimension may be smaller.
     """
 
     shape: tuple[int, ...]
-    chunks: tuple[tuple[int, ...], ...]
+    steps: tuple[int, ...]
+
+    @property
+    def chunks(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of the blocks along each dimension."""
+        return tuple(
+            tuple(min(step, size - start) for start in range(0, size, step))
+            for size, step in zip(self.shape, self.steps, strict=True)
+        )
 
     def span(self, block_id: Sequence[int]) -> tuple[int, int]:
         """Return the first row and the last row plus one of a block."""
-        start, count = 0, 1
-        for size, sizes, number in zip(self.shape, self.chunks, block_id, strict=True):
-            start = start * size + sum(sizes[:number])
-            count *= sizes[number]
-        trailing = [sizes[number] for sizes, number in zip(self.chunks, block_id, strict=True)]
-        # Behind the first dimension with chunks of more than one, all others are whole: rows lie together.
-        assert _lie_together(trailing, self.shape)
-        return start, start + count
+        start = 0
+        for size, step, number in zip(self.shape, self.steps, block_id, strict=True):
+            start = start * size + number * step
+        # Before the dimension that is cut all blocks are single, behind it all are whole: rows lie together.
+        return start, start + math.prod(self.block_shape(block_id))
 
     def block_shape(self, block_id: Sequence[int]) -> tuple[int, ...]:
         """Return the N-D shape of a block."""
-        return tuple(sizes[number] for sizes, number in zip(self.chunks, block_id, strict=True))
-
-
-def _lie_together(block: Sequence[int], shape: Sequence[int]) -> bool:
-    partial = [number for number, (part, size) in enumerate(zip(block, shape, strict=True)) if part != size]
-    return not partial or all(part == 1 for part in block[: partial[-1]])
+        return tuple(
+            min(step, size - number * step) for size, step, number in zip(self.shape, self.steps, block_id, strict=True)
+        )
 
 
 def block_grid(shape: tuple[int, ...], most_positions: int) -> BlockGrid:
@@ -171,21 +207,13 @@ def block_grid(shape: tuple[int, ...], most_positions: int) -> BlockGrid:
     >>> block_grid((6, 10), 25).chunks
     ((2, 2, 2), (10,))
     """
-    chunks: list[tuple[int, ...]] = []
-    cut = False
+    steps: list[int] = []
     for number, size in enumerate(shape):
-        trailing = math.prod(shape[number + 1 :])
-        if cut:
-            chunks.append((size,))
-            continue
-        most = most_positions // trailing
-        if most >= 1:
-            cut = True
-            step = min(size, most)
+        if any(step > 1 for step in steps):
+            steps.append(size)  # an earlier dimension is cut: blocks are whole along this one
         else:
-            step = 1
-        chunks.append(tuple(min(step, size - start) for start in range(0, size, step)))
-    return BlockGrid(shape, tuple(chunks))
+            steps.append(max(1, min(size, most_positions // math.prod(shape[number + 1 :]))))
+    return BlockGrid(shape, tuple(steps))
 
 
 def positions_per_view_block(row_bytes: int) -> int:

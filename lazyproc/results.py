@@ -10,19 +10,22 @@ import h5py
 import numpy as np
 
 from lazyproc.core.errors import ArgumentTypeError, ResultsError
-from lazyproc.core.specs import STATUS_MASK, Dimension, Output, ResolvedOutput
+from lazyproc.core.specs import STATUS_MASK, Output, ResolvedOutput
 from lazyproc.engine.kernel import Kernel
-from lazyproc.hdf5.attributes import read_parameters
+from lazyproc.hdf5.attributes import MANIFEST, read_parameters
+from lazyproc.hdf5.create import SCALAR_MARK
 from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.usid import is_main, position_grid, read_text, spectroscopic_grid
-from lazyproc.layout import Axis, axis_of_grid, axis_of_output, block_grid, positions_per_view_block
+from lazyproc.layout import Axis, axis_of_grid, axis_of_output, block_grid, name_apart, positions_per_view_block
 from lazyproc.views import BlockView, Committed, group_id, lazy_arrays
 
 if TYPE_CHECKING:
     import xarray
 
 _STATUS = "status"
+_SPECTRAL = "spectral"
+_NOTHING = Axis((), (), (), {})
 
 
 def open_results(group: h5py.Group | str | os.PathLike[str]) -> xarray.Dataset:
@@ -37,8 +40,8 @@ def open_results(group: h5py.Group | str | os.PathLike[str]) -> xarray.Dataset:
     -------
     xarray.Dataset
         One variable a main dataset in the group, with the coordinates of the source; `status`, which tells for each
-        position whether it is done (1) or not (0); parameters and provenance as attributes. Positions that are not
-        done show the fill value.
+        position whether it is done (1) or not (0), and is called `completed_positions` if an output is called so;
+        parameters and provenance as attributes. Positions that are not done show the fill value.
 
     Raises
     ------
@@ -112,16 +115,17 @@ def _dataset_of_group(group: h5py.Group, path: str | None) -> xarray.Dataset:
         )
     n_positions = group[names[0]].shape[0]
     names = [name for name in names if group[name].shape[0] == n_positions]
-    stored = [_stored_output(group[name]) for name in names]
+    by_declaration = "lazyproc_run_id" in group.attrs
+    stored = [_stored_output(group[name], by_declaration) for name in names]
     outputs = tuple(output for output, _ in stored)
     positions = axis_of_grid(position_grid(group[names[0]]), "position", {*names, _STATUS})
     status_name = _status_name(group, n_positions)
     committed = Committed(path, None if path else group, str(group.name), group_id(group), outputs, status_name)
-    inner = _inner_axes(outputs, [axis for _, axis in stored], positions)
+    inner = _name_inner(outputs, [axis for _, axis in stored], positions)
     dataset = _assemble(outputs, positions, inner, committed, None, str(group.name).rpartition("/")[2], ("", ""))
     dataset.attrs.update(_attributes(group))
     if status_name:
-        dataset[_STATUS] = _status(group, status_name, positions, committed)
+        dataset[_STATUS if _STATUS not in names else STATUS_MASK] = _status(group, status_name, positions, committed)
     return dataset
 
 
@@ -131,58 +135,58 @@ def _status_name(group: h5py.Group, n_positions: int) -> str:
     return STATUS_MASK if usable else ""
 
 
-def _stored_output(dataset: h5py.Dataset) -> tuple[ResolvedOutput, Axis | None]:
-    """Describe a stored main dataset as an output, and the dimensions of one position's result."""
+def _stored_output(dataset: h5py.Dataset, by_declaration: bool) -> tuple[ResolvedOutput, Axis]:
+    """Describe a stored main dataset as an output, and the dimensions of one position's result.
+
+    What lazyproc created tells itself whether it is one value a position, and its fill value; of others, a single
+    column counts as one value.
+    """
     name = str(dataset.name).rpartition("/")[2]
     quantity, units = read_text(dataset.attrs["quantity"]), read_text(dataset.attrs["units"])
-    fill = dataset.fillvalue if dataset.dtype.fields is None and dataset.attrs.get("lazyproc_scalar") else None
-    spec = Output(dataset.dtype, None, quantity, units, fill_value=fill)
+    spec = Output(dataset.dtype, None, quantity, units, fill_value=dataset.fillvalue if by_declaration else None)
     grid = spectroscopic_grid(dataset)
     single = dataset.shape[1] == 1 and len(grid.labels) == 1
-    if single and dataset.attrs.get("lazyproc_scalar", True):
-        return ResolvedOutput(name, dataset.dtype, (), quantity, units, None, spec), None
-    axis = axis_of_grid(grid, f"{name}_value", ())
+    if single and dataset.attrs.get(SCALAR_MARK, not by_declaration):
+        return ResolvedOutput(name, dataset.dtype, (), quantity, units, None, spec), _NOTHING
+    axis = axis_of_grid(grid, _SPECTRAL, ())
     return ResolvedOutput(name, dataset.dtype, (dataset.shape[1],), quantity, units, None, spec), axis
 
 
-def _inner_axes(outputs: Sequence[ResolvedOutput], axes: Sequence[Axis | None], positions: Axis) -> list[Axis]:
-    """Share dimensions between outputs that are equal, and rename those that only have the name in common."""
-    taken = {*positions.dims, *positions.coordinates, *(output.name for output in outputs), _STATUS}
-    shared: dict[str, Any] = {}
-    inner = []
-    for output, axis in zip(outputs, axes, strict=True):
-        if axis is None:
-            inner.append(Axis((), (), (), {}))
-            continue
-        renamed = {dim: _shared_name(dim, axis, output.name, shared, taken) for dim in axis.dims}
-        coordinates = {
-            renamed.get(name, name): (tuple(renamed[dim] for dim in dims), values, attrs)
-            for name, (dims, values, attrs) in axis.coordinates.items()
-        }
-        inner.append(Axis(tuple(renamed[dim] for dim in axis.dims), axis.shape, axis.axes, coordinates))
-    return inner
-
-
-def _shared_name(dim: str, axis: Axis, output: str, shared: dict[str, Any], taken: set[str]) -> str:
-    size = axis.shape[axis.axes[axis.dims.index(dim)]]
-    known = axis.coordinates.get(dim)
-    content = (size, None if known is None else (known[1].tobytes(), str(known[2])))
-    name = dim
-    if dim in taken and shared.get(dim) != content:
-        name = f"{output}_{dim}"
-    shared[name] = content
-    taken.add(name)
-    return name
+def _name_inner(outputs: Sequence[ResolvedOutput], axes: Sequence[Axis], positions: Axis) -> list[Axis]:
+    """Name the dimensions of the outputs apart from those of the positions and from each other."""
+    names = [output.name for output in outputs]
+    taken = {*positions.dims, *positions.coordinates, *names, _STATUS}
+    return name_apart(dict(zip(names, axes, strict=True)), taken)
 
 
 def _attributes(group: h5py.Group) -> dict[str, Any]:
     """Return parameters and provenance; references are left out, since they mean nothing outside the file."""
     attributes = {
-        name: read_text(value) if isinstance(value, str | bytes) else value
+        name: read_text(value).strip() if isinstance(value, str | bytes) else value
         for name, value in group.attrs.items()
-        if name != "lazyproc_parameter_kinds" and not isinstance(value, h5py.Reference | h5py.RegionReference)
+        if name != MANIFEST and not isinstance(value, h5py.Reference | h5py.RegionReference)
     }
-    return attributes | read_parameters(group)
+    return {name: _plain(value) for name, value in (attributes | read_parameters(group)).items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in a form that xarray can write as an attribute: numbers, texts, arrays, lists and dicts."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.ndim:
+        return value
+    if isinstance(value, np.ndarray | np.generic):
+        python = value.tolist()
+        return str(python) if isinstance(python, np.generic) else _plain(python)
+    if isinstance(value, Mapping):
+        return {str(key): _listed(_plain(item)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_listed(_plain(item)) for item in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _status(group: h5py.Group, status_name: str, positions: Axis, committed: Committed) -> Any:
@@ -192,7 +196,7 @@ def _status(group: h5py.Group, status_name: str, positions: Axis, committed: Com
     mask_only = Committed(committed.path, committed.handle, committed.name, committed.run_id, (width,), "")
     grid = block_grid(positions.shape, positions_per_view_block(1))
     view = BlockView(grid, (width,), mask_only, None)
-    (array,) = lazy_arrays(view, positions, [Axis((), (), (), {})], "status")
+    (array,) = lazy_arrays(view, positions, [_NOTHING], "status")
     attrs = {"flag_values": [0, 1], "flag_meanings": "not_done done"}
     return xarray.Variable(positions.dims, array, attrs)
 
@@ -254,14 +258,10 @@ def lazy_results(
     """
     names = {output.name for output in outputs}
     positions = axis_of_grid(position_grid(main), "position", names | {_STATUS})
-    taken = {*positions.dims, *positions.coordinates, *names, _STATUS}
-    spectroscopic = Axis((), (), (), {})
-    if any(output.spec.shape_from_main for output in outputs):
-        spectroscopic = axis_of_grid(spectroscopic_grid(main), "spectral", taken)
-        taken |= {*spectroscopic.dims, *spectroscopic.coordinates}
-    shared: dict[str, Dimension] = {}
-    inner = [axis_of_output(output, spectroscopic, shared, taken) for output in outputs]
+    keeps_columns = any(output.spec.shape_from_main for output in outputs)
+    columns = axis_of_grid(spectroscopic_grid(main), _SPECTRAL, ()) if keeps_columns else _NOTHING
+    inner = _name_inner(outputs, [axis_of_output(output, columns) for output in outputs], positions)
     source_bytes = int(main.shape[1]) * main.dtype.itemsize
     dataset = _assemble(outputs, positions, inner, committed, kernel, process_name, (process_name, label), source_bytes)
-    dataset.attrs.update({"tool": process_name, **parameters})
+    dataset.attrs.update(tool=process_name, **{name: _plain(value) for name, value in parameters.items()})
     return dataset

@@ -16,11 +16,11 @@ from lazyproc.core.errors import StaleViewError
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Kernel
+from lazyproc.engine.kernel import Kernel, pack, unpack
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.source import Source
 from lazyproc.hdf5.usid import read_text
-from lazyproc.layout import Axis, BlockGrid, positions_per_view_block
+from lazyproc.layout import Axis, BlockGrid, block_grid, positions_per_view_block
 
 if TYPE_CHECKING:
     import dask.array
@@ -74,13 +74,14 @@ class Committed:
 
     def _open(self, files: Files) -> h5py.Group:
         if self.path is None:
-            group: Any = self.handle
+            # By its name, too: what was deleted lives on behind a handle.
+            group: Any = self.handle.file.get(self.name) if self.handle else None
         else:
             try:
                 group = files.open(self.path).get(self.name)
             except FileNotFoundError as error:
                 raise StaleViewError(f"{self.path}: the file of this view is gone.") from error
-        if not isinstance(group, h5py.Group) or not group or group_id(group) != self.run_id:
+        if not isinstance(group, h5py.Group) or group_id(group) != self.run_id:
             raise StaleViewError(
                 f"{self.path or 'the file'}::{self.name}: this view was made from results that are no longer there, or "
                 "that others have replaced. Open the results again."
@@ -122,8 +123,8 @@ class BlockView:
         The results.
     committed : Committed or None
         What is in the file already.
-    kernel : Kernel or None
-        How to compute the rest; None leaves the fill value.
+    kernel : Kernel, bytes or None
+        How to compute the rest; None leaves the fill value. Packed once it has travelled.
     label : str
         The process and the main dataset, for messages.
     """
@@ -131,8 +132,13 @@ class BlockView:
     grid: BlockGrid
     outputs: tuple[ResolvedOutput, ...]
     committed: Committed | None
-    kernel: Kernel | None
+    kernel: Kernel | bytes | None
     label: tuple[str, str] = ("", "")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As in a run, the function travels in a form that workers can load wherever it was defined.
+        kernel = pack(self.kernel) if isinstance(self.kernel, Kernel) else self.kernel
+        return BlockView, (self.grid, self.outputs, self.committed, kernel, self.label)
 
     def __call__(self, block_id: Sequence[int]) -> NDArray[Any]:
         """Return one element, in as many dimensions as the positions have, that holds the arrays of all outputs."""
@@ -155,9 +161,10 @@ class BlockView:
 
     def _compute(self, runs: Runs) -> Arrays:
         assert self.kernel is not None
+        kernel = unpack(self.kernel) if isinstance(self.kernel, bytes) else self.kernel
         block = Block(0, tuple(runs.starts.tolist()), tuple(runs.stops.tolist()))
         try:
-            return self.kernel.compute(self.kernel.source.rows(block.runs()))
+            return kernel.compute(kernel.source.rows(block.runs()))
         except RowError as error:
             failure = Failure.of_function(error, block)
         except OutputMismatch as error:
@@ -228,6 +235,17 @@ class _Rows:
     """Reads one block of rows of a main dataset."""
 
     source: Source
+    grid: BlockGrid
+
+    def __call__(self, block_id: Sequence[int]) -> NDArray[Any]:
+        return self.source.rows([self.grid.span(block_id[:1])])
+
+
+@dataclass(frozen=True, eq=False)
+class _ChosenRows:
+    """Reads one block of chosen rows of a main dataset."""
+
+    source: Source
     blocks: tuple[Block, ...]
 
     def __call__(self, block_id: Sequence[int]) -> NDArray[Any]:
@@ -251,12 +269,17 @@ def lazy_rows(source: Source, name: str, positions: Runs | None = None) -> dask.
 
     n_positions, n_spectral = source.shape
     most = positions_per_view_block(n_spectral * source.dtype.itemsize)
-    most = max(most, min(source.chunk_rows, n_positions))
-    plan = BlockPlan(positions or Runs.full(n_positions), most, align=min(source.chunk_rows, n_positions))
-    blocks = tuple(plan)
+    most = min(n_positions, max(1, most // source.chunk_rows) * source.chunk_rows)
+    rows: _Rows | _ChosenRows
+    if positions is None:
+        grid = block_grid((n_positions,), most)
+        rows, chunks = _Rows(source, grid), grid.chunks[0]
+    else:
+        blocks = tuple(BlockPlan(positions, most, align=min(source.chunk_rows, n_positions)))
+        rows, chunks = _ChosenRows(source, blocks), tuple(block.n_positions for block in blocks)
     return da.map_blocks(
-        _Rows(source, blocks),
-        chunks=(tuple(block.n_positions for block in blocks), (n_spectral,)),
+        rows,
+        chunks=(chunks, (n_spectral,)),
         dtype=source.dtype,
         meta=np.empty((0, 0), source.dtype),
         name=f"{name}-rows-{tokenize(np.random.default_rng().bytes(8))}",

@@ -12,7 +12,9 @@ from lazyproc.core.errors import OutputError
 from lazyproc.core.specs import ResolvedOutput
 
 _BATCH_ROWS = 256
-"""Results of so many calls are held as Python objects before they are stacked: bounds memory, costs nothing."""
+_BATCH_BYTES = 2**20
+"""Results of so many calls, and bytes, are held as Python objects before they are stacked: the memory of a block is that
+of its source and its results, and not that of its results three times."""
 
 Arrays = tuple[NDArray[Any], ...]
 
@@ -99,8 +101,9 @@ def compute_rows(
         for output, column, result in zip(outputs, columns, results, strict=True):
             _store(column, output, result, 0, vectorized=True)
         return results
-    for start in range(0, len(data), _BATCH_ROWS):
-        returned_rows = _call_rows(function, data[start : start + _BATCH_ROWS], start, args, keywords)
+    batch = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, sum(output.row_bytes for output in outputs))))
+    for start in range(0, len(data), batch):
+        returned_rows = _call_rows(function, data[start : start + batch], start, args, keywords)
         columns = _columns_of_rows(returned_rows, outputs, start)
         for output, column, result in zip(outputs, columns, results, strict=True):
             _store(column, output, result[start : start + len(returned_rows)], start, vectorized=False)

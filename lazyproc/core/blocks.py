@@ -161,7 +161,7 @@ class _Walk:
     )  # fmt: skip
 
     def __init__(self, plan: BlockPlan) -> None:
-        # Of a memoryview (`data`) an item is a plain int, several times quicker than NumPy's, and a search copies nothing.
+        # An item of `data`, a memoryview, is a plain int: several times quicker than NumPy's, and nothing is copied.
         self.starts = plan.remaining.starts.data
         self.stops = plan.remaining.stops.data
         self.before = plan.remaining.before.data

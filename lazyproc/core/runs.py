@@ -298,8 +298,8 @@ class Runs:
     def spread(self, k: int) -> NDArray[np.int64]:
         """Up to `k` different positions, evenly spread over the set: the first, the last, and between; in order.
 
-        Evenly by rank, so that a hole gets none and a long run its share; the set itself is not laid out. A single one is
-        the first.
+        Evenly by rank, so that a hole gets none and a long run its share; the set itself is not laid out.
+        A single one is the first.
 
         Examples
         --------

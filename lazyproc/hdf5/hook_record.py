@@ -1,4 +1,4 @@
-"""Work of hook-style processes in a file: what is recorded with a status mask, and finding groups of the same work.
+"""Work of hook-style processes in a file: the record kept with each status mask, and finding groups of the same work.
 
 A subclass of the old contract creates its datasets itself, in its own ways, so the base keeps its record on the one
 thing that it creates: the status mask of each phase. Groups that pyUSID wrote have no record; there the parameters must
@@ -7,27 +7,45 @@ stand among the group's attributes, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import h5py
+import numpy as np
 
 from lazyproc.core.errors import ParameterError, ResultsError
 from lazyproc.core.parameters import arguments_text, same, same_arguments
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.attributes import read_parameters
 from lazyproc.hdf5.create import create_status_mask
+from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.search import file_differences, named_groups, remaining_positions, source_name
 from lazyproc.hdf5.usid import read_text
 
 NO_ARGUMENTS = arguments_text((), {})
-_PARAMETERS, _ARGUMENTS, _FINGERPRINT, _SOURCE = (
+NOT_COMPARABLE = ""
+"""Stands for parameters or arguments that have no text, such as references: never the same as any others."""
+_PARAMETERS, _SEARCHED, _ARGUMENTS, _FINGERPRINT, _SOURCE, _PHASE = (
     "lazyproc_parameters",
+    "lazyproc_searched",
     "lazyproc_arguments",
     "lazyproc_fingerprint",
     "lazyproc_source",
+    "lazyproc_phase",
 )
+_LONGEST_TEXT = 2**14
+"""Bytes: longer texts are kept as their hash, since HDF5 refuses attributes above 64 KiB in all."""
+
+
+def text_of(args: tuple[Any, ...], values: Mapping[str, Any]) -> str:
+    """Return arguments or parameters as text, to compare them; `NOT_COMPARABLE` where that is impossible."""
+    try:
+        return arguments_text(args, values)
+    except ParameterError:
+        return NOT_COMPARABLE
 
 
 @dataclass(frozen=True)
@@ -43,11 +61,13 @@ class HookWork:
     process_name : str
         With ``-`` already turned into ``_``.
     parameters : mapping
-        What the subclass calls its parameters; empty says nothing, and so matches whatever was stored.
+        What the subclass calls its parameters.
     status_name : str
         The status mask of the present phase.
     fingerprint : callable
         A stored fingerprint to the present one, made the same way; empty if it is not verified.
+    searched : str
+        The parameters as text when the process last looked for earlier results; they may have grown since.
     """
 
     main_name: str
@@ -57,17 +77,21 @@ class HookWork:
     parameters: Mapping[str, Any]
     status_name: str
     fingerprint: Callable[[str], str] = field(repr=False)
+    searched: str = NOT_COMPARABLE
 
 
-def find_groups(target: h5py.Group, work: HookWork) -> tuple[list[h5py.Group], list[h5py.Group]]:
+def find_groups(
+    target: h5py.Group, work: HookWork, *, exact: bool = False
+) -> tuple[list[h5py.Group], list[h5py.Group]]:
     """Find groups of the same work, finished and partial; writes nothing.
 
-    Groups without a usable status mask or ``last_pixel`` are leftovers, and are passed over.
+    Groups without a usable status mask or ``last_pixel`` are leftovers, and are passed over. Unless `exact`, empty
+    parameters match whatever was stored: so do old subclasses look for the results of an earlier phase.
     """
     finished: list[h5py.Group] = []
     partial: list[h5py.Group] = []
     for group in named_groups(target, work.main_name, work.process_name):
-        if not (_same_source(group, work) and _same_parameters(group, work)):
+        if not (_same_parameters(group, work, exact) and _same_source(group, work)):
             continue
         try:
             remaining = remaining_positions(group, work.n_positions, work.status_name)
@@ -95,16 +119,19 @@ def _same_source(group: h5py.Group, work: HookWork) -> bool:
     return first_name in (None, work.main_name) and not list(file_differences(group, work.main_file))
 
 
-def _same_parameters(group: h5py.Group, work: HookWork) -> bool:
-    if not work.parameters:
+def _same_parameters(group: h5py.Group, work: HookWork, exact: bool) -> bool:
+    if not work.parameters and not exact:
         return True
-    try:
-        wanted = arguments_text((), work.parameters)
-    except ParameterError:
-        return False  # such as a reference: it cannot be compared, so nothing is known to be the same
+    wanted = text_of((), work.parameters)
+    if wanted == NOT_COMPARABLE:
+        return False
     record = _record(group, work.status_name)
     if _PARAMETERS in record:
-        return same_arguments(read_text(record[_PARAMETERS]), wanted)
+        if any(_same_text(record, key, wanted) for key in (_PARAMETERS, _SEARCHED)):
+            return True
+        if not work.parameters or not _same_text(record, _PARAMETERS, NO_ARGUMENTS):
+            return False
+    # No record, or one of a process that keeps its parameters elsewhere: what the subclass wrote has to tell.
     stored_parameters = read_parameters(group)
     return all(
         key in stored_parameters and same(stored_parameters[key], value)
@@ -113,13 +140,70 @@ def _same_parameters(group: h5py.Group, work: HookWork) -> bool:
     ) and not any(key in stored_parameters for key, value in work.parameters.items() if value is None)
 
 
-def stored_arguments(group: h5py.Group, status_name: str) -> str:
-    """Return the arguments of `compute` with which a group was begun; none for groups without a record."""
-    return read_text(_record(group, status_name).get(_ARGUMENTS, NO_ARGUMENTS))
+def _short(text: str) -> str:
+    encoded = text.encode("utf-8", "surrogatepass")
+    return text if len(encoded) <= _LONGEST_TEXT else f"sha256:{hashlib.sha256(encoded).hexdigest()}"
 
 
-def ensure_status_mask(group: h5py.Group, work: HookWork, arguments: str, fingerprint: str) -> h5py.Dataset:
+def _same_text(record: Mapping[str, Any], key: str, wanted: str) -> bool:
+    stored = read_text(record.get(key, NOT_COMPARABLE))
+    return stored != NOT_COMPARABLE and (stored == _short(wanted) or same_arguments(stored, wanted))
+
+
+def same_arguments_recorded(group: h5py.Group, work: HookWork, arguments: str, *, unknown: bool = False) -> bool:
+    """Tell whether a group was begun with these arguments of `compute`.
+
+    Without a record it was begun with none; or, with `unknown`, with whatever is wanted.
+    """
+    record = _record(group, work.status_name)
+    if _ARGUMENTS not in record:
+        return unknown or arguments == NO_ARGUMENTS
+    return _same_text(record, _ARGUMENTS, arguments)
+
+
+def same_parameters_recorded(group: h5py.Group, work: HookWork) -> bool:
+    """Tell whether nothing speaks against a group having been begun with just these parameters."""
+    record = _record(group, work.status_name)
+    wanted = text_of((), work.parameters)
+    if wanted == NOT_COMPARABLE or _PARAMETERS not in record or _same_text(record, _PARAMETERS, NO_ARGUMENTS):
+        return True
+    return _same_text(record, _PARAMETERS, wanted)
+
+
+def is_first_phase(group: h5py.Group, work: HookWork) -> bool:
+    """Tell whether the phase with the present status mask is the one that the group was created for."""
+    record = _record(group, work.status_name)
+    if _PHASE in record:
+        return int(record[_PHASE]) == 0
+    return not _other_masks(group, work)
+
+
+def _other_masks(group: h5py.Group, work: HookWork) -> list[str]:
+    """Return the names of the status masks of other phases: with a record, or looking like one and named like one."""
+    return [
+        name
+        for name, item in group.items()
+        if name != work.status_name
+        and isinstance(item, h5py.Dataset)
+        and item.shape == (work.n_positions,)
+        and item.dtype == np.uint8
+        and (_PHASE in item.attrs or name.startswith("completed"))
+    ]
+
+
+def ensure_status_mask(group: h5py.Group, work: HookWork, arguments: str, *, afresh: bool = False) -> h5py.Dataset:
     """Return the status mask of the present phase; made, and filled up to ``last_pixel``, if it is not there.
+
+    Parameters
+    ----------
+    group : h5py.Group
+        The results group.
+    work : HookWork
+        What is being done.
+    arguments : str
+        The arguments of `compute`, as text.
+    afresh : bool
+        Nothing counts as done, whatever the mask and ``last_pixel`` say.
 
     Raises
     ------
@@ -128,18 +212,72 @@ def ensure_status_mask(group: h5py.Group, work: HookWork, arguments: str, finger
     """
     if work.status_name in group:
         remaining_positions(group, work.n_positions, work.status_name)  # checks it
-        return group[work.status_name]
-    done = Runs.empty()
-    if "last_pixel" in group.attrs:
-        done = Runs.full(work.n_positions).difference(remaining_positions(group, work.n_positions, work.status_name))
-    mask = create_status_mask(group, work.n_positions, work.status_name)
-    for start, stop in done:
-        mask[start:stop] = 1
-    try:
-        mask.attrs[_PARAMETERS] = arguments_text((), work.parameters)
-    except ParameterError:
-        pass  # cannot be compared later either: such a group is found by the subclass itself
-    mask.attrs[_ARGUMENTS] = arguments
-    mask.attrs[_FINGERPRINT] = fingerprint
-    mask.attrs[_SOURCE] = work.main_name
+        mask = group[work.status_name]
+        if afresh:
+            mask[...] = 0
+            _write_record(mask, work, arguments)
+    else:
+        done = Runs.empty()
+        if "last_pixel" in group.attrs and not afresh:
+            left = remaining_positions(group, work.n_positions, work.status_name)
+            done = Runs.full(work.n_positions).difference(left)
+        phase = len(_other_masks(group, work))
+        mask = create_status_mask(group, work.n_positions, work.status_name)
+        for start, stop in done:
+            mask[start:stop] = 1
+        mask.attrs[_PHASE] = phase
+        _write_record(mask, work, arguments)
+    if afresh:
+        group.attrs["last_pixel"] = np.int64(0)
     return mask
+
+
+def _write_record(mask: h5py.Dataset, work: HookWork, arguments: str) -> None:
+    mask.attrs[_PARAMETERS] = _short(text_of((), work.parameters))
+    mask.attrs[_SEARCHED] = _short(work.searched)
+    mask.attrs[_ARGUMENTS] = _short(arguments)
+    mask.attrs[_FINGERPRINT] = work.fingerprint("")
+    mask.attrs[_SOURCE] = work.main_name
+
+
+def sync_files(files: Iterable[h5py.File]) -> None:
+    """Flush files down to the disk: what HDF5 holds back of them, then what the system does."""
+    for file in files:
+        if file.mode == "r":
+            continue
+        file.flush()
+        if real_path(file) is not None:
+            os.fdatasync(file.id.get_vfd_handle())
+
+
+class WriteWatch:
+    """Tells whether anything was written into some files since, by their time of modification.
+
+    Parameters
+    ----------
+    files : iterable of h5py.File
+        Open and flushed. Their time of modification is set back by a microsecond: the clock of a file system ticks
+        too slowly to tell two writes apart, but any write moves that time away from where it was put.
+    """
+
+    def __init__(self, files: Iterable[h5py.File]) -> None:
+        self._before = [(file, self._set_back(file)) for file in files if file.mode != "r"]
+
+    @staticmethod
+    def _set_back(file: h5py.File) -> int | None:
+        if real_path(file) is None:
+            return None
+        descriptor = file.id.get_vfd_handle()
+        status = os.fstat(descriptor)
+        try:
+            os.utime(descriptor, ns=(status.st_atime_ns, status.st_mtime_ns - 1000))
+        except OSError:  # the file is somebody else's
+            return None
+        return os.fstat(descriptor).st_mtime_ns
+
+    def saw_nothing(self) -> bool:
+        """Return True only if it is certain that nothing was written; flush the files before."""
+        return all(
+            before is not None and os.fstat(file.id.get_vfd_handle()).st_mtime_ns == before
+            for file, before in self._before
+        )

@@ -1,0 +1,311 @@
+"""The block plan, checked by a slow verifier which knows the promises and nothing of the way they are kept."""
+
+from __future__ import annotations
+
+import pickle
+import tracemalloc
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import islice, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lazyproc.core.blocks import Block, BlockPlan, positions_per_block
+from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError
+from lazyproc.core.runs import Runs
+
+
+def n_runs(positions: set[int]) -> int:
+    """Count the runs of a set: the positions without a predecessor."""
+    return sum(position - 1 not in positions for position in positions)
+
+
+def verify(blocks: list[Block], remaining: set[int], max_positions: int, align: int, max_runs: int) -> None:
+    """Check every promise of a plan on plain sets of positions."""
+    holds = [{p for start, stop in block.runs() for p in range(start, stop)} for block in blocks]
+    assert [block.index for block in blocks] == list(range(len(blocks)))
+    # Disjoint, in order, and covering exactly what remains: laid end to end they are the sorted set.
+    in_order = [p for block in blocks for start, stop in block.runs() for p in range(start, stop)]
+    assert in_order == sorted(remaining)
+    for block, held in zip(blocks, holds, strict=True):
+        assert 1 <= len(held) <= max_positions
+        assert len(block.starts) == len(block.stops) == n_runs(held) <= max_runs  # and its runs do not touch
+    # Storage chunks.
+    of_chunk, users = defaultdict(set), defaultdict(set)
+    for position in remaining:
+        of_chunk[position // align].add(position)
+    for index, held in enumerate(holds):
+        for position in held:
+            users[position // align].add(index)
+    divided = {chunk for chunk, indices in users.items() if len(indices) > 1}
+    for chunk in divided:
+        assert len(of_chunk[chunk]) > max_positions or n_runs(of_chunk[chunk]) > max_runs  # it had to be
+        for index in users[chunk]:
+            assert {position // align for position in holds[index]} == {chunk}  # and its blocks hold nothing else
+    # Economy: a block stops only because what comes next, a whole chunk or in a divided one a position, does not fit.
+    for held, following in pairwise(holds):
+        chunk, next_chunk = max(held) // align, min(following) // align
+        if chunk != next_chunk and {chunk, next_chunk} & divided:
+            continue
+        more = held | ({min(following)} if chunk == next_chunk else of_chunk[next_chunk])
+        assert len(more) > max_positions or n_runs(more) > max_runs
+
+
+@st.composite
+def remaining_positions(draw) -> set[int]:
+    """Stretches to do and stretches done, of quite different lengths: what an interrupted run leaves behind."""
+    lengths = draw(st.lists(st.one_of(st.integers(1, 4), st.integers(1, 90)), max_size=14))
+    edges = np.cumsum([draw(st.integers(0, 30)), *lengths]).tolist()
+    return {p for start, stop in zip(edges[::2], edges[1::2], strict=False) for p in range(start, stop)}
+
+
+limits = {"max_positions": st.integers(1, 60), "align": st.integers(1, 25), "max_runs": st.integers(1, 6)}
+
+
+@given(remaining=remaining_positions(), **limits)
+@example(remaining=set(), max_positions=1, align=1, max_runs=1)
+@example(remaining=set(range(3, 90)), max_positions=7, align=20, max_runs=1)  # chunks divided, the first one not whole
+@example(remaining=set(range(0, 90, 2)), max_positions=50, align=20, max_runs=3)  # divided because of the runs alone
+def test_blocks_keep_every_promise(remaining, max_positions, align, max_runs):
+    plan = BlockPlan(Runs.from_positions(sorted(remaining)), max_positions, align, max_runs)
+    blocks = list(plan)
+    verify(blocks, remaining, max_positions, align, max_runs)
+    assert plan.count() == len(blocks)
+    assert list(plan) == blocks  # each iteration begins anew
+
+
+@given(st.lists(st.sampled_from([0, 0, 0, 1]), max_size=150), *limits.values())
+def test_blocks_of_a_mask_full_of_holes(mask, max_positions, align, max_runs):
+    blocks = list(BlockPlan(Runs.from_mask(np.array(mask, np.uint8)), max_positions, align, max_runs))
+    verify(blocks, {p for p, done in enumerate(mask) if not done}, max_positions, align, max_runs)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 2000)), max_size=5),
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.integers(1, 4),
+)
+def test_count_is_the_number_of_blocks_in_long_runs_too(spans, max_positions, align, max_runs):
+    runs = Runs.from_spans((start, start + length) for start, length in spans)
+    plan = BlockPlan(runs, max_positions, align, max_runs)
+    assert plan.count() == sum(1 for _ in plan)
+
+
+@pytest.mark.parametrize(
+    ("spans", "limits", "expected"),
+    [
+        # Without chunks, blocks are simply filled.
+        ([(0, 10)], {"max_positions": 4}, [[(0, 4)], [(4, 8)], [(8, 10)]]),
+        # A hole does not end a block, and its positions do not count.
+        ([(0, 3), (90, 93)], {"max_positions": 4}, [[(0, 3), (90, 91)], [(91, 93)]]),
+        # Chunks of 4 begin at absolute multiples, not where the remaining positions begin: 3 alone, and not 3:7.
+        ([(3, 12)], {"max_positions": 4, "align": 4}, [[(3, 4)], [(4, 8)], [(8, 12)]]),
+        # Two chunks and a half would fit: two are taken.
+        ([(0, 16)], {"max_positions": 10, "align": 4}, [[(0, 8)], [(8, 16)]]),
+        # No chunk fits: each is divided by itself, and the rest of one (8:10) is not filled up from the next.
+        ([(0, 14)], {"max_positions": 4, "align": 10}, [[(0, 4)], [(4, 8)], [(8, 10)], [(10, 14)]]),
+        # What remains of the first chunk fits, though the chunk itself would not: not divided.
+        ([(7, 12)], {"max_positions": 4, "align": 10}, [[(7, 10)], [(10, 12)]]),
+        # A divided chunk that ends in a hole: its last block must not run on to the next chunk, over the hole.
+        ([(0, 5), (12, 13)], {"max_positions": 4, "align": 10}, [[(0, 4)], [(4, 5)], [(12, 13)]]),
+        # Too many runs in one chunk: divided because of them, the limit of positions is far.
+        ([(0, 1), (2, 3), (4, 5)], {"max_positions": 99, "align": 10, "max_runs": 2}, [[(0, 1), (2, 3)], [(4, 5)]]),
+        # The runs end a block at a chunk edge within a run, not at the end of that run.
+        (
+            [(0, 1), (6, 14), (15, 16)],
+            {"max_positions": 99, "align": 10, "max_runs": 2},
+            [[(0, 1), (6, 10)], [(10, 14), (15, 16)]],
+        ),
+    ],
+)  # fmt: skip
+def test_plans_by_hand(spans, limits, expected):
+    plan = BlockPlan(Runs.from_spans(spans), **limits)
+    assert [list(block.runs()) for block in plan] == expected
+    assert plan.count() == len(expected)
+
+
+def test_scattered_positions_become_a_few_blocks():
+    plan = BlockPlan(Runs.from_positions(np.arange(0, 1_000_000, 10)), max_positions=10**6)
+    assert plan.count() == -(-100_000 // 512)
+    assert next(iter(plan)).n_positions == 512
+
+
+@pytest.mark.parametrize(("max_positions", "align"), [(100_000, 1), (100_000, 64), (7, 64), (1, 10**9), (64, 64)])
+def test_count_does_not_go_through_the_blocks(max_positions, align):
+    # 1e15 positions: walking through them would not end in this test's time limit.
+    step = max_positions - max_positions % align
+    n = 10**15
+    expected = -(-n // step) if step else n // align * -(-align // max_positions) + -(-(n % align) // max_positions)
+    if step and n % step and step + n % step <= max_positions:
+        expected -= 1  # the last block has room for the rest, since no chunk follows
+    assert BlockPlan(Runs.full(n), max_positions, align).count() == expected
+
+
+def test_blocks_are_made_one_by_one():
+    blocks = list(islice(BlockPlan(Runs.full(10**15), 1000), 3))
+    assert [(block.start, block.stop) for block in blocks] == [(0, 1000), (1000, 2000), (2000, 3000)]
+
+
+def masks_with_holes(n_pieces: int, piece: int, holes: int) -> Iterator[np.ndarray]:
+    """Give a long mask piece by piece, all views of one zero buffer into which holes are poked."""
+    buffer = np.zeros(piece, np.uint8)
+    rng = np.random.default_rng(0)
+    for _ in range(n_pieces):
+        # One in each stretch, never in the last place of it: holes do not touch, so their number is known.
+        stretch = piece // holes
+        at = np.arange(holes) * stretch + rng.integers(0, stretch - 1, holes)
+        buffer[at] = 1
+        yield buffer
+        buffer[at] = 0
+
+
+def test_a_billion_positions_with_1e5_holes_are_planned_in_little_memory():
+    allowed = 64 * 2**20
+    tracemalloc.start()
+    try:
+        remaining = Runs.from_mask_pieces(masks_with_holes(n_pieces=1000, piece=10**6, holes=100))
+        plan = BlockPlan(remaining, max_positions=100_000, align=64)
+        counted = plan.count()
+        made = positions = 0
+        for block in plan:
+            made += 1
+            positions += block.n_positions
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    projected = 6 * 8 * len(remaining) + 10**6 + 2**20  # arrays of the runs, also while they are made; a piece; parts
+    assert peak < projected < allowed
+    assert remaining.n_positions == positions == 10**9 - 10**5
+    assert len(remaining) in (10**5, 10**5 + 1)
+    assert counted == made
+    assert 10**4 <= counted <= 10**4 + 20  # filled but for a chunk or so
+
+
+# --- a block ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_block_says_about_itself():
+    block = Block(3, (10, 20, 30), (12, 21, 34))
+    assert (block.n_positions, block.start, block.stop, block.is_contiguous) == (7, 10, 34, False)
+    assert list(block.runs()) == [(10, 12), (20, 21), (30, 34)]
+    assert list(block.offsets()) == [(10, 12, 0), (20, 21, 2), (30, 34, 3)]
+    assert Block(0, (5,), (9,)).is_contiguous
+
+
+def test_a_block_pickles_small_and_comes_back_equal():
+    block = Block(10**6, (10**9,), (10**9 + 10**5,))
+    assert pickle.loads(pickle.dumps(block)) == block
+    assert len(pickle.dumps(block)) < 100
+    many = next(iter(BlockPlan(Runs.from_positions(np.arange(10**9, 10**9 + 1024, 2)), 10**6)))
+    assert len(many.starts) == 512
+    assert len(pickle.dumps(many)) < 2 * 512 * 6 + 100
+
+
+def test_a_block_holds_plain_ints():
+    # NumPy's integers would pickle many times larger, and fail as JSON in the journal and the events.
+    for block in BlockPlan(Runs([0, 9], [4, 12]), np.int64(5), np.int32(2)):
+        assert {type(number) for number in (block.index, *block.starts, *block.stops)} == {int}
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"max_positions": 0}, ArgumentValueError),
+        ({"align": 0}, ArgumentValueError),
+        ({"max_runs": 0}, ArgumentValueError),
+        ({"max_positions": 2.5}, ArgumentTypeError),
+        ({"remaining": [(0, 3)]}, ArgumentTypeError),
+    ],
+)
+def test_impossible_plans_are_refused(changed, error):
+    (name,) = changed
+    with pytest.raises(error, match=name):
+        BlockPlan(**{"remaining": Runs.full(3), "max_positions": 1} | changed)
+
+
+# --- the size of a block ---------------------------------------------------------------------------------------------
+
+AMPLE = {  # nothing limits but what remains
+    "memory_rows": 10**9,
+    "n_remaining": 8_000,
+    "n_workers": 2,
+    "align": 1,
+    "seconds_per_position": None,
+    "bytes_per_position": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, 1000),  # four blocks for each of two workers
+        ({"n_remaining": 8_001}, 1001),  # rounded up: 8 blocks and not a ninth of one position
+        ({"n_remaining": 0}, 1),  # nothing to do: still a size
+        ({"memory_rows": 10}, 10),
+        ({"bytes_per_position": 2**20}, 16),  # 16 MiB
+        ({"bytes_per_position": 2**30}, 1),  # one position is more than preferred; it still must be read
+        ({"seconds_per_position": 0.01}, 100),
+        ({"seconds_per_position": 0.0}, 1000),  # too quick for the clock
+        ({"seconds_per_position": 60.0}, 1),  # a position that takes longer than a block should
+        ({"align": 64}, 960),  # whole chunks
+        ({"align": 1000}, 1000),
+        ({"align": 1001}, 1001),  # raised to one chunk: to be decoded once
+        ({"align": 5000, "memory_rows": 4000}, 1000),  # memory has no room for a chunk: it is divided anyway
+        ({"align": 64, "memory_rows": 63}, 63),  # and then to the limit
+        ({"align": 64, "seconds_per_position": 0.05}, 64),  # 3.2 s a chunk: decoding it once is worth that
+        ({"align": 64, "seconds_per_position": 0.1}, 10),  # 6.4 s a chunk: too long to wait for, and to lose
+        ({"align": 64, "seconds_per_position": 0.1, "target_seconds": 2.0}, 64),  # unless longer blocks are wanted
+    ],
+)
+def test_the_size_of_a_block_by_hand(changed, expected):
+    assert positions_per_block(**AMPLE | changed) == expected
+
+
+@given(
+    memory_rows=st.integers(1, 10**7),
+    n_remaining=st.integers(0, 10**9),
+    n_workers=st.integers(1, 64),
+    align=st.integers(1, 10**5),
+    seconds=st.none() | st.floats(0, 1e3),
+    row_bytes=st.integers(1, 10**8),
+)
+def test_the_size_of_a_block_is_within_its_limits(memory_rows, n_remaining, n_workers, align, seconds, row_bytes):
+    size = positions_per_block(
+        memory_rows=memory_rows,
+        n_remaining=n_remaining,
+        n_workers=n_workers,
+        align=align,
+        seconds_per_position=seconds,
+        bytes_per_position=row_bytes,
+    )
+    assert type(size) is int
+    assert 1 <= size <= memory_rows
+    if size > align:
+        assert size % align == 0
+    if size not in (1, align):  # the floor, and the one chunk that may exceed the wishes
+        assert size * row_bytes <= 16 * 2**20
+        assert size * (seconds or 0) <= 1.0 + 1e-9
+        assert (size - 1) * n_workers * 4 < n_remaining
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"memory_rows": 0}, ArgumentValueError),  # one position would break the promise about memory
+        ({"n_remaining": -1}, ArgumentValueError),
+        ({"n_workers": 0}, ArgumentValueError),
+        ({"align": 0}, ArgumentValueError),
+        ({"bytes_per_position": 0}, ArgumentValueError),
+        ({"seconds_per_position": -1.0}, ArgumentValueError),
+        ({"seconds_per_position": float("nan")}, ArgumentValueError),  # a probe that went wrong
+        ({"align": 1.5}, ArgumentTypeError),
+    ],
+)
+def test_impossible_sizes_are_refused(changed, error):
+    (name,) = changed
+    with pytest.raises(error, match=name):
+        positions_per_block(**AMPLE | changed)
