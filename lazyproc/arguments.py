@@ -30,8 +30,8 @@ def check_name(process_name: Any) -> str:
     return name
 
 
-def check_parms(parms_dict: Any) -> dict[str, Any]:
-    """Check that the parameters are a mapping of names to values that can be stored."""
+def check_parms(parms_dict: Any, *, storable: bool = True) -> dict[str, Any]:
+    """Check that the parameters are a mapping of names to values; ones that can be stored, if lazyproc stores them."""
     if parms_dict is None:
         return {}
     if not isinstance(parms_dict, Mapping):
@@ -39,7 +39,8 @@ def check_parms(parms_dict: Any) -> dict[str, Any]:
             f"parms_dict: a {type(parms_dict).__name__} came; expected a dict of parameter names and values."
         )
     parameters = dict(parms_dict)
-    check_parameters(parameters)
+    if storable:
+        check_parameters(parameters)
     return parameters
 
 
@@ -130,3 +131,16 @@ def check_main(h5_main: Any) -> str | h5py.Dataset:
     if not h5_main:
         raise ArgumentValueError("h5_main: the dataset's file is closed. Open it again, or give its address.")
     return h5_main
+
+
+def check_positions(positions: Any, n_positions: int) -> np.ndarray:
+    """Check which positions shall be tried; negative ones count from the end, None means the one in the middle."""
+    if positions is None:
+        return np.array([n_positions // 2])
+    wanted = np.atleast_1d(np.asarray(positions))
+    if wanted.dtype.kind not in "iu" or wanted.ndim != 1 or wanted.size == 0:
+        raise ArgumentTypeError(f"positions: {positions!r} came; expected a position, or a sequence of positions.")
+    wanted = np.where(wanted < 0, wanted + n_positions, wanted)
+    if wanted.min() < 0 or wanted.max() >= n_positions:
+        raise ArgumentValueError(f"positions: {positions!r} came; expected numbers from 0 to {n_positions - 1}.")
+    return wanted

@@ -29,17 +29,19 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
         except Interrupted as error:
             click.echo(str(error), err=True)
             sys.exit(EXIT_STOPPED)
-        except FunctionError as error:
-            cause = error.__cause__
-            if cause is not None:
-                click.echo("".join(traceback.format_exception(cause)).rstrip(), err=True)
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(1)
         except (LazyprocError, OSError) as error:
+            if isinstance(error, FunctionError):
+                _show_cause(error)
             click.echo(f"Error: {error}", err=True)
             sys.exit(1)
 
     return wrapper
+
+
+def _show_cause(error: BaseException) -> None:
+    """Show where the user's own code failed."""
+    if error.__cause__ is not None:
+        click.echo("".join(traceback.format_exception(error.__cause__)).rstrip(), err=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,11 +84,14 @@ def _make(
 ) -> Any:
     """Make the process; what was typed wrongly is a usage error."""
     from lazyproc.engine.choose import available_cores
-    from lazyproc.loading import load_process, parse_parameters
+    from lazyproc.loading import LoadingError, load_process, parse_parameters
 
     try:
         process_class = load_process(process)
         parameters = parse_parameters(pairs)
+    except LoadingError as error:
+        _show_cause(error)
+        raise
     except ArgumentValueError as error:
         raise click.UsageError(str(error)) from error
     file, separator, dataset = address.partition("::")
@@ -148,7 +153,8 @@ def status(file: str, as_json: bool) -> None:
         click.echo(json.dumps(dataclasses.asdict(state)))
         return
     if state.running is not None:
-        click.echo("running: host {host}, pid {pid}, since {since}".format(**state.running))
+        about = ", ".join(f"{what} {state.running.get(what, 'unknown')}" for what in ("host", "pid", "since"))
+        click.echo(f"running: {about}")
     for one in state.results:
         share = one.n_done / one.n_positions if one.n_positions else 0.0
         text = one.problem or f"{share:7.1%}  {one.n_done:,} of {one.n_positions:,} positions"

@@ -13,11 +13,15 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
-from lazyproc.core.errors import ArgumentValueError
+from lazyproc.core.errors import ArgumentValueError, LazyprocError
 from lazyproc.process import Process
 
 ENTRY_POINTS = "lazyproc.processes"
 """Packages register processes under this entry-point group."""
+
+
+class LoadingError(LazyprocError, ImportError):
+    """The user's module raised while it was loaded; `__cause__` is its exception, with the user's own frames."""
 
 
 def load_process(text: str) -> type[Process]:
@@ -27,6 +31,8 @@ def load_process(text: str) -> type[Process]:
     ------
     ArgumentValueError
         If there is no such file, module or class, or it is no Process.
+    LoadingError
+        If the module is there and raises.
     """
     place, _, name = text.rpartition(":")
     if not place:
@@ -55,7 +61,10 @@ def _registered(name: str) -> Any:
             f"{name}: no process of that name is registered ({sorted(known) or 'none are'}); expected module:Class, "
             "path/to/file.py:Class, or a registered name."
         )
-    return known[name].load()
+    try:
+        return known[name].load()
+    except Exception as error:
+        raise _loading_error(name, error) from _users_part(error)
 
 
 def _load_file(path: str) -> ModuleType:
@@ -72,8 +81,10 @@ def _load_file(path: str) -> ModuleType:
     _on_path(os.path.dirname(os.path.abspath(path)))
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, Exception):
+            raise _loading_error(path, error) from _users_part(error)
         raise
     return module
 
@@ -82,13 +93,31 @@ def _import(name: str) -> ModuleType:
     _on_path(os.getcwd())
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
+    except Exception as error:
+        if not isinstance(error, ModuleNotFoundError) or not f"{name}.".startswith(f"{error.name}."):
+            raise _loading_error(name, error) from _users_part(error)
         raise ArgumentValueError(
             f"{name}: there is no such module; expected module:Class of an installed package or of this folder, or "
             "path/to/file.py:Class."
         ) from error
+
+
+def _loading_error(place: str, error: Exception) -> LoadingError:
+    return LoadingError(f"{place}: could not be loaded: {type(error).__name__}: {error}")
+
+
+def _users_part(error: Exception) -> Exception:
+    """Take the frames of lazyproc and of Python's importing off the front of a traceback."""
+    trace = error.__traceback__
+    while trace is not None and _is_importing(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    return error.with_traceback(trace)
+
+
+def _is_importing(file: str) -> bool:
+    return (
+        file == __file__ or file.startswith("<frozen importlib") or "importlib" in os.path.dirname(file).split(os.sep)
+    )
 
 
 def _on_path(folder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +70,16 @@ def map_positions(
     """
     if not callable(function):
         raise ArgumentTypeError(f"function: {function!r} came; expected a function of one position.")
-    name = process_name or getattr(function, "__name__", type(function).__name__).strip("<>")
+    name = process_name or _name_of(function)
     kind = "_block_function" if vectorized else "_map_function"
     declared = {name: outputs} if isinstance(outputs, Output) else outputs
     process_class = type(name, (Process,), {"outputs": declared, kind: staticmethod(function)})
     process = process_class(h5_main, name, params, lazy=lazy, **options)
     return process.to_xarray() if lazy else process.compute(override)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """Return the name of a function, behind whatever arguments were filled in already."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__)).strip("<>")

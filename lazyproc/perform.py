@@ -200,10 +200,11 @@ def _run(
     if outcome.failure is not None:
         log.error("%s: a block failed; %d of %d positions are done and kept", name, n_committed, work.n_positions)
         outcome.failure.raise_error(declared.process_name, declared.label)
-    if n_committed < work.n_positions:
+    if n_committed == work.n_positions:
+        with declared.place.edit() as parent:
+            note_end(parent, name, work, f"{len(outcome.workers)} workers, {outcome.n_blocks} blocks")
+    if n_committed < work.n_positions or drain.signal is not None:
         _stop(declared, drain, n_committed, work.n_positions)
-    with declared.place.edit() as parent:
-        note_end(parent, name, work, f"{len(outcome.workers)} workers, {outcome.n_blocks} blocks")
 
 
 def _loop(
@@ -236,6 +237,7 @@ def _loop(
 
 
 def _stop(declared: Declared, drain: Drain, n_done: int, n_positions: int) -> NoReturn:
+    """Leave as the signal asked for, also if the last block ended meanwhile: the caller's script shall not go on."""
     message = (
         f"{declared.process_name}: stopped early; {n_done} of {n_positions} positions ({n_done / n_positions:.1%}) are "
         f"done and kept in {declared.place.path}. The same call of compute() goes on from there."

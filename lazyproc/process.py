@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import h5py
@@ -22,6 +20,7 @@ from lazyproc.arguments import (
     check_multiplier,
     check_name,
     check_parms,
+    check_positions,
     check_verify,
 )
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, DefinitionError
@@ -31,13 +30,15 @@ from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import STATUS_MASK, Output, resolve_outputs, validate_outputs
 from lazyproc.declared import Declared
+from lazyproc.definition import check_definition, check_hook_style, function_of
 from lazyproc.engine.choose import available_cores, default_cores
-from lazyproc.hdf5.files import Files, split_address
-from lazyproc.hdf5.place import HandlePlace, Place, place_of
+from lazyproc.hdf5.files import Files
+from lazyproc.hdf5.place import place_of
 from lazyproc.hdf5.search import Found, examine
 from lazyproc.hdf5.source import source_of
 from lazyproc.hdf5.usid_dataset import MainDatasetHandle
-from lazyproc.hooks import HOOKS, HookContract
+from lazyproc.hooks import HookContract
+from lazyproc.opening import open_main, target_handle
 from lazyproc.perform import compute_here, perform
 from lazyproc.progress import ProgressBar
 from lazyproc.results import lazy_results, path_of_group
@@ -113,17 +114,8 @@ class Process(HookContract):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.outputs is None:
-            return
-        validate_outputs(cls.outputs, cls.__name__)
-        hooks = [name for name in HOOKS if _overrides(cls, name)]
-        if hooks:
-            raise DefinitionError(
-                f"{cls.__name__}: declares outputs and overrides {hooks}; expected one or the other. With outputs "
-                "lazyproc creates, reads and writes the datasets itself: remove these methods."
-            )
-        if _overrides(cls, "_map_function") and hasattr(cls, "_block_function"):
-            raise DefinitionError(f"{cls.__name__}: has _map_function and _block_function; expected one of them.")
+        if cls.outputs is not None:
+            check_definition(cls)
 
     def __init__(
         self,
@@ -141,13 +133,14 @@ class Process(HookContract):
         checkpoint_interval: float = 10.0,
         verify: str = "sampled",
     ) -> None:
+        self._declares = type(self).outputs is not None
         main = check_main(h5_main)
         if process_name is not None or self.process_name is None:
             process_name = process_name if process_name is not None else type(self).__name__
             self.process_name = check_name(process_name)
         else:
             self.process_name = check_name(self.process_name)
-        self.parms_dict = check_parms(parms_dict)
+        self.parms_dict = check_parms(parms_dict, storable=self._declares)
         wanted_cores = check_cores(cores)
         self._cores = min(wanted_cores, available_cores()) if wanted_cores else default_cores()
         self._max_bytes = check_memory(max_mem_mb)
@@ -157,15 +150,14 @@ class Process(HookContract):
         self._client = check_client(client)
         self._interval = check_interval(checkpoint_interval)
         self._verify = check_verify(verify)
-        self._declares = type(self).outputs is not None
         if self._declares:
-            self._function, self._vectorized = _function_of(type(self))
+            self._function, self._vectorized = function_of(type(self))
         else:
-            _check_hook_style(type(self))
+            check_hook_style(type(self), Process)
 
         self._files = Files()
         try:
-            self._main_path, dataset = _open_main(main, self._files, writable=not self._declares)
+            self._main_path, dataset = open_main(main, self._files, writable=not self._declares)
             self.h5_main = MainDatasetHandle(dataset)
             if self._declares:
                 declared = validate_outputs(self.outputs, type(self).__name__)
@@ -179,12 +171,12 @@ class Process(HookContract):
             self._chosen: str | None = None
             self.h5_results_grp: h5py.Group | None = None
             self.mpi_comm, self.mpi_rank, self.mpi_size = None, 0, 1
-            self._source = source_of(self.h5_main, self._main_path)
             with self._logging():
                 if self._declares:
+                    self._source = source_of(self.h5_main, self._main_path)
                     self._look(self._declared(), (), {})
                 else:
-                    self._h5_target_group = _target_handle(self._place, self._main_path, self.h5_main, self._files)
+                    self._h5_target_group = target_handle(self._place, self._main_path, self.h5_main, self._files)
                     self._start_hooks(wanted_cores, max_mem_mb, self._multiplier)
         except BaseException:
             self.close()
@@ -197,7 +189,8 @@ class Process(HookContract):
         if not self._declares:
             raise DefinitionError(
                 f"{type(self).__name__}: declares no outputs; expected a dict such as "
-                "outputs = {'Mean': Output('f4')}. A class with the hooks of the old contract has compute(), and test() if it writes one."
+                "outputs = {'Mean': Output('f4')}. A class with the hooks of the old contract has compute(), and test() "
+                "if it writes one."
             )
         if not self.h5_main:
             raise ArgumentValueError(
@@ -368,7 +361,7 @@ class Process(HookContract):
         if not self._declares:
             raise NotImplementedError(f"{type(self).__name__}: test is for the class itself to write.")
         declared = self._declared()
-        wanted = _positions(positions, declared.n_positions)
+        wanted = check_positions(positions, declared.n_positions)
         runs = Runs.from_positions(wanted)
         declared.flush_main()
         kernel = declared.kernel((), kwargs)
@@ -508,93 +501,3 @@ class Process(HookContract):
 
 def _names(groups: list[h5py.Group]) -> list[str]:
     return [str(group.name).rpartition("/")[2] if group else "closed" for group in groups]
-
-
-def _open_main(main: str | h5py.Dataset, files: Files, *, writable: bool) -> tuple[str | None, h5py.Dataset]:
-    """Open the main dataset; old hooks write through its handle, so it is opened for writing for them."""
-    if isinstance(main, h5py.Dataset):
-        return None, main
-    path, name = split_address(main, "h5_main")
-    file = files.open(path)
-    found = file.get(name)
-    if not isinstance(found, h5py.Dataset):
-        what = "a group" if isinstance(found, h5py.Group) else "not there"
-        raise ArgumentValueError(
-            f"h5_main: {path}::{name} is {what}; expected a dataset: give its whole address, such as "
-            "'scan.h5::/Measurement_000/Channel_000/Raw_Data'."
-        )
-    return path, files.open_for_writing(path)[name] if writable and os.access(path, os.W_OK) else found
-
-
-def _target_handle(place: Place, main_path: str | None, main: h5py.Dataset, files: Files) -> h5py.Group:
-    """Return an open, writable group for hooks to write to."""
-    if isinstance(place, HandlePlace):
-        return place.handle
-    if place.path == main_path:
-        return main.file.require_group(place.name)
-    if place.group() is None:
-        with place.edit():
-            pass
-    return files.open_for_writing(place.path)[place.name]
-
-
-def _overrides(cls: type[Process], name: str) -> bool:
-    """Tell whether a class, or one of its bases below Process, has its own form of a method."""
-    return inspect.getattr_static(cls, name, None) is not inspect.getattr_static(HookContract, name, None)
-
-
-def _check_hook_style(cls: type[Process]) -> None:
-    """Refuse a class that looks as if its outputs were forgotten."""
-    functions = [name for name in ("_map_function", "_block_function") if _overrides(cls, name)]
-    others = [name for name in (*HOOKS, "compute", "test") if _overrides_process(cls, name)]
-    if functions and not others:
-        raise DefinitionError(
-            f"{cls.__name__}: has {functions[0]}, but declares no outputs; expected a dict such as "
-            "outputs = {'Mean': Output('f4')}: what the function gives for each position."
-        )
-
-
-def _overrides_process(cls: type[Process], name: str) -> bool:
-    return inspect.getattr_static(cls, name) is not inspect.getattr_static(Process, name)
-
-
-def _function_of(cls: type[Process]) -> tuple[Callable[..., Any], bool]:
-    """Return the declared function, free of any instance, and whether it takes blocks."""
-    vectorized = hasattr(cls, "_block_function")
-    name = "_block_function" if vectorized else "_map_function"
-    if not vectorized and not _overrides(cls, name):
-        raise DefinitionError(
-            f"{cls.__name__}: has no function; expected a static method _map_function(spectrum, …) of one position, or "
-            "_block_function(block, …) of a block `(n_positions, n_spectral)`."
-        )
-    declared = inspect.getattr_static(cls, name)
-    if isinstance(declared, staticmethod):
-        declared = declared.__func__
-    elif isinstance(declared, classmethod) or _takes_self(declared):
-        raise DefinitionError(
-            f"{cls.__name__}: {name} is a method of the instance; expected a static method or a plain function. A "
-            "worker gets the function alone: an instance would drag its open files along. Write @staticmethod above "
-            "it, and hand over what it needs by parms_dict."
-        )
-    if not callable(declared):
-        raise DefinitionError(f"{cls.__name__}: {name} is {declared!r}; expected a function.")
-    return declared, vectorized
-
-
-def _takes_self(function: Any) -> bool:
-    if not inspect.isfunction(function):
-        return False
-    first = next(iter(inspect.signature(function).parameters), "")
-    return first in ("self", "cls")
-
-
-def _positions(positions: Any, n_positions: int) -> np.ndarray:
-    if positions is None:
-        return np.array([n_positions // 2])
-    wanted = np.atleast_1d(np.asarray(positions))
-    if wanted.dtype.kind not in "iu" or wanted.ndim != 1 or wanted.size == 0:
-        raise ArgumentTypeError(f"positions: {positions!r} came; expected a position, or a sequence of positions.")
-    wanted = np.where(wanted < 0, wanted + n_positions, wanted)
-    if wanted.min() < 0 or wanted.max() >= n_positions:
-        raise ArgumentValueError(f"positions: {positions!r} came; expected numbers from 0 to {n_positions - 1}.")
-    return wanted

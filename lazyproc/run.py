@@ -112,6 +112,7 @@ class Committer:
         self._listener = listener
         self._spans: list[tuple[int, int]] = []
         self._oldest: float | None = None
+        self._last_turn = time.monotonic()
         self._n_before = n_done
         self.n_done = 0
         self.n_blocks = 0
@@ -145,8 +146,10 @@ class Committer:
             )
 
     def commit_if_due(self) -> None:
-        """Commit if a block has waited for the interval."""
-        if self._oldest is not None and time.monotonic() - self._oldest >= self._interval:
+        """Commit if a block has waited for the interval, or would until the next turn, which may take as long again."""
+        now = time.monotonic()
+        turn, self._last_turn = now - self._last_turn, now
+        if self._oldest is not None and now + turn - self._oldest >= self._interval:
             self.commit()
 
     def commit(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import h5py
 
-from lazyproc.core.errors import ResultsError
+from lazyproc.core.errors import ArgumentTypeError, ResultsError
 from lazyproc.core.specs import STATUS_MASK
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.lock import holder
@@ -76,7 +76,8 @@ def _results_groups(file: h5py.File) -> Iterator[h5py.Group]:
     found: list[h5py.Group] = []
 
     def visit(name: str, item: object) -> None:
-        if isinstance(item, h5py.Group) and (STATUS_MASK in item or ("tool" in item.attrs and "-" in name)):
+        named_so = "-" in name.rpartition("/")[2]
+        if isinstance(item, h5py.Group) and (STATUS_MASK in item or ("tool" in item.attrs and named_so)):
             found.append(item)
 
     file.visititems(visit)
@@ -84,17 +85,25 @@ def _results_groups(file: h5py.File) -> Iterator[h5py.Group]:
 
 
 def _examine(group: h5py.Group) -> ResultsStatus:
-    started = read_text(group.attrs.get("lazyproc_started", group.attrs.get("timestamp", "")))
-    finished = read_text(group.attrs.get("lazyproc_finished", "")).strip()
-    process = read_text(group.attrs.get("tool", str(group.name).rpartition("-")[2]))
+    process = _text(group, "tool") or str(group.name).rpartition("-")[2]
+    started = _text(group, "lazyproc_started") or _text(group, "timestamp")
     n_positions = n_done = 0
     problem = ""
     try:
         n_positions = _count_positions(group)
         n_done = count_done(group, n_positions, STATUS_MASK)
     except ResultsError as error:
-        problem = str(error)
+        problem = str(error).removeprefix(f"{group.name}: ")
+    finished = _text(group, "lazyproc_finished")
     return ResultsStatus(str(group.name), process, n_positions, n_done, started, finished, problem)
+
+
+def _text(group: h5py.Group, name: str) -> str:
+    """Return an attribute as text; empty if it is not there, or is no text."""
+    try:
+        return read_text(group.attrs.get(name, "")).strip()
+    except ArgumentTypeError:
+        return ""
 
 
 def _count_positions(group: h5py.Group) -> int:

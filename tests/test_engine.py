@@ -128,7 +128,8 @@ def test_stopping_starts_nothing_new(engine: str) -> None:
     receipts = Scheduler(engine, 2).run(kernel, plan, enough, "stopping")
     for receipt in receipts:
         taken += [receipt] if receipt is not None else []
-    assert 3 <= len(taken) <= 3 + 3 * 2, "those under way, and no more"
+    # Two blocks a worker are under way, as many receipts may wait to be taken, and one is being handed on.
+    assert 3 <= len(taken) <= 3 + 2 * 2 + 2 * 2 + 1 < plan.count(), "those under way, and no more"
 
 
 def die_on_position_200(spectrum: NDArray[Any]) -> Any:

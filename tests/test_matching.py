@@ -308,10 +308,10 @@ def test_parameters_come_back_equal_and_match_exactly(results_of_all_parameters,
         for key, value in PARAMETERS[number].items():
             np.testing.assert_equal(stored[key], value)
             assert type(stored[key]) is type(value)
-        for other, name in enumerate(names):
-            if other != number:
-                named = set(PARAMETERS[number]) ^ set(PARAMETERS[other]) or set(PARAMETERS[other])
-                assert any(f"{key}: " in process.why_not_duplicate(name) for key in named)
+        other = number - 1
+        named = set(PARAMETERS[number]) ^ set(PARAMETERS[other]) or set(PARAMETERS[other])
+        why = process.why_not_duplicate(names[other])
+        assert any(f"{key}: " in why for key in named)
 
 
 def test_the_order_of_parameters_does_not_matter(scan):
@@ -445,7 +445,9 @@ def test_defect_2_two_channels_of_one_name_share_a_target_group(tmp_path):
             assert [one.name for one in process.duplicate_h5_groups] == [group]
 
 
-@pytest.mark.parametrize("names", [("Mean", "MeanSquare"), ("MeanSquare", "Mean"), ("Mean", "Mean_1"), ("Mean", "mean")])
+@pytest.mark.parametrize(
+    "names", [("Mean", "MeanSquare"), ("MeanSquare", "Mean"), ("Mean", "Mean_1"), ("Mean", "mean")]
+)
 def test_defect_3_process_names_match_as_a_whole(scan, names):
     first, second = (run(Mean, scan, process_name=name)[0] for name in names)
     assert first != second
@@ -586,7 +588,9 @@ LAYOUTS = {
 def test_changed_values_make_no_duplicate(tmp_path, monkeypatch, verify, layout, size, by):
     if size == "large":
         monkeypatch.setattr(lazyproc.hdf5.fingerprint, "FULL_UP_TO", 1000)
-    path, name = make_usid_file(tmp_path / "scan.h5", n_rows=20, n_cols=20, n_spectral=4, data=numbered(400), **LAYOUTS[layout])
+    path, name = make_usid_file(
+        tmp_path / "scan.h5", n_rows=20, n_cols=20, n_spectral=4, data=numbered(400), **LAYOUTS[layout]
+    )
 
     def compute(expected_matches):
         if by == "path":
@@ -667,6 +671,7 @@ def test_changed_code_reuses_the_results_and_says_so(scan, caplog):
 
 def test_changed_code_resumes_and_says_so(scan, caplog):
     name = stop_half_way(Mean, scan)
+    caplog.clear()
     with h5py.File(file_of(scan), "r") as file:
         done = file[name]["completed_positions"][()] == 1
     with caplog.at_level(logging.WARNING, "lazyproc"):

@@ -317,7 +317,7 @@ def test_outputs_of_all_shapes_share_and_part_their_dimensions(tmp_path, small_b
         xarray.testing.assert_equal(view, results.drop_vars("completed_positions"))
         first = process.h5_main[:, 0].reshape(3, 4).T
         np.testing.assert_array_equal(view["Pairs"].to_numpy()["Amplitude"], np.stack([first, -first], -1))
-        np.testing.assert_array_equal(view["Loop"], first[..., None, None] * np.arange(6).reshape(2, 3))
+        np.testing.assert_allclose(view["Loop"], first[..., None, None] * np.arange(6.0).reshape(2, 3), rtol=1e-6)
 
 
 def test_dimensions_are_called_the_same_whatever_the_order_of_declaration(tmp_path):
@@ -442,10 +442,10 @@ def test_of_a_partial_group_the_done_are_read_and_the_others_computed(tmp_path, 
         expected = process.to_xarray().compute()
     with h5py.File(address.partition("::")[0], "r+") as file:
         file[name]["completed_positions"][missing] = 0
-        file[name]["Twice"][missing] = 77.0
+        file[name]["Twice"][missing] = np.full((4, 6), 77.0)
     n_calls = counter.stat().st_size
     with Counted(address, parms_dict={"counter": str(counter)}, cores=1) as process:
-        assert process.partial_h5_groups == [process.h5_main.file[name]]
+        assert [group.name for group in process.partial_h5_groups] == [name]
         view = process.to_xarray()
         xarray.testing.assert_equal(view.compute(), expected)
         assert counter.stat().st_size == n_calls + len(missing)
@@ -555,9 +555,8 @@ def test_override_leaves_the_old_view_with_the_old_results(tmp_path):
         assert process.compute(override=True).name != group
         xarray.testing.assert_equal(old.compute(), expected)
     with h5py.File(path, "r+") as file:
-        file.move(group.replace("_000", "_001").replace("Channel_001", "Channel_000"), f"{CHANNEL}/new")
         del file[group]
-        file.move(f"{CHANNEL}/new", group)
+        file.move(f"{CHANNEL}/Raw_Data-Counted_001", group)
     with pytest.raises(StaleViewError):
         old.compute()
 
@@ -752,22 +751,23 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::zarr.errors.UnstableSpecificationWarning")
 def test_views_with_any_parameters_are_written_to_zarr(tmp_path):
     address = address_of(make_usid_file(tmp_path / "a.h5"))
     with Counted(address, parms_dict=PARAMETERS, cores=1) as process:
         lazy = process.to_xarray()
-        lazy.to_zarr(tmp_path / "lazy.zarr")
+        lazy.to_zarr(tmp_path / "lazy.zarr", consolidated=False)
         results = lazyproc.open_results(process.compute())
-        results.to_zarr(tmp_path / "results.zarr")
+        results.to_zarr(tmp_path / "results.zarr", consolidated=False)
         assert results.attrs["nested"]["high"] == [1, [2, 3]]
         assert results.attrs["number"] == 3
         assert results.attrs["nothing"] is None
         np.testing.assert_array_equal(results.attrs["rows"], PARAMETERS["rows"])
         for name in PARAMETERS:
             assert str(results.attrs[name]) == str(lazy.attrs[name])
-    again = xarray.open_zarr(tmp_path / "lazy.zarr")
+    again = xarray.open_zarr(tmp_path / "lazy.zarr", consolidated=False)
     xarray.testing.assert_equal(again.compute(), lazy.compute())
     assert again.attrs["text"] == "Ω"
     assert again.attrs["rows"] == [[0, 1, 2], [3, 4, 5]]
-    xarray.testing.assert_equal(xarray.open_zarr(tmp_path / "results.zarr").compute(), results.compute())
+    xarray.testing.assert_equal(
+        xarray.open_zarr(tmp_path / "results.zarr", consolidated=False).compute(), results.compute()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,13 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from lazyproc.core.blocks import Block
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, WorkerError
 from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.cluster import active_client, count_threads
+from lazyproc.engine.failure import Failure
 from lazyproc.engine.local import ignore_interrupts
 
 _PIECES = 4
 """Pieces a core: enough to even out, few enough to be worth their way."""
+_PIECE_BYTES = 2**22
+"""Bytes of a piece at most: what is on its way is held twice."""
+_INLINE_BYTES = 2**14
+"""A function with its arguments up to this size goes along with each piece; a larger one is sent to a cluster once."""
 _LEAST_JOBS = 20
 """Calls a core from which several cores are worth it, for short computations."""
 _IDLE_SECONDS = 60
@@ -99,7 +106,8 @@ def parallel_compute(
     func : callable
         Of one item.
     cores : int, optional
-        CPU cores; 1 stays in this process and pickles nothing. Default: what `recommend_cpu_cores` says.
+        CPU cores; 1 stays in this process and pickles nothing, unless `client` is given. Default: what
+        `recommend_cpu_cores` says.
     lengthy_computation : bool
         Each call takes seconds.
     func_args, func_kwargs
@@ -121,7 +129,7 @@ def parallel_compute(
     ArgumentTypeError
         If `func` is no function, or `data` no array.
     WorkerError
-        If the function cannot be sent to other processes.
+        If the function cannot be sent to other processes, or its results back, or a worker process died.
     Exception
         Whatever the function raises.
 
@@ -141,8 +149,9 @@ def parallel_compute(
     args, kwargs = tuple(func_args or ()), dict(func_kwargs or {})
     if not len(data):
         return []
+    if client is None and cores != 1:
+        client = active_client()
     cores = recommend_cpu_cores(len(data), cores, lengthy_computation=lengthy_computation, verbose=verbose)
-    client = client or active_client()
     results: list[Any] = []
     for rows in _in_memory(data):
         if cores == 1 and client is None:
@@ -165,27 +174,73 @@ def _in_memory(data: Any) -> Iterator[Any]:
 def _spread(
     rows: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], cores: int, client: Any
 ) -> list[Any]:
-    """Apply the function in pieces, as a Dask graph."""
+    """Apply the function in pieces, as Dask tasks."""
     packed = _pack(func, args, kwargs)
-    workers = cores if client is None else count_threads(client)
-    edges = np.linspace(0, len(rows), min(len(rows), _PIECES * workers) + 1).astype(int).tolist()
+    label = getattr(func, "__qualname__", type(func).__name__)
+    n_pieces = max(_PIECES * (cores if client is None else count_threads(client)), -(-rows.nbytes // _PIECE_BYTES))
+    edges = np.linspace(0, len(rows), min(len(rows), n_pieces) + 1).astype(int).tolist()
+    pieces = [rows[start:stop] for start, stop in itertools.pairwise(edges)]
     name = f"{getattr(func, '__name__', 'function').strip('<>')}-{uuid.uuid4().hex}"
-    keys = [(name, number) for number in range(len(edges) - 1)]
-    graph = {key: (_apply, packed, rows[edges[key[1]] : edges[key[1] + 1]]) for key in keys}
-    if client is not None:
-        pieces = client.get(graph, keys, optimize_graph=False)
-    else:
-        pieces = _on_processes(graph, keys, cores)
-    return [result for piece in pieces for result in piece]
+    try:
+        if client is not None:
+            computed = _on_client(client, name, packed, pieces)
+        else:
+            computed = _on_processes(name, packed, pieces, cores)
+    except _FunctionFailed as failed:
+        raise failed.failure.error from None
+    except Exception as error:
+        raise WorkerError(
+            f"{label}: a worker failed ({type(error).__name__}: {error}). If a worker process died: a crash in native "
+            "code, or too little memory (lower max_mem_mb). If results cannot be pickled: return numbers, arrays or "
+            "tuples of them, or use cores=1, which stays in this process."
+        ) from error
+    return [result for piece in computed for result in piece]
 
 
-def _on_processes(graph: dict[Any, Any], keys: list[Any], cores: int) -> Any:
+def _on_processes(name: str, packed: bytes, pieces: list[Any], cores: int) -> Any:
+    """Run the pieces as a Dask graph on light worker processes of this machine."""
     import dask.multiprocessing
     from loky import get_reusable_executor
 
     one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR")}
     pool = get_reusable_executor(cores, timeout=_IDLE_SECONDS, initializer=ignore_interrupts, env=one_thread)
-    return dask.multiprocessing.get(graph, keys, pool=pool, num_workers=cores, optimize_graph=False)
+    graph = {(name, number): (_apply, packed, piece) for number, piece in enumerate(pieces)}
+    try:
+        # One piece at a time and worker: by default Dask hands out six, which is all there is, at once.
+        return dask.multiprocessing.get(graph, list(graph), pool=pool, chunksize=1, optimize_graph=False)
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, kill_workers=True)
+        raise
+
+
+def _on_client(client: Any, name: str, packed: bytes, pieces: list[Any]) -> list[Any]:
+    """Run the pieces on a cluster: a few a worker thread under way, so that they do not pile up at the scheduler."""
+    from distributed import as_completed
+
+    payload = packed if len(packed) <= _INLINE_BYTES else client.scatter(packed, broadcast=True, hash=False)
+    computed: dict[int, Any] = {}
+    waiting = iter(enumerate(pieces))
+    pending: dict[Any, int] = {}
+    done = as_completed([])
+
+    def submit(number: int, piece: Any) -> None:
+        # A piece goes along with its task, so that it is not lost with a worker; only a huge row is sent beforehand.
+        data = piece if piece.nbytes <= 2 * _PIECE_BYTES else client.scatter(piece, hash=False)
+        future = client.submit(_apply, payload, data, key=(name, number), pure=False)
+        pending[future] = number
+        done.add(future)
+
+    try:
+        for number, piece in itertools.islice(waiting, _PIECES * count_threads(client)):
+            submit(number, piece)
+        while pending:
+            future = next(done)
+            computed[pending.pop(future)] = future.result()
+            for number, piece in itertools.islice(waiting, 1):
+                submit(number, piece)
+    finally:
+        client.cancel(list(pending))
+    return [computed[number] for number in range(len(pieces))]
 
 
 def _pack(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
@@ -201,8 +256,21 @@ def _pack(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         ) from error
 
 
+class _FunctionFailed(Exception):
+    """The user's function raised, in a worker; carries the error in a form that always survives the way back."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure)
+        self.failure = failure
+
+
 def _apply(packed: bytes, rows: Any) -> list[Any]:
     import pickle
 
     func, args, kwargs = pickle.loads(packed)
-    return [func(row, *args, **kwargs) for row in rows]
+    if not rows.flags.writeable:  # as they come over a network; functions may work in place, as they always could
+        rows = rows.copy()
+    try:
+        return [func(row, *args, **kwargs) for row in rows]
+    except Exception as error:
+        raise _FunctionFailed(Failure.of_worker(error, Block(0, (0,), (len(rows),)))) from None

@@ -9,7 +9,8 @@ from typing import Any
 import h5py
 
 from lazyproc.core.errors import ArgumentValueError, FileBusyError, ReadOnlyFileError
-from lazyproc.hdf5.transaction import Overlay, read_journal
+from lazyproc.hdf5.overlay import Overlay
+from lazyproc.hdf5.transaction import read_journal
 
 
 def split_address(address: str | os.PathLike[str], name: str) -> tuple[str, str]:
@@ -152,7 +153,7 @@ def _open_raw(path: str) -> Any:
     patches = read_journal(path)
     if not patches:
         return _FreshFile(path)
-    overlay = Overlay(os.open(path, os.O_RDONLY | os.O_CLOEXEC), owns=True)
+    overlay = Overlay(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path, owns=True)
     for offset, _, new in patches:
         overlay.seek(offset)
         overlay.write(new)

@@ -59,20 +59,35 @@ def _pieces(dataset: h5py.Dataset, source: Source, everything: bool, path: str |
     if isinstance(source, ExtentSource):
         extent = source.extent
         yield from _raw(extent.path, [(extent.offset, extent.shape[0] * extent.row_bytes)], everything)
-    elif dataset.chunks is not None and path is not None and not dataset.is_virtual:
+    elif dataset.chunks is not None and path is not None:
         places = _chunk_places(dataset)
         yield repr([offset for offset, _, _ in places]).encode()
-        yield from _raw(path, [(place, size) for _, place, size in places], everything)
+        if dataset.file.userblock_size:
+            yield from _chunks(dataset, [(offset, size) for offset, _, size in places], everything)
+        else:
+            yield from _raw(path, [(place, size) for _, place, size in places], everything)
     else:
         yield from _values(dataset, everything)
 
 
 def _chunk_places(dataset: h5py.Dataset) -> list[tuple[tuple[int, ...], int, int]]:
-    """Return where the stored chunks lie: logical offset, bytes from the start of the file, size; in logical order."""
+    """Return where the stored chunks lie: logical offset, place in the file, size; in logical order.
+
+    In files with a userblock some versions of HDF5 count the place from its end, others from the start of the file.
+    """
     places: list[tuple[tuple[int, ...], int, int]] = []
     dataset.id.chunk_iter(lambda info: places.append((tuple(info.chunk_offset), info.byte_offset, info.size)))
-    base = dataset.file.userblock_size
-    return sorted((offset, place + base, size) for offset, place, size in places)
+    return sorted(places)
+
+
+def _chunks(dataset: h5py.Dataset, chunks: list[tuple[tuple[int, ...], int]], everything: bool) -> Iterator[bytes]:
+    """Yield the same as `_raw`, through HDF5, which knows where the chunks lie."""
+    starts = np.cumsum([0, *(size for _, size in chunks)], dtype=np.int64)
+    spans = [(int(start), size) for start, (_, size) in zip(starts, chunks, strict=False)]
+    for first, size in spans if everything else _samples(spans):
+        number = int(np.searchsorted(starts, first, side="right")) - 1
+        within = first - int(starts[number])
+        yield dataset.id.read_direct_chunk(chunks[number][0])[1][within : within + size]
 
 
 def _raw(path: str, spans: list[tuple[int, int]], everything: bool) -> Iterator[bytes]:
@@ -82,22 +97,33 @@ def _raw(path: str, spans: list[tuple[int, int]], everything: bool) -> Iterator[
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for offset, size in spans:
-            for start in range(offset, offset + size, _PIECE):
-                yield os.pread(descriptor, min(_PIECE, offset + size - start), start)
+            end = offset + size
+            while offset < end:
+                piece = os.pread(descriptor, min(_PIECE, end - offset), offset)
+                if not piece:  # a truncated file
+                    break
+                yield piece
+                offset += len(piece)
     finally:
         os.close(descriptor)
 
 
 def _samples(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    sizes = np.array([size for _, size in spans], np.int64)
-    ends = np.cumsum(sizes)
-    total = int(ends[-1])
+    """Choose samples of 1 MiB as if the spans lay one after the other: a sample may take in many small spans."""
+    ends = np.cumsum([size for _, size in spans], dtype=np.int64)
+    total = int(ends[-1]) if spans else 0
     chosen: list[tuple[int, int]] = []
+    done = 0
     for wanted in np.linspace(0, max(0, total - _SAMPLE), _SAMPLES).astype(np.int64).tolist():
-        number = int(np.searchsorted(ends, wanted, side="right"))
-        offset, size = spans[number]
-        within = wanted - (int(ends[number]) - size)
-        chosen.append((offset + within, min(_SAMPLE, size - within)))
+        first, last = max(done, wanted), min(total, wanted + _SAMPLE)
+        number = int(np.searchsorted(ends, first, side="right"))
+        while first < last:
+            offset, size = spans[number]
+            stop = min(last, int(ends[number]))
+            if first < stop:
+                chosen.append((offset + first - (int(ends[number]) - size), stop - first))
+            first, number = stop, number + 1
+        done = max(done, last)
     return chosen
 
 

@@ -18,7 +18,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,8 +149,11 @@ class RunLock:
             }
             _overwrite(self._descriptor, json.dumps(about))
             self._set_fence(self.fence.run_id)
-        except PermissionError as error:
-            self.release()
+        except BaseException as error:
+            with suppress(OSError):
+                self.release()
+            if isinstance(error, FileBusyError) or not isinstance(error, OSError):
+                raise
             raise ReadOnlyFileError(
                 f"{self._path}: the lock file {self.fence.lock_path} cannot be written ({error.strerror}). Results "
                 "need a folder that can be written: give h5_target_group in another file."

@@ -137,7 +137,7 @@ def open_target(
     if isinstance(place, HandlePlace):
         return HandleTarget(group, [output.name for output in outputs], status_name)
     file = place.files.open_for_writing(place.path)
-    return HandleTarget(file[name], [output.name for output in outputs], status_name)
+    return HandleTarget(file[name], [output.name for output in outputs], status_name, owns_file=True)
 
 
 def _has_open_datasets(group: h5py.Group) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lazyproc.core.errors import ResultsError
+from lazyproc.core.errors import ArgumentTypeError, ResultsError
 from lazyproc.core.identity import code_changed
 from lazyproc.core.parameters import differences, same_arguments
 from lazyproc.core.runs import Runs
@@ -104,7 +104,8 @@ def search(target: h5py.Group | None, work: Work) -> list[Found]:
     """Examine all groups below `target` that bear the name of the work, in the order of their numbers."""
     if target is None:
         return []
-    return [examine(group, work) for group in named_groups(target, work.main_name, work.process_name)]
+    groups = named_groups(target, work.main_name, work.process_name)
+    return [examine(group, work, thorough=False) for group in groups]
 
 
 def named_groups(target: h5py.Group, main_name: str, process_name: str) -> list[h5py.Group]:
@@ -118,20 +119,34 @@ def named_groups(target: h5py.Group, main_name: str, process_name: str) -> list[
     return [target[name] for _, name in sorted(numbered)]
 
 
-def examine(group: h5py.Group, work: Work) -> Found:
-    """Compare one results group with the work."""
-    lines = list(_name_differences(group, work))
-    lines += differences(read_parameters(group), work.parameters)
-    lines += _argument_differences(group, work)
-    lines += _output_differences(group, work)
-    lines += _source_differences(group, work, verify=not lines)
+def examine(group: h5py.Group, work: Work, *, thorough: bool = True) -> Found:
+    """Compare one results group with the work.
+
+    Parameters
+    ----------
+    group : h5py.Group
+        The results group.
+    work : Work
+        What is wanted.
+    thorough : bool
+        Tell all differences. Else the values of the main dataset, which take a while to read, are compared only if
+        nothing else is different.
+    """
+    lines: list[str] = []
+    remarks: tuple[str, ...] = ()
     n_done = 0
-    if not lines:
-        try:
+    try:
+        lines += _name_differences(group, work)
+        lines += differences(read_parameters(group), work.parameters)
+        lines += _argument_differences(group, work)
+        lines += _output_differences(group, work)
+        lines += _source_differences(group, work, verify=thorough or not lines)
+        remarks = tuple(_remarks(group, work))
+        if not lines:
             n_done = count_done(group, work.n_positions, work.status_name)
-        except ResultsError as error:
-            lines.append(str(error))
-    return Found(str(group.name), tuple(lines), tuple(_remarks(group, work)), n_done, work.n_positions)
+    except ResultsError as error:  # one damaged group must not stand in the way of all others
+        lines.append(str(error))
+    return Found(str(group.name), tuple(lines), remarks, n_done, work.n_positions)
 
 
 def count_done(group: h5py.Group, n_positions: int, status_name: str) -> int:
@@ -152,19 +167,38 @@ def remaining_positions(group: h5py.Group, n_positions: int, status_name: str) -
         return Runs.from_mask_pieces(read_mask_pieces(group[status_name], n_positions, label))
     if "last_pixel" not in group.attrs:
         raise ResultsError(f"{label}: there is no status mask, nor the attribute last_pixel of older results.")
-    last = int(np.asarray(group.attrs["last_pixel"]).ravel()[0])
+    try:
+        last = int(np.asarray(group.attrs["last_pixel"]).ravel()[0])
+    except (TypeError, ValueError, IndexError, OSError) as error:
+        raise ResultsError(
+            f"{group.name}: there is no status mask, and the attribute last_pixel is no number ({error}); expected how "
+            "many positions are done. Compute with override=True."
+        ) from error
     return Runs.from_spans([(min(max(last, 0), n_positions), n_positions)])
 
 
+def _attribute(group: h5py.Group, name: str, default: str = "") -> str:
+    """Return the text in an attribute."""
+    if name not in group.attrs:
+        return default
+    try:
+        return read_text(group.attrs[name])
+    except (ArgumentTypeError, OSError, TypeError, ValueError) as error:
+        raise ResultsError(
+            f"{group.name}: the attribute {name} cannot be read ({error}); expected a text. It was changed by another "
+            "program, or the file is damaged: compute with override=True."
+        ) from error
+
+
 def _name_differences(group: h5py.Group, work: Work) -> Iterable[str]:
-    tool = group.attrs.get("tool")
-    if tool is not None and read_text(tool).replace("-", "_") != work.process_name:
-        yield f"process: stored {read_text(tool)!r}, wanted {work.process_name!r}"
+    tool = _attribute(group, "tool", work.process_name)
+    if tool.replace("-", "_") != work.process_name:
+        yield f"process: stored {tool!r}, wanted {work.process_name!r}"
 
 
 def _argument_differences(group: h5py.Group, work: Work) -> Iterable[str]:
     nothing = '{"args": [], "kwargs": {}}'
-    stored = read_text(group.attrs.get("lazyproc_arguments", nothing))
+    stored = _attribute(group, "lazyproc_arguments", nothing)
     if not same_arguments(stored, work.arguments):
         yield f"arguments of compute: stored {stored}, wanted {work.arguments}"
 
@@ -187,7 +221,7 @@ def _source_differences(group: h5py.Group, work: Work, *, verify: bool) -> Itera
     if stored_name is not None and stored_name != work.main_name:
         yield f"source: stored results of {stored_name}, wanted {work.main_name}"
         return
-    stored = read_text(group.attrs.get("lazyproc_fingerprint", ""))
+    stored = _attribute(group, "lazyproc_fingerprint")
     if stored and verify:
         now = work.fingerprint(stored)
         if now:
@@ -212,7 +246,7 @@ def source_name(group: h5py.Group) -> str | None:
     """Return the path of the main dataset that the results were made from, if it is recorded."""
     for name in ("lazyproc_source", "source_dataset_path"):
         if name in group.attrs:
-            return read_text(group.attrs[name])
+            return _attribute(group, name)
     reference = group.attrs.get("source_000")
     if isinstance(reference, h5py.Reference) and reference:
         try:
@@ -224,7 +258,7 @@ def source_name(group: h5py.Group) -> str | None:
 
 def _source_file(group: h5py.Group) -> str | None:
     if "source_file_path" in group.attrs:
-        return read_text(group.attrs["source_file_path"])
+        return _attribute(group, "source_file_path")
     return None if _is_elsewhere(group) else ""
 
 
@@ -241,7 +275,7 @@ def _same_path(stored: str, now: str) -> bool:
 
 
 def _remarks(group: h5py.Group, work: Work) -> Iterable[str]:
-    stored = read_text(group.attrs.get("lazyproc_code", ""))
+    stored = _attribute(group, "lazyproc_code")
     if stored and code_changed(stored, work.code):
         yield (
             "the function's code has changed since these results were computed; they are used as they are. "

@@ -60,16 +60,17 @@ class Sink:
             If the file was replaced or truncated.
         """
         written = 0
-        with self.fence.passed():
-            descriptor = self.extents[0].open(os.O_RDWR)
-            try:
-                if self.shares_lock:
-                    _share(descriptor, self.extents[0].path)
+        descriptor = self.extents[0].open(os.O_RDWR)
+        try:
+            # The file's lock first: once the driver is known to live, which holds it too, no other program can come in.
+            if self.shares_lock:
+                _share(descriptor, self.extents[0].path)
+            with self.fence.passed():
                 for extent, rows in zip(self.extents, arrays, strict=True):
                     for start, stop, place in block.offsets():
                         written += extent.write(descriptor, start, rows[place : place + stop - start])
-            finally:
-                os.close(descriptor)
+        finally:
+            os.close(descriptor)
         return written, _checksum(rows[:1].tobytes()[:_CHECKED_BYTES] for rows in arrays)
 
     def checksum(self, block: Block) -> int:

@@ -100,6 +100,8 @@ class HandleTarget:
         The names of the outputs, in their order.
     status_name : str
         The name of the status mask.
+    owns_file : bool
+        Whether `close` closes the file, which lazyproc then opened for this run.
 
     Notes
     -----
@@ -109,8 +111,9 @@ class HandleTarget:
 
     sink: Sink | None = None
 
-    def __init__(self, group: h5py.Group, outputs: Sequence[str], status_name: str) -> None:
+    def __init__(self, group: h5py.Group, outputs: Sequence[str], status_name: str, *, owns_file: bool = False) -> None:
         self._group = group
+        self._owns_file = owns_file
         self._outputs = tuple(outputs)
         self._status_name = status_name
 
@@ -138,7 +141,9 @@ class HandleTarget:
             os.fdatasync(file.id.get_vfd_handle())
 
     def close(self) -> None:
-        """Nothing: the handle belongs to whoever opened it."""
+        """Close the file if it was opened for this run; else the handle belongs to whoever opened it."""
+        if self._owns_file:
+            self._group.file.close()
 
 
 def read_mask_pieces(mask: h5py.Dataset, n_positions: int, name: str) -> Any:

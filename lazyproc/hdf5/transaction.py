@@ -10,143 +10,28 @@ Then::
 
 A journal that is found later is either incomplete (nothing was applied: it is dropped) or complete (it is applied
 again). It is refused if the file shows neither the old nor the new bytes: somebody else has changed it since.
+An error in step 1 or 2 takes back what was done; one in step 3 does not keep it from being finished.
 """
 
 from __future__ import annotations
 
 import base64
 import fcntl
-import io
 import json
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import h5py
 
 from lazyproc.core.errors import FileBusyError, LazyprocError, ReadOnlyFileError
 from lazyproc.hdf5.lock import sidecar
-
-_PAGE = 4096
-Patch = tuple[int, bytes, bytes]
-"""Where in the file, what stood there, what shall stand there."""
+from lazyproc.hdf5.overlay import Overlay, Patch
 
 
 class JournalError(LazyprocError, RuntimeError):
     """A journal does not belong to the file as it is now."""
-
-
-class Overlay(io.RawIOBase):
-    """A file whose changes stay in memory.
-
-    Parameters
-    ----------
-    descriptor : int
-        The file, open for reading.
-    owns : bool
-        Whether `close` closes the descriptor, too.
-
-    Notes
-    -----
-    Only pages that are written are held; a file may grow by any number of bytes at no cost.
-    """
-
-    def __init__(self, descriptor: int, *, owns: bool = False) -> None:
-        super().__init__()
-        self._descriptor = descriptor
-        self._owns = owns
-        self.old_size = os.fstat(descriptor).st_size
-        self.size = self.old_size
-        self._pages: dict[int, bytearray] = {}
-        self._place = 0
-
-    def close(self) -> None:
-        """Forget the changes."""
-        if self._owns and not self.closed:
-            os.close(self._descriptor)
-        super().close()
-
-    def readable(self) -> bool:
-        """Reads go through to the file where nothing was written."""
-        return True
-
-    def writable(self) -> bool:
-        """Writes stay in memory."""
-        return True
-
-    def seekable(self) -> bool:
-        """Any place can be sought."""
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place; beyond the end is allowed."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.size}[whence]
-        self._place = base + offset
-        return self._place
-
-    def tell(self) -> int:
-        """Return the place."""
-        return self._place
-
-    def truncate(self, size: int | None = None) -> int:
-        """Set the size; nothing is held for what is added."""
-        self.size = self._place if size is None else size
-        return self.size
-
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        """Read as much as there is."""
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self.size - self._place))
-        done = 0
-        while done < count:
-            page, within = divmod(self._place + done, _PAGE)
-            part = min(_PAGE - within, count - done)
-            view[done : done + part] = self._page(page)[within : within + part]
-            done += part
-        self._place += count
-        return count
-
-    def write(self, data) -> int:  # type: ignore[no-untyped-def]
-        """Keep what is written."""
-        view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):
-            page, within = divmod(self._place + done, _PAGE)
-            part = min(_PAGE - within, len(view) - done)
-            self._keep(page, within, view[done : done + part])
-            done += part
-        self._place += len(view)
-        self.size = max(self.size, self._place)
-        return len(view)
-
-    def _keep(self, page: int, within: int, part: memoryview) -> None:
-        if page not in self._pages:
-            if page * _PAGE >= self.old_size and bytes(part).count(0) == len(part):
-                return  # beyond the old end the file will be zero anyway: a large status mask costs nothing
-            self._pages[page] = bytearray(self._page(page))
-        self._pages[page][within : within + len(part)] = part
-
-    def _page(self, page: int) -> bytes | bytearray:
-        kept = self._pages.get(page)
-        return kept if kept is not None else self._on_disk(page * _PAGE, _PAGE).ljust(_PAGE, b"\0")
-
-    def _on_disk(self, offset: int, count: int) -> bytes:
-        return os.pread(self._descriptor, max(0, min(count, self.old_size - offset)), offset)
-
-    def changes(self) -> tuple[list[Patch], list[tuple[int, bytes]]]:
-        """Return what changed inside the old file, and what was written beyond its end."""
-        patches: list[Patch] = []
-        added: list[tuple[int, bytes]] = []
-        for page in sorted(self._pages):
-            offset, kept = page * _PAGE, bytes(self._pages[page])
-            before = self._on_disk(offset, _PAGE)
-            if kept[: len(before)] != before:
-                patches.append((offset, before, kept[: len(before)]))
-            beyond = kept[len(before) : max(0, self.size - offset)]
-            if beyond:
-                added.append((offset + len(before), beyond))
-        return patches, added
 
 
 @contextmanager
@@ -177,7 +62,7 @@ def transaction(path: str) -> Iterator[h5py.File]:
     """
     recover(path)
     with _held(path) as descriptor:
-        overlay = Overlay(descriptor)
+        overlay = Overlay(descriptor, path)
         with h5py.File(overlay, "r+") as file:
             yield file
         _apply(path, descriptor, overlay)
@@ -219,19 +104,36 @@ def share_lock(descriptor: int, path: str) -> None:
 
 def _apply(path: str, descriptor: int, overlay: Overlay) -> None:
     patches, added = overlay.changes()
-    for offset, data in added:
-        _write_all(descriptor, data, offset)
-    if overlay.size > overlay.old_size:
-        os.ftruncate(descriptor, overlay.size)
-    os.fdatasync(descriptor)
-    if not patches:
-        return
     journal = sidecar(path, "journal")
-    _write_journal(journal, os.fstat(descriptor), patches)
+    try:
+        for offset, data in added:
+            _write_all(descriptor, data, offset)
+        if overlay.size > overlay.old_size:
+            os.ftruncate(descriptor, overlay.size)
+        os.fdatasync(descriptor)
+        if not patches:
+            return
+        _write_journal(journal, os.fstat(descriptor), patches)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(journal)
+        os.ftruncate(descriptor, overlay.old_size)  # nothing points beyond the old end yet
+        raise
+    try:
+        _finish(descriptor, journal, patches)
+    except BaseException:
+        _finish(descriptor, journal, patches)  # half of the changes would be worse than an interrupt that comes late
+        raise
+
+
+def _finish(descriptor: int, journal: str, patches: list[Patch]) -> None:
+    """Apply the changes of a complete journal, as often as need be, and remove it for good."""
     for offset, _, new in patches:
         _write_all(descriptor, new, offset)
     os.fdatasync(descriptor)
-    os.unlink(journal)
+    with suppress(FileNotFoundError):
+        os.unlink(journal)
+    sync_folder(journal)  # a journal that came back after a power cut would undo what is written from now on
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:
@@ -273,9 +175,34 @@ def read_journal(path: str) -> list[Patch] | None:
     Raises
     ------
     JournalError
-        If the journal belongs to another file.
+        If the journal belongs to another file, or the file was changed by somebody else since: neither the old nor
+        the new bytes stand in it.
     """
     journal = sidecar(path, "journal")
+    while (content := _load_journal(journal)) is not None:
+        inode, patches = content
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_ino != inode:
+                raise JournalError(
+                    f"{path}: the journal {journal} was written for another file that lay here before. If this file "
+                    "is complete, remove the journal."
+                )
+            now = [os.pread(file.fileno(), len(old), offset) for offset, old, _ in patches]
+        strange = [
+            offset for (offset, old, new), bytes_ in zip(patches, now, strict=True) if not _between(bytes_, old, new)
+        ]
+        if not strange:
+            return patches
+        if _load_journal(journal) == content:  # else a transaction that is going on has just ended
+            raise JournalError(
+                f"{path}: the journal {journal} tells of a change that was cut off, but the file has been changed by "
+                f"somebody else since (at byte {strange[0]}). If the file opens, remove the journal."
+            )
+    return None
+
+
+def _load_journal(journal: str) -> tuple[int, list[Patch]] | None:
+    """Return the inode and the changes that a complete journal holds."""
     try:
         with open(journal, "rb") as file:
             checksum, _, body = file.read().partition(b"\n")
@@ -284,12 +211,13 @@ def read_journal(path: str) -> list[Patch] | None:
     if checksum != b"%08x" % zlib.crc32(body):
         return None
     content = json.loads(body)
-    if content["inode"] != os.stat(path).st_ino:
-        raise JournalError(
-            f"{path}: the journal {journal} was written for another file that lay here before. If this file is "
-            "complete, remove the journal."
-        )
-    return [(offset, base64.b64decode(old), base64.b64decode(new)) for offset, old, new in content["patches"]]
+    decode = base64.b64decode
+    return content["inode"], [(offset, decode(old), decode(new)) for offset, old, new in content["patches"]]
+
+
+def _between(now: bytes, old: bytes, new: bytes) -> bool:
+    """Tell whether a write of `new` over `old` that was cut off can have left `now`."""
+    return len(now) == len(old) and all(n in (a, b) for n, a, b in zip(now, old, new, strict=True))
 
 
 def recover(path: str) -> bool:
@@ -303,27 +231,13 @@ def recover(path: str) -> bool:
     Raises
     ------
     JournalError
-        If the file was changed by somebody else since: neither the old nor the new bytes stand in it.
+        If the journal does not fit the file: see `read_journal`. Nothing was changed.
+    FileBusyError
+        If somebody has the file open for writing.
     """
     journal = sidecar(path, "journal")
     if not os.path.exists(journal):
         return False
-    patches = read_journal(path)
-    if patches is not None:
-        with _held(path) as descriptor:
-            for offset, old, new in patches:
-                if not _between(os.pread(descriptor, len(old), offset), old, new):
-                    raise JournalError(
-                        f"{path}: the journal {journal} tells of a change that was cut off, but the file has been "
-                        f"changed by somebody else since (at byte {offset}). If the file opens, remove the journal."
-                    )
-            for offset, _, new in patches:
-                _write_all(descriptor, new, offset)
-            os.fdatasync(descriptor)
-    os.unlink(journal)
+    with _held(path) as descriptor:
+        _finish(descriptor, journal, read_journal(path) or [])
     return True
-
-
-def _between(now: bytes, old: bytes, new: bytes) -> bool:
-    """Tell whether a write of `new` over `old` that was cut off can have left `now`."""
-    return len(now) == len(old) and all(n in (a, b) for n, a, b in zip(now, old, new, strict=True))

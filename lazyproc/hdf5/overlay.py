@@ -1,0 +1,146 @@
+"""A file whose changes stay in memory, until somebody asks what they are."""
+
+from __future__ import annotations
+
+import io
+import os
+
+import numpy as np
+
+_PAGE = 4096
+Patch = tuple[int, bytes, bytes]
+"""Where in the file, what stood there, what shall stand there."""
+
+
+class Overlay(io.RawIOBase):
+    """A file whose changes stay in memory.
+
+    Parameters
+    ----------
+    descriptor : int
+        The file, open for reading.
+    path : str
+        Its name, which h5py then tells as the file name.
+    owns : bool
+        Whether `close` closes the descriptor, too.
+
+    Notes
+    -----
+    Only pages that are written are held; a file may grow by any number of bytes at no cost.
+    """
+
+    def __init__(self, descriptor: int, path: str, *, owns: bool = False) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._path = path
+        self._owns = owns
+        self.old_size = os.fstat(descriptor).st_size
+        self.size = self.old_size
+        self._shown = self.old_size  # where the overlay was cut off, the file's old bytes never show again
+        self._pages: dict[int, bytearray] = {}
+        self._place = 0
+
+    def close(self) -> None:
+        """Forget the changes."""
+        if self._owns and not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+    def readable(self) -> bool:
+        """Reads go through to the file where nothing was written."""
+        return True
+
+    def writable(self) -> bool:
+        """Writes stay in memory."""
+        return True
+
+    def seekable(self) -> bool:
+        """Any place can be sought."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place; beyond the end is allowed."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.size}[whence]
+        self._place = base + offset
+        return self._place
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._place
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the size; nothing is held for what is added."""
+        size = self._place if size is None else size
+        if size < self.size:
+            self._shown = min(self._shown, size)
+            for page in [page for page in self._pages if (page + 1) * _PAGE > size]:
+                kept = max(0, size - page * _PAGE)
+                self._pages[page][kept:] = bytes(_PAGE - kept)
+        self.size = size
+        return size
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        """Read as much as there is."""
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self.size - self._place))
+        done = 0
+        while done < count:
+            page, within = divmod(self._place + done, _PAGE)
+            part = min(_PAGE - within, count - done)
+            view[done : done + part] = self._page(page)[within : within + part]
+            done += part
+        self._place += count
+        return count
+
+    def write(self, data) -> int:  # type: ignore[no-untyped-def]
+        """Keep what is written."""
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            page, within = divmod(self._place + done, _PAGE)
+            part = min(_PAGE - within, len(view) - done)
+            self._keep(page, within, view[done : done + part])
+            done += part
+        self._place += len(view)
+        self.size = max(self.size, self._place)
+        return len(view)
+
+    def _keep(self, page: int, within: int, part: memoryview) -> None:
+        if page not in self._pages:
+            if page * _PAGE >= self._shown and bytes(part).count(0) == len(part):
+                return  # beyond the old end the file will be zero anyway: a large status mask costs nothing
+            self._pages[page] = bytearray(self._page(page))
+        self._pages[page][within : within + len(part)] = part
+
+    def _page(self, page: int) -> bytes | bytearray:
+        kept = self._pages.get(page)
+        return kept if kept is not None else self._on_disk(page * _PAGE, self._shown).ljust(_PAGE, b"\0")
+
+    def _on_disk(self, offset: int, end: int) -> bytes:
+        return os.pread(self._descriptor, max(0, min(_PAGE, end - offset)), offset)
+
+    def changes(self) -> tuple[list[Patch], list[tuple[int, bytes]]]:
+        """Return what changed inside the old file, and what was written beyond its end."""
+        patches: list[Patch] = []
+        added: list[tuple[int, bytes]] = []
+        cut_off = range(self._shown // _PAGE, -(-min(self.size, self.old_size) // _PAGE))
+        for page in sorted({*self._pages, *cut_off}):
+            offset = page * _PAGE
+            kept = bytes(self._page(page))[: max(0, self.size - offset)]
+            before = self._on_disk(offset, self.old_size)
+            patches += _difference(offset, before[: len(kept)], kept[: len(before)])
+            if kept[len(before) :]:
+                added.append((offset + len(before), kept[len(before) :]))
+        return patches, added
+
+    def __repr__(self) -> str:
+        return self._path
+
+
+def _difference(offset: int, before: bytes, after: bytes) -> list[Patch]:
+    """Return the patch from the first to the last byte that differs; none if there is none."""
+    differs = np.flatnonzero(np.frombuffer(before, np.uint8) != np.frombuffer(after, np.uint8))
+    if differs.size == 0:
+        return []
+    part = slice(int(differs[0]), int(differs[-1]) + 1)
+    return [(offset + part.start, before[part], after[part])]

@@ -1,0 +1,39 @@
+"""Open what a process works on: its main dataset, and the group that old hooks write to."""
+
+from __future__ import annotations
+
+import os
+
+import h5py
+
+from lazyproc.core.errors import ArgumentValueError
+from lazyproc.hdf5.files import Files, split_address
+from lazyproc.hdf5.place import HandlePlace, Place
+
+
+def open_main(main: str | h5py.Dataset, files: Files, *, writable: bool) -> tuple[str | None, h5py.Dataset]:
+    """Open the main dataset; old hooks write through its handle, so it is opened for writing for them."""
+    if isinstance(main, h5py.Dataset):
+        return None, main
+    path, name = split_address(main, "h5_main")
+    file = files.open(path)
+    found = file.get(name)
+    if not isinstance(found, h5py.Dataset):
+        what = "a group" if isinstance(found, h5py.Group) else "not there"
+        raise ArgumentValueError(
+            f"h5_main: {path}::{name} is {what}; expected a dataset: give its whole address, such as "
+            "'scan.h5::/Measurement_000/Channel_000/Raw_Data'."
+        )
+    return path, files.open_for_writing(path)[name] if writable and os.access(path, os.W_OK) else found
+
+
+def target_handle(place: Place, main_path: str | None, main: h5py.Dataset, files: Files) -> h5py.Group:
+    """Return an open, writable group for hooks to write to."""
+    if isinstance(place, HandlePlace):
+        return place.handle
+    if place.path == main_path:
+        return main.file.require_group(place.name)
+    if place.group() is None:
+        with place.edit():
+            pass
+    return files.open_for_writing(place.path)[place.name]
