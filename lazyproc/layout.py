@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.specs import ResolvedOutput
-from lazyproc.hdf5.usid import Grid, nd_shape_and_axes
+from lazyproc.hdf5.grid import Grid, nd_shape_and_axes
 
 _BLOCK_BYTES = 16 * 2**20
 

@@ -189,8 +189,8 @@ class Process(HookContract):
         if not self._declares:
             raise DefinitionError(
                 f"{type(self).__name__}: declares no outputs; expected a dict such as "
-                "outputs = {'Mean': Output('f4')}. A class with the hooks of the old contract has compute(), and test() "
-                "if it writes one."
+                "outputs = {'Mean': Output('f4')}. A class with the hooks of the old contract has compute(), and "
+                "test() if it writes one."
             )
         if not self.h5_main:
             raise ArgumentValueError(

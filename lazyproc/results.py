@@ -16,7 +16,8 @@ from lazyproc.hdf5.attributes import MANIFEST, read_parameters
 from lazyproc.hdf5.create import SCALAR_MARK
 from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.files import Files, split_address
-from lazyproc.hdf5.usid import is_main, position_grid, read_text, spectroscopic_grid
+from lazyproc.hdf5.grid import position_grid, spectroscopic_grid
+from lazyproc.hdf5.usid import is_main, read_text
 from lazyproc.layout import Axis, axis_of_grid, axis_of_output, block_grid, name_apart, positions_per_view_block
 from lazyproc.views import BlockView, Committed, group_id, lazy_arrays
 

@@ -16,16 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from lazyproc.core.canonical import canonical, same
 from lazyproc.core.errors import ParameterError, ResultsError
 from lazyproc.core.parameters import (
     RESERVED,
     arguments_text,
-    canonical,
     decode,
     differences,
     encode,
     is_bookkeeping,
-    same,
     same_arguments,
 )
 from lazyproc.hdf5.attributes import (

@@ -11,14 +11,8 @@ from usid_files import make_4d_file, make_compound_file, make_sparse_file, make_
 
 from lazyproc.core.specs import Dimension, Output
 from lazyproc.hdf5.create import create_output, create_results_group, create_status_mask, group_name
-from lazyproc.hdf5.usid import (
-    find_main_datasets,
-    is_main,
-    main_dataset,
-    nd_shape_and_axes,
-    position_grid,
-    spectroscopic_grid,
-)
+from lazyproc.hdf5.grid import nd_shape_and_axes, position_grid, spectroscopic_grid
+from lazyproc.hdf5.usid import find_main_datasets, is_main, main_dataset
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -32,6 +32,7 @@ from lazyproc.core.errors import (
 )
 from lazyproc.core.specs import Dimension, Output
 from lazyproc.hdf5 import create, usid
+from lazyproc.hdf5.grid import nd_shape_and_axes, position_grid, read_grid, spectroscopic_grid
 
 REFERENCES = usid.REFERENCES
 
@@ -50,7 +51,7 @@ def grid_of(file, indices, values, axis="position", labels=None, chunks=None):
             del file[name]
         file.create_dataset(name, data=data if axis == "position" else data.T, chunks=chunks)
     labels = labels or [f"d{dim}" for dim in range(indices.shape[1])]
-    return usid.read_grid(file["i"], file["v"], labels, ["u"] * len(labels), axis)
+    return read_grid(file["i"], file["v"], labels, ["u"] * len(labels), axis)
 
 
 # ---- texts
@@ -223,13 +224,13 @@ def test_real_image_stack(tmp_path):
         assert names == [f"/Measurement_000/Channel_{number:03d}/Raw_Data" for number in range(4)]
         mains = [usid.main_dataset(file[name]) for name in names]
         assert {main.position.indices_path for main in mains} == {"/Measurement_000/Position_Indices"}
-        grid = usid.position_grid(file[names[0]])
+        grid = position_grid(file[names[0]])
         assert (grid.labels, grid.sizes, grid.is_regular, grid.shape) == (("X", "Y"), (128, 128), True, (128, 128))
-        assert usid.nd_shape_and_axes(grid) == ((128, 128), (1, 0))
+        assert nd_shape_and_axes(grid) == ((128, 128), (1, 0))
         x, y = file["Measurement_000/Position_Values"][:].T
         np.testing.assert_array_equal(grid.coordinates[0], x[:128])
         np.testing.assert_array_equal(grid.coordinates[1], y[::128])
-        assert usid.spectroscopic_grid(file[names[0]]).sizes == (1,)
+        assert spectroscopic_grid(file[names[0]]).sizes == (1,)
 
 
 def test_real_sparse_sampling(tmp_path):
@@ -239,10 +240,10 @@ def test_real_sparse_sampling(tmp_path):
         assert "/Measurement_000/Channel_000/Raw_Data" in names
         assert "/Measurement_000/Channel_000/Raw_Data-Simple_Process_009/Filtered_Data" in names
         for name in names:
-            grid = usid.position_grid(file[name])
+            grid = position_grid(file[name])
             assert (grid.is_regular, grid.sizes, grid.length) == (False, (8, 8), 8)
             np.testing.assert_array_equal(np.stack(grid.coordinates, 1), usid.ancillary_handles(file[name])[1][:])
-        assert usid.spectroscopic_grid(file["/Measurement_000/Channel_000/Raw_Data"]).is_regular
+        assert spectroscopic_grid(file["/Measurement_000/Channel_000/Raw_Data"]).is_regular
 
 
 # ---- grids
@@ -290,7 +291,7 @@ def test_a_full_grid_in_any_order_is_regular(axis, piece_bytes, scan, data):
     assert grid.sizes == tuple(sizes)
     assert grid.length == len(plain)
     assert sorted(grid.order) == list(range(len(sizes)))
-    shape, axes = usid.nd_shape_and_axes(grid)
+    shape, axes = nd_shape_and_axes(grid)
     assert shape == grid.shape
     points = np.arange(len(plain)).reshape(shape).transpose(axes)
     assert points.shape == tuple(sizes)
@@ -324,14 +325,14 @@ def test_a_grid_is_regular_exactly_if_a_naive_search_says_so(piece_bytes, indice
     if not grid.is_regular:
         np.testing.assert_array_equal(np.stack(grid.coordinates, 1), values)
         with pytest.raises(ArgumentValueError, match="do not form a full grid"):
-            usid.nd_shape_and_axes(grid)
+            nd_shape_and_axes(grid)
 
 
 def test_disordered_and_incomplete_rows_are_not_regular(tmp_path):
     for keep in ([0, 2, 1, *range(3, 20)], list(range(19)), [*range(19), 18], list(range(0, 20, 6))):
         path, name = make_usid_file(tmp_path / "a.h5", keep=keep)
         with h5py.File(path, "r") as file:
-            grid = usid.position_grid(file[name])
+            grid = position_grid(file[name])
             assert not grid.is_regular
             np.testing.assert_array_equal(np.stack(grid.coordinates, 1), usid.ancillary_handles(file[name])[1][:])
 
@@ -339,7 +340,7 @@ def test_disordered_and_incomplete_rows_are_not_regular(tmp_path):
 def test_a_scan_that_runs_backwards_is_regular_with_falling_coordinates(tmp_path):
     path, name = make_usid_file(tmp_path / "a.h5", keep=list(range(19, -1, -1)))
     with h5py.File(path, "r") as file:
-        grid = usid.position_grid(file[name])
+        grid = position_grid(file[name])
     assert grid.is_regular
     np.testing.assert_array_equal(grid.coordinates[0], np.linspace(0, 1, 5, dtype="f4")[::-1])
 
@@ -474,18 +475,18 @@ def check_outputs(target, main, same_file):
         assert (described.quantity, described.units) == (output.quantity, output.units)
         assert described.position.indices_path.startswith("/Measurement_000") == same_file
         np.testing.assert_array_equal(
-            usid.position_grid(dataset).coordinates[0], usid.position_grid(main).coordinates[0]
+            position_grid(dataset).coordinates[0], position_grid(main).coordinates[0]
         )
-        grid = usid.spectroscopic_grid(dataset)
+        grid = spectroscopic_grid(dataset)
         assert grid.is_regular
         dims = output.dims or ((Dimension("Single_Value", "a.u.", 1),) if output.shape == () else ())
         if output.spec.shape_from_main:
-            assert grid.labels == usid.spectroscopic_grid(main).labels
+            assert grid.labels == spectroscopic_grid(main).labels
             assert described.spectroscopic.indices_path.startswith("/Measurement_000") == same_file
         else:
             assert grid.labels == tuple(dim.name for dim in dims)
             assert grid.units == tuple(dim.units for dim in dims)
-            assert usid.nd_shape_and_axes(grid)[0] == tuple(dim.size for dim in dims)
+            assert nd_shape_and_axes(grid)[0] == tuple(dim.size for dim in dims)
             for dim, coordinates in zip(dims, grid.coordinates, strict=True):
                 np.testing.assert_array_equal(coordinates, dim.values)
         assert dataset.attrs.get("lazyproc_scalar", False) == (output.shape == ())

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from lazyproc.core.canonical import canonical
 from lazyproc.core.errors import ParameterError
-from lazyproc.core.parameters import canonical
 
 _BYTE = f"byte{sys.version_info.major}{sys.version_info.minor}"
 _FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})

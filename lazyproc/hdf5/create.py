@@ -19,7 +19,8 @@ import numpy as np
 
 from lazyproc.core.errors import ArgumentValueError, ReadOnlyFileError, ResultsError
 from lazyproc.core.specs import Dimension, ResolvedOutput
-from lazyproc.hdf5.usid import REFERENCES, ancillary_handles, read_texts, spans
+from lazyproc.hdf5.grid import spans
+from lazyproc.hdf5.usid import REFERENCES, ancillary_handles, read_texts
 
 LARGEST_FILLED = 16 * 1024 * 1024
 """Bytes: larger datasets are allocated without being written, which takes no time and no memory."""

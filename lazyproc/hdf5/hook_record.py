@@ -16,8 +16,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from lazyproc.core.canonical import same
 from lazyproc.core.errors import ParameterError, ResultsError
-from lazyproc.core.parameters import arguments_text, same, same_arguments
+from lazyproc.core.parameters import arguments_text, same_arguments
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.attributes import read_parameters
 from lazyproc.hdf5.create import create_status_mask

@@ -10,15 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.errors import ArgumentValueError
-from lazyproc.hdf5.usid import (
-    Grid,
-    ancillary_handles,
-    main_dataset,
-    nd_shape_and_axes,
-    position_grid,
-    read_text,
-    spectroscopic_grid,
-)
+from lazyproc.hdf5.grid import Grid, nd_shape_and_axes, position_grid, spectroscopic_grid
+from lazyproc.hdf5.usid import ancillary_handles, main_dataset, read_text
 
 
 class MainDatasetHandle(h5py.Dataset):  # type: ignore[misc]

@@ -1,0 +1,457 @@
+"""The command line as people use it: real commands in real processes, their words, their JSON, their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from usid_files import CHANNEL, make_usid_file, real_file
+
+import lazyproc
+
+COMMAND = [str(Path(sys.executable).with_name("lazyproc"))]
+if not Path(COMMAND[0]).exists():
+    COMMAND = [sys.executable, "-m", "lazyproc.cli"]
+
+PEAKS = """
+    import functools
+    import os
+
+    import lazyproc
+    import numpy as np
+
+    from smoothing import smooth  # a helper beside this file
+
+
+    class Peaks(lazyproc.Process):
+        process_name = "Peak-Finding"
+        outputs = {"Height": lazyproc.Output("f8", units="nA"), "Place": lazyproc.Output("i4")}
+
+        @staticmethod
+        def _map_function(spectrum, width=1, sign="+", window=None, counter=None, delay=0.0, fail_above=np.inf):
+            if counter:
+                note(counter)
+            lazy(delay)
+            smoothed = smooth(spectrum, width) * (1 if sign == "+" else -1)
+            return {"Height": check(smoothed.max(), fail_above), "Place": smoothed.argmax()}
+
+
+    def note(counter):
+        descriptor = os.open(counter, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(descriptor, b".")
+        os.close(descriptor)
+
+
+    def lazy(delay):
+        import time
+
+        time.sleep(delay)
+
+
+    def check(height, limit):
+        if height > limit:
+            raise ValueError(f"the height {height:.1f} cannot be")
+        return height
+
+
+    class NoProcess:
+        pass
+"""
+
+SMOOTHING = """
+    import numpy as np
+
+
+    def smooth(spectrum, width):
+        return np.convolve(spectrum, np.ones(width) / width, mode="same")
+"""
+
+
+def lazyproc_command(*arguments: Any, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    words = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(
+        words, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **(env or {})}
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a scan, a process in a file, and its helper."""
+    make_usid_file(tmp_path / "scan.h5", n_rows=10, n_cols=10, n_spectral=16, seed=3)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "peaks.py").write_text(textwrap.dedent(PEAKS))
+    (tmp_path / "code" / "smoothing.py").write_text(textwrap.dedent(SMOOTHING))
+    return tmp_path
+
+
+ADDRESS = f"scan.h5::{CHANNEL}/Raw_Data"
+PROCESS = "code/peaks.py:Peaks"
+
+
+def expected_heights(folder: Path, width: int = 1) -> np.ndarray:
+    with h5py.File(folder / "scan.h5", "r") as file:
+        data = file[f"{CHANNEL}/Raw_Data"][()]
+    return np.array([np.convolve(row, np.ones(width) / width, mode="same").max() for row in data])
+
+
+def stored_heights(address: str, folder: Path) -> np.ndarray:
+    path, _, name = address.partition("::")
+    with h5py.File(folder / path, "r") as file:
+        return file[name]["Height"][:, 0]
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+def test_run_of_a_class_in_a_file(folder):
+    done = lazyproc_command("run", PROCESS, ADDRESS, cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{folder / 'scan.h5'}::{CHANNEL}/Raw_Data-Peak_Finding_000\n"
+    np.testing.assert_allclose(stored_heights(done.stdout.strip(), folder), expected_heights(folder), rtol=1e-6)
+
+
+def test_run_of_a_class_in_a_module_of_this_folder(folder):
+    done = lazyproc_command("run", "peaks:Peaks", f"../{ADDRESS}", "--json", cwd=folder / "code")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["n_positions"] == 100
+    np.testing.assert_allclose(stored_heights(answer["results"], folder), expected_heights(folder), rtol=1e-6)
+
+
+def test_run_of_a_registered_process(folder):
+    info = folder / "code" / "peakpack-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: peakpack\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[lazyproc.processes]\npeak-finder = peaks:Peaks\nbroken = peaks:Nothing\n")
+    paths = {"PYTHONPATH": str(folder / "code")}
+    done = lazyproc_command("run", "peak-finder", ADDRESS, cwd=folder, env=paths)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(stored_heights(done.stdout.strip(), folder), expected_heights(folder), rtol=1e-6)
+    unknown = lazyproc_command("run", "peek-finder", ADDRESS, cwd=folder, env=paths)
+    assert unknown.returncode == 2
+    assert "no process of that name is registered (['broken', 'peak-finder'])" in unknown.stderr
+    broken = lazyproc_command("run", "broken", ADDRESS, cwd=folder, env=paths)
+    assert broken.returncode == 1
+    assert "Error: broken: could not be loaded: AttributeError" in broken.stderr
+
+
+def test_parameters_are_values(folder):
+    options = ["-p", "width=3", "-p", "sign=-", "-p", "window=[1, 2.5]", "-p", "operator=me and you", "-p", "flag=true"]
+    done = lazyproc_command("run", PROCESS, ADDRESS, *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    results = lazyproc.open_results(done.stdout.strip())
+    wanted = {"width": 3, "sign": "-", "window": [1, 2.5], "operator": "me and you", "flag": True}
+    assert {name: results.attrs[name] for name in wanted} == wanted
+    assert isinstance(results.attrs["width"], int)
+
+
+def test_finished_work_is_returned_and_override_computes_afresh(folder):
+    counter = folder / "calls"
+    options = [PROCESS, ADDRESS, "-p", f"counter={counter}"]
+    first = lazyproc_command("run", *options, cwd=folder).stdout
+    assert counter.stat().st_size == 100
+    assert lazyproc_command("run", *options, cwd=folder).stdout == first
+    assert counter.stat().st_size == 100
+    afresh = lazyproc_command("run", *options, "--override", cwd=folder)
+    assert afresh.stdout == first.replace("_000\n", "_001\n")
+    assert counter.stat().st_size == 200
+
+
+def test_target_memory_and_cores(folder):
+    os.chmod(folder / "scan.h5", 0o444)
+    content = (folder / "scan.h5").read_bytes()
+    options = ["--target", "out.h5::/fits/first", "--max-mem-mb", 200, "--cores", 1, "--verbose"]
+    done = lazyproc_command("run", PROCESS, ADDRESS, *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{folder / 'out.h5'}::/fits/first/Raw_Data-Peak_Finding_000\n"
+    assert "100 positions" in done.stderr or "positions in" in done.stderr
+    np.testing.assert_allclose(stored_heights(done.stdout.strip(), folder), expected_heights(folder), rtol=1e-6)
+    assert (folder / "scan.h5").read_bytes() == content
+    little = lazyproc_command("run", PROCESS, ADDRESS, "--target", "out.h5", "--max-mem-mb", 1, cwd=folder)
+    assert little.returncode == 1
+    assert little.stderr.startswith("Error: max_mem_mb: 1 MiB are allowed")
+
+
+# --- stop and go on --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["kill -INT", "Ctrl-C"])
+def test_ctrl_c_commits_exits_with_75_and_the_same_line_goes_on(tmp_path, folder, whole_group):
+    """Ctrl-C in a terminal reaches the workers, too; `kill -INT` the driver alone."""
+    n_positions = 900
+    make_usid_file(folder / "long.h5", n_rows=30, n_cols=30, n_spectral=4)
+    counter = folder / "calls"
+    words = ["run", PROCESS, f"long.h5::{CHANNEL}/Raw_Data", "-p", "delay=0.01", "-p", f"counter={counter}"]
+    words += ["--cores", "2", "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*COMMAND, *words], cwd=folder, start_new_session=True, **pipes) as running:
+        wait_for(lambda: counter.exists() and counter.stat().st_size > 60, running)
+        state = json.loads(lazyproc_command("status", "long.h5", "--json", cwd=folder).stdout)
+        assert state["running"]["pid"] == running.pid
+        assert "running: host" in lazyproc_command("status", "long.h5", cwd=folder).stdout
+        busy = lazyproc_command(*words, cwd=folder)
+        assert busy.returncode == 1
+        assert f"pid {running.pid}" in busy.stderr
+        (os.killpg if whole_group else os.kill)(running.pid, signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == 75, err
+    assert out == ""
+    assert "Traceback" not in err
+    n_called = counter.stat().st_size
+    assert n_called < n_positions
+    assert f"stopped early; {n_called} of {n_positions} positions" in err
+    (state,) = json.loads(lazyproc_command("status", "long.h5", "--json", cwd=folder).stdout)["results"]
+    assert state["n_done"] == n_called
+    assert state["finished"] == ""
+    plan = lazyproc_command("plan", *words[1:], cwd=folder)
+    assert json.loads(plan.stdout)["action"] == "resume"
+    done = lazyproc_command(*words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert counter.stat().st_size == n_positions, "every position was computed once"
+    (state,) = json.loads(lazyproc_command("status", "long.h5", "--json", cwd=folder).stdout)["results"]
+    assert state["n_done"] == n_positions
+    assert state["finished"]
+
+
+def wait_for(condition: Any, running: subprocess.Popen[str], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_sigterm_stops_as_ctrl_c_does(folder):
+    counter = folder / "calls"
+    words = ["run", PROCESS, ADDRESS, "-p", "delay=0.03", "-p", f"counter={counter}", "--cores", "1"]
+    with subprocess.Popen([*COMMAND, *words], cwd=folder, stderr=subprocess.PIPE, text=True) as running:
+        wait_for(lambda: counter.exists() and counter.stat().st_size > 20, running)
+        time.sleep(0.3)
+        running.terminate()
+        _, err = running.communicate(timeout=60)
+    assert running.returncode == 75, err
+    assert "goes on from there" in err
+    done = lazyproc_command(*words[:-4], "-p", f"counter={counter}", "--cores", "1", cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_function_shows_its_own_traceback_and_the_positions(folder):
+    limit = float(np.sort(expected_heights(folder))[-2] + 1e-6)
+    position = int(np.argmax(expected_heights(folder)))
+    done = lazyproc_command("run", PROCESS, ADDRESS, "-p", f"fail_above={limit}", cwd=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f'File "{folder / "code" / "peaks.py"}", line' in done.stderr
+    assert "in check" in done.stderr
+    assert "ValueError: the height" in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"Error: Peak-Finding: the function failed at position {position} of {folder / 'scan.h5'}::")
+    package = os.path.dirname(lazyproc.__file__)
+    assert f'File "{package}' not in done.stderr, "the frames of lazyproc itself help nobody"
+    assert done.stderr.count("Traceback") == 1
+
+
+def test_a_file_that_cannot_be_loaded_shows_why(folder):
+    (folder / "code" / "peaks.py").write_text("import numpy\nnumpy.no_such_thing\n")
+    for process, cwd in ((PROCESS, folder), ("peaks:Peaks", folder / "code")):
+        done = lazyproc_command("run", process, f"{folder / 'scan.h5'}::/x", cwd=cwd)
+        assert done.returncode == 1
+        assert 'peaks.py", line 2' in done.stderr
+        assert "could not be loaded: AttributeError: module 'numpy' has no attribute 'no_such_thing'" in done.stderr
+        assert "loading.py" not in done.stderr
+        assert "importlib" not in done.stderr
+    (folder / "code" / "peaks.py").write_text("class Peaks(:\n")
+    done = lazyproc_command("run", PROCESS, ADDRESS, cwd=folder)
+    assert (done.returncode, "SyntaxError" in done.stderr) == (1, True)
+    (folder / "code" / "peaks.py").write_text("import not_installed_anywhere\n")
+    done = lazyproc_command("plan", PROCESS, ADDRESS, cwd=folder)
+    assert (done.returncode, "No module named 'not_installed_anywhere'" in done.stderr) == (1, True)
+
+
+USAGE = [
+    pytest.param(["code/peaks.py:Peeks", ADDRESS], "the processes there are ['Peaks']", id="no such class"),
+    pytest.param(["code/peaks.py:NoProcess", ADDRESS], "expected a subclass of lazyproc.Process", id="no process"),
+    pytest.param(["code/peeks.py:Peaks", ADDRESS], "code/peeks.py: there is no such file", id="no such file"),
+    pytest.param(["peeks:Peaks", ADDRESS], "peeks: there is no such module", id="no such module"),
+    pytest.param(["Peaks", ADDRESS], "expected module:Class", id="no module"),
+    pytest.param([PROCESS, "scan.h5"], "expected FILE::DATASET", id="no dataset"),
+    pytest.param([PROCESS, "scam.h5::/x"], "scam.h5: there is no such file", id="no such data"),
+    pytest.param([PROCESS, ADDRESS, "-p", "width"], "expected name=value", id="no value"),
+    pytest.param([PROCESS, ADDRESS, "-p", "width=1", "-p", "width=2"], "is given twice", id="twice"),
+    pytest.param([PROCESS, ADDRESS, "--max-mem-mb", "much"], "max-mem-mb", id="no number"),
+    pytest.param([PROCESS], "FILE::DATASET", id="an argument missing"),
+    pytest.param([PROCESS, ADDRESS, "--nonsense"], "--nonsense", id="no such option"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), USAGE)
+def test_wrong_usage_exits_with_2(folder, words, message):
+    done = lazyproc_command("run", *words, cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+FAILED = [
+    pytest.param([PROCESS, "scan.h5::/nothing"], "is not there; expected a dataset", id="no such dataset"),
+    pytest.param([PROCESS, f"scan.h5::{CHANNEL}"], "is a group; expected a dataset", id="a group"),
+    pytest.param([PROCESS, f"scan.h5::{CHANNEL}/Position_Values"], "not a USID Main dataset", id="not main"),
+    pytest.param([PROCESS, "text.h5::/x"], "not an HDF5 file", id="not HDF5"),
+    pytest.param([PROCESS, ADDRESS, "--cores", "0"], "cores: 0 came; expected 1 or more", id="no cores"),
+    pytest.param([PROCESS, ADDRESS, "-p", "timestamp=1"], "this name is reserved", id="reserved name"),
+    pytest.param([PROCESS, ADDRESS, "--target", "nowhere/out.h5"], "cannot be written, or does not exist", id="target"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), FAILED)
+def test_what_cannot_be_done_exits_with_1(folder, words, message):
+    (folder / "text.h5").write_text("nothing of the kind")
+    before = sorted(os.listdir(folder)), (folder / "scan.h5").read_bytes()
+    for command in ("run", "plan"):
+        if command == "plan" and "--target" in words:
+            continue
+        done = lazyproc_command(command, *words, cwd=folder)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("Error: ")
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert (sorted(os.listdir(folder)), (folder / "scan.h5").read_bytes()) == before
+
+
+# --- plan, status, recover -------------------------------------------------------------------------------------------
+
+
+def test_plan_as_text_and_as_json(folder):
+    os.chmod(folder / "scan.h5", 0o444)
+    content = (folder / "scan.h5").read_bytes()
+    text = lazyproc_command("plan", PROCESS, ADDRESS, "-p", "width=3", cwd=folder)
+    assert (text.returncode, text.stderr) == (0, "")
+    assert "start afresh" in text.stdout
+    assert "100 to compute of 100" in text.stdout
+    plan = json.loads(lazyproc_command("plan", PROCESS, ADDRESS, "--json", cwd=folder).stdout)
+    assert (plan["action"], plan["n_remaining"], plan["group"]) == ("start", 100, None)
+    assert (folder / "scan.h5").read_bytes() == content
+    assert sorted(os.listdir(folder)) == ["code", "scan.h5"]
+
+
+def test_status_as_text_and_as_json(folder):
+    empty = lazyproc_command("status", "scan.h5", cwd=folder)
+    assert (empty.returncode, empty.stdout) == (0, "scan.h5: no results\n")
+    lazyproc_command("run", PROCESS, ADDRESS, cwd=folder)
+    text = lazyproc_command("status", "scan.h5", cwd=folder).stdout
+    assert f"{CHANNEL}/Raw_Data-Peak_Finding_000" in text
+    assert "100.0%  100 of 100 positions, finished 20" in text
+    state = json.loads(lazyproc_command("status", "scan.h5", "--json", cwd=folder).stdout)
+    assert state["running"] is None
+    (results,) = state["results"]
+    assert (results["process"], results["n_done"], results["n_positions"]) == ("Peak_Finding", 100, 100)
+    assert results["started"] <= results["finished"]
+    with h5py.File(folder / "scan.h5", "r+"):
+        assert lazyproc_command("status", "scan.h5", cwd=folder).stdout == text, "whoever has it open"
+    missing = lazyproc_command("status", "scam.h5", cwd=folder)
+    assert missing.returncode == 2
+    (folder / "text.h5").write_text("nothing of the kind")
+    assert lazyproc_command("status", "text.h5", cwd=folder).returncode == 1
+
+
+def test_status_of_a_real_file_with_what_pyusid_left(tmp_path):
+    shutil.copy(real_file("sparse_sampling.h5"), tmp_path / "sparse.h5")
+    done = lazyproc_command("status", "sparse.h5", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    by_name = {one["group"].rpartition("_")[2]: one for one in json.loads(done.stdout)["results"]}
+    assert len(by_name) == 12
+    assert (by_name["009"]["process"], by_name["009"]["n_done"], by_name["009"]["n_positions"]) == (
+        "Simple_Process",
+        0,
+        8,
+    )
+    assert by_name["008"]["problem"] == "holds neither a status mask nor a main dataset."
+
+
+CUT_OFF = """
+    import os, sys
+    import lazyproc.hdf5.transaction
+    from lazyproc.loading import load_process
+
+    lazyproc.hdf5.transaction._finish = lambda *_: os._exit(9)  # dies with the journal written and not applied
+    load_process(sys.argv[1])(sys.argv[2], cores=1).compute()
+"""
+
+
+def test_recover_settles_a_change_that_was_cut_off(folder):
+    nothing = lazyproc_command("recover", "scan.h5", cwd=folder)
+    assert (nothing.returncode, nothing.stdout) == (0, "scan.h5: nothing to recover\n")
+    (folder / "cut_off.py").write_text(textwrap.dedent(CUT_OFF))
+    died = subprocess.run([sys.executable, "cut_off.py", PROCESS, ADDRESS], cwd=folder, check=False)
+    assert died.returncode == 9
+    with h5py.File(folder / "scan.h5", "r") as file:
+        assert "Raw_Data-Peak_Finding_000" not in file[CHANNEL]
+    shown = json.loads(lazyproc_command("status", "scan.h5", "--json", cwd=folder).stdout)
+    assert [one["n_done"] for one in shown["results"]] == [0], "shown as it will be"
+    done = lazyproc_command("recover", "scan.h5", "--json", cwd=folder)
+    assert json.loads(done.stdout) == {"path": "scan.h5", "recovered": True}
+    with h5py.File(folder / "scan.h5", "r") as file:
+        assert "Raw_Data-Peak_Finding_000" in file[CHANNEL]
+    assert json.loads(lazyproc_command("recover", "scan.h5", "--json", cwd=folder).stdout)["recovered"] is False
+    finished = lazyproc_command("run", PROCESS, ADDRESS, cwd=folder)
+    assert finished.stdout.endswith("Raw_Data-Peak_Finding_000\n")
+    np.testing.assert_allclose(stored_heights(finished.stdout.strip(), folder), expected_heights(folder), rtol=1e-6)
+    assert [name for name in os.listdir(folder) if name.startswith(".")] == []
+
+
+def test_help_and_version(tmp_path):
+    text = lazyproc_command("--help", cwd=tmp_path).stdout
+    assert all(command in text for command in ("demo", "run", "status", "plan", "recover", "75 stopped early"))
+    assert lazyproc.__version__ in lazyproc_command("--version", cwd=tmp_path).stdout
+    assert "module:Class, path/to/file.py:Class" in lazyproc_command("run", "-h", cwd=tmp_path).stdout
+    assert lazyproc_command("jump", cwd=tmp_path).returncode == 2
+
+
+# --- demo ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, lazyproc_command("demo", "shown", "--json", cwd=folder)
+
+
+def test_the_demo_stops_resumes_fits_and_draws(demo):
+    folder, done = demo
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert sorted(os.listdir(folder / "shown")) == ["maps.png", "scan.h5"]
+    assert (folder / "shown" / "maps.png").stat().st_size > 100_000
+    assert 0.3 < summary["stopped_at"] < 0.95
+    worst = {"Amplitude": 0.05, "Resonance": 0.001, "Quality": 0.08, "Phase": 0.06}
+    assert set(summary["errors"]) == set(worst)
+    for name, (median, most) in summary["errors"].items():
+        assert 0 < median < worst[name]
+        assert median < most
+    for words in ("simulating a scan", "stopped early;", "goes on from there", "error against the truth", "maps.png"):
+        assert words in done.stderr, "what a person reads is apart from the JSON"
+
+
+def test_the_results_of_the_demo_are_complete_maps(demo):
+    folder, done = demo
+    path, _, group = json.loads(done.stdout)["results"].partition("::")
+    maps = lazyproc.open_results(f"{folder / path}::{group}")
+    assert dict(maps.sizes) == {"X": 96, "Y": 96}
+    assert (maps["status"] == 1).all()
+    assert np.isfinite(maps["Resonance"]).all()
+    assert maps["Resonance"].attrs["units"] == "Hz"
+    listed = lazyproc_command("status", "shown/scan.h5", cwd=folder).stdout
+    assert "9,216 of 9,216 positions" in listed
