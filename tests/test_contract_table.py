@@ -65,6 +65,8 @@ class Row:
         folder.mkdir()
         path, name = make_usid_file(folder / "source.h5", dtype=self.dtype)
         with h5py.File(path, "r+") as source:
+            for ancillary in ("Position_Indices", "Position_Values"):  # pyUSID copies ASCII only into another file
+                source[name].parent[ancillary].attrs["units"] = np.array([b"nm", b"um"])
             if elsewhere:
                 with h5py.File(folder / "target.h5", "w") as target:
                     yield source[name], {"h5_target_group": target.create_group("Here")}

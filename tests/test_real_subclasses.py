@@ -93,7 +93,7 @@ def run_both(package: str, folder: Path) -> dict[str, tuple[Path, dict[str, Any]
 
 
 def content(path: Path) -> dict[str, Any]:
-    """Return all that is in a file: values, dtypes, shapes, storage and attributes, references as what they refer to."""
+    """Return all that is in a file: values, dtypes, shapes, storage, attributes, and what references refer to."""
     found: dict[str, Any] = {}
     with h5py.File(path, "r") as file:
 

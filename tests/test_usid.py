@@ -285,7 +285,7 @@ def test_a_full_grid_in_any_order_is_regular(axis, piece_bytes, scan, data):
     numbers = [data.draw(st.lists(st.integers(0, 99), min_size=n, max_size=n, unique=True)) for n in sizes]
     plain, values = grid_points([("d", "u", np.linspace(0, 1, n)) for n in sizes], speed)
     with h5py.File("memory.h5", "w", driver="core", backing_store=False) as file, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(usid, "_PIECE_BYTES", piece_bytes)
+        patch.setattr("lazyproc.hdf5.grid._PIECE_BYTES", piece_bytes)
         grid = grid_of(file, relabelled(plain, numbers), values, axis, chunks=data.draw(st.sampled_from([None, True])))
     assert grid.is_regular
     assert grid.sizes == tuple(sizes)
@@ -318,7 +318,7 @@ def test_a_grid_is_regular_exactly_if_a_naive_search_says_so(piece_bytes, indice
     indices = np.array(indices, np.uint16)
     values = indices * 1.5 + np.arange(len(indices))[:, None]
     with h5py.File("memory.h5", "w", driver="core", backing_store=False) as file, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(usid, "_PIECE_BYTES", piece_bytes)
+        patch.setattr("lazyproc.hdf5.grid._PIECE_BYTES", piece_bytes)
         grid = grid_of(file, indices, values)
     assert grid.is_regular == naive_is_regular(indices)
     assert grid.sizes == tuple(len(np.unique(column)) for column in indices.T)
@@ -474,9 +474,7 @@ def check_outputs(target, main, same_file):
         described = usid.main_dataset(dataset)
         assert (described.quantity, described.units) == (output.quantity, output.units)
         assert described.position.indices_path.startswith("/Measurement_000") == same_file
-        np.testing.assert_array_equal(
-            position_grid(dataset).coordinates[0], position_grid(main).coordinates[0]
-        )
+        np.testing.assert_array_equal(position_grid(dataset).coordinates[0], position_grid(main).coordinates[0])
         grid = spectroscopic_grid(dataset)
         assert grid.is_regular
         dims = output.dims or ((Dimension("Single_Value", "a.u.", 1),) if output.shape == () else ())
@@ -496,7 +494,7 @@ def check_outputs(target, main, same_file):
 
 
 def test_copies_hold_the_same_in_another_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(usid, "_PIECE_BYTES", 48)
+    monkeypatch.setattr("lazyproc.hdf5.grid._PIECE_BYTES", 48)
     path, name = make_usid_file(tmp_path / "a.h5")
     with h5py.File(path, "r+") as file, h5py.File(tmp_path / "b.h5", "w") as other:
         source = usid.ancillary_handles(file[name])[0]

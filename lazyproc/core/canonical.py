@@ -58,7 +58,7 @@ def canonical(value: object) -> Hashable:
     >>> canonical(0.1) == canonical(np.float32(0.1))
     False
     """
-    return form(value, "A value", ())
+    return form_of(value, "A value", ())
 
 
 def same(a: object, b: object) -> bool:
@@ -69,7 +69,8 @@ def same(a: object, b: object) -> bool:
         return False
 
 
-def form(value: Any, where: str, parents: tuple[int, ...]) -> tuple[Any, ...]:
+def form_of(value: Any, where: str, parents: tuple[int, ...]) -> tuple[Any, ...]:
+    """Return the form of a value. `where` is its place, for messages; `parents` the ids that it lies in."""
     check_nesting(value, where, parents)
     if value is None:
         return ("none",)
@@ -94,9 +95,9 @@ def form(value: Any, where: str, parents: tuple[int, ...]) -> tuple[Any, ...]:
         packed = pack(value)
         if packed is not None:
             return _array_form(packed, where, inside)
-        return _join([form(item, f"{where}[{index}]", inside) for index, item in enumerate(value)])
+        return _join([form_of(item, f"{where}[{index}]", inside) for index, item in enumerate(value)])
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return ("dict", tuple((key, form(value[key], f"{where}[{key!r}]", inside)) for key in sorted(value)))
+        return ("dict", tuple((key, form_of(value[key], f"{where}[{key!r}]", inside)) for key in sorted(value)))
     raise refusal(where, value)
 
 
@@ -108,7 +109,7 @@ def _array_form(value: Any, where: str, inside: tuple[int, ...]) -> tuple[Any, .
     if array.size == 0:
         return ("empty", shape)
     if kind in "SUO":
-        return form(array.tolist(), where, inside)
+        return form_of(array.tolist(), where, inside)
     if kind == "b":
         return ("bool", shape, array.tobytes())
     if kind in "iu":
@@ -160,7 +161,8 @@ def _spelled(kind: str, payload: Any) -> tuple[Any, ...]:
     return tuple(_ratio(number) for number in np.frombuffer(payload, "<f8").tolist())
 
 
-def digest(form: tuple[Any, ...]) -> Digest:
+def digest_of(form: tuple[Any, ...]) -> Digest:
+    """Reduce the form of an array to a digest."""
     kind, shape, payload = form if form[0] in LEAVES else (form[0], (), form[1:])
     data = payload if isinstance(payload, bytes) else ascii(payload).encode()
     return Digest(shape, hashlib.sha256(f"{kind}:{shape}:".encode() + data).hexdigest())
@@ -173,7 +175,7 @@ def digested(form: tuple[Any, ...]) -> tuple[Any, ...]:
     if form[0] == "dict":
         return ("dict", tuple((key, digested(item)) for key, item in form[1]))
     if form[0] in LEAVES and form[1] != ():
-        return ("digest", digest(form))
+        return ("digest", digest_of(form))
     return form
 
 
@@ -194,11 +196,13 @@ def fits(number: int) -> bool:
 
 
 def check_array(value: Any, where: str) -> None:
+    """Refuse arrays and NumPy values of anything but numbers and texts."""
     if isinstance(value, np.ma.MaskedArray) or value.dtype.kind not in "biufcSU":
         raise refusal(where, value)
 
 
 def check_nesting(value: object, where: str, parents: tuple[int, ...]) -> None:
+    """Refuse a value that contains itself or is nested too deep."""
     if id(value) in parents and isinstance(value, list | tuple | dict | np.ndarray):
         raise ParameterError(f"{where}: the {type(value).__name__} contains itself; expected a finite value.")
     if len(parents) > _DEEPEST:
@@ -206,6 +210,7 @@ def check_nesting(value: object, where: str, parents: tuple[int, ...]) -> None:
 
 
 def refusal(where: str, value: Any) -> ParameterError:
+    """Return the error for a value that cannot be stored, with what to do instead."""
     kind = type(value)
     advice = "convert it to one of these"
     if isinstance(value, set | frozenset):

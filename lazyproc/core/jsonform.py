@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.canonical import Digest, check_array, check_nesting, form, refusal
+from lazyproc.core.canonical import Digest, check_array, check_nesting, digest_of, form_of, refusal
 
 _DIGEST_FROM = 1024  # bytes; larger arrays among the arguments are represented by a digest
 
@@ -24,6 +24,7 @@ _REPR.maxstring = _REPR.maxother = 80
 
 
 def dumps(tree: object, sort: bool = False) -> str:
+    """Write what `to_json` returned as text."""
     return json.dumps(tree, ensure_ascii=False, allow_nan=False, sort_keys=sort)
 
 
@@ -72,7 +73,7 @@ def _array_to_json(value: NDArray[Any], where: str, digest: bool) -> dict[str, A
     array = np.asarray(value)
     head = {"$array": array.dtype.str, "shape": list(array.shape)}
     if digest and array.nbytes > _DIGEST_FROM:
-        return {**head, "sha256": digest(form(array, where, ())).sha256}
+        return {**head, "sha256": digest_of(form_of(array, where, ())).sha256}
     return {**head, "values": _items_to_json(array)}
 
 
@@ -85,6 +86,7 @@ def _items_to_json(array: NDArray[Any]) -> list[Any]:
 
 
 def from_json(tree: Any) -> Any:
+    """Turn what was read from JSON back into the value: the inverse of `to_json`."""
     if isinstance(tree, list):
         return [from_json(item) for item in tree]
     if not isinstance(tree, dict):
@@ -131,6 +133,7 @@ def _is_wide(dtype: np.dtype[Any]) -> bool:
 
 
 def typed(value: Any, dtype: str) -> NDArray[Any]:
+    """Return an array of a stored dtype, which must be one of numbers or texts."""
     resolved = np.dtype(dtype)
     if resolved.kind not in "biufcSU":
         raise ValueError(f"dtype {dtype}")

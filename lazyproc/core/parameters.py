@@ -1,4 +1,4 @@
-"""Parameters and arguments as values: what can be stored, in which form, and when two of them are the same.
+"""Parameters and arguments: what can be stored, in which form, and how two sets of them differ.
 
 ::
 
@@ -6,7 +6,7 @@
     value ── canonical ──> a hashable form                                           for exact comparison
 
 Numbers, texts, arrays and plain lists of them have a form of their own in HDF5. Everything else that can be stored
-becomes JSON text.
+becomes JSON text (`lazyproc.core.jsonform`); `lazyproc.core.canonical` has the forms for comparison.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.canonical import LEAVES, canonical, check_array, digested, fits, form, pack, same
+from lazyproc.core.canonical import LEAVES, canonical, check_array, digested, fits, form_of, pack, same
 from lazyproc.core.errors import ParameterError, ResultsError
 from lazyproc.core.jsonform import dumps, from_json, is_clean, show, to_json, typed
 
@@ -280,8 +280,8 @@ def _leaf(value: Any, kind: str) -> Any:
 def _arguments_form(text: str) -> tuple[Any, ...]:
     tree = json.loads(text)
     args, kwargs = from_json(tree["args"]), from_json(tree["kwargs"])
-    positional = [digested(form(value, "An argument", ())) for value in args]
-    return (*positional, [(name, digested(form(kwargs[name], "An argument", ()))) for name in sorted(kwargs)])
+    positional = [digested(form_of(value, "An argument", ())) for value in args]
+    return (*positional, [(name, digested(form_of(kwargs[name], "An argument", ()))) for name in sorted(kwargs)])
 
 
 def _show_typed(value: Any) -> str:

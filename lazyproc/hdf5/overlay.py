@@ -102,8 +102,9 @@ class Overlay(io.RawIOBase):
             self._keep(page, within, view[done : done + part])
             done += part
         self._place += len(view)
-        self.size = max(self.size, self._place)
-        return len(view)
+        if done:
+            self.size = max(self.size, self._place)
+        return done
 
     def _keep(self, page: int, within: int, part: memoryview) -> None:
         if page not in self._pages:

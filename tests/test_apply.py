@@ -1,0 +1,422 @@
+"""Applying a function to rows equals a naive loop, whatever form the results come in; what does not fit is refused."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
+from lazyproc.core.errors import OutputError
+from lazyproc.core.specs import Dimension, Output
+
+N_SPECTRAL = 5
+FIT = np.dtype([("Amplitude", "f4"), ("Phase", "f8"), ("Count", "i2")])
+PLAIN = ["f4", "f8", ">f4", "f2", "i1", "u2", "i8", "c8", "c16", "?", "S4"]
+
+
+def resolved(**outputs):
+    return tuple(output.resolve(name, N_SPECTRAL) for name, output in outputs.items())
+
+
+def block_of(n_rows, dtype="f8"):
+    return np.arange(n_rows * N_SPECTRAL, dtype=dtype).reshape(n_rows, N_SPECTRAL)
+
+
+def output_of(dtype, shape, from_main=False):
+    if from_main:
+        return Output(dtype, shape_from_main=True)
+    return Output(dtype, dims=[Dimension(f"D{n}", "", size) for n, size in enumerate(shape)] or None)
+
+
+# -- equal to a naive loop -------------------------------------------------------------------------------------------
+
+shapes = st.lists(st.integers(1, 3), max_size=3).map(tuple)
+
+
+@st.composite
+def declared(draw):
+    """Draw an output and values of its dtype for each row."""
+    dtype = np.dtype(draw(st.sampled_from([*PLAIN, FIT])))
+    shape, from_main = draw(shapes), draw(st.booleans())
+    output = output_of(dtype, shape, from_main)
+    return output, (N_SPECTRAL,) if from_main else shape
+
+
+@st.composite
+def cases(draw):
+    """Draw outputs, the values each row shall give, and the form in which the function gives them."""
+    n_rows = draw(st.sampled_from([1, 2, 3, 17, 255, 256, 257, 513]))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    specs, values = {}, {}
+    for number in range(draw(st.integers(1, 3))):
+        output, shape = draw(declared())
+        specs[f"Out{number}"] = output
+        values[f"Out{number}"] = random_values(random, (n_rows, *shape), output.dtype)
+    single = ["value"] if len(specs) == 1 else []
+    form = draw(st.sampled_from(["mapping", "reversed mapping", "tuple", *single]))
+    flat = draw(st.booleans())
+    as_lists = draw(st.booleans())
+    return n_rows, resolved(**specs), values, form, flat, as_lists
+
+
+def random_values(random, shape, dtype):
+    if dtype.fields is not None:
+        values = np.zeros(shape, dtype)
+        for name in dtype.names:
+            values[name] = random_values(random, shape, dtype[name])
+        return values
+    if dtype.kind == "S":
+        return random.integers(97, 123, (*shape, dtype.itemsize), dtype=np.uint8).view(dtype).reshape(shape)
+    if dtype.kind in "fc":
+        values = random.standard_normal(shape)
+        return (values + 1j * values[::-1] if dtype.kind == "c" else values).astype(dtype)
+    return random.integers(0, 2 if dtype.kind == "b" else 100, shape).astype(dtype)
+
+
+def in_form(values, form):
+    """Bring the values of all outputs, by name, into the form in which a function returns them."""
+    if form == "value":
+        (value,) = values.values()
+        return value
+    if form == "tuple":
+        return tuple(values.values())
+    return dict(reversed(values.items())) if form == "reversed mapping" else values
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases())
+def test_a_function_of_one_position_equals_a_naive_loop(case):
+    n_rows, outputs, values, form, flat, as_lists = case
+    given_rows = []
+
+    def function(row, factor=1):
+        number = round(row[0]) // N_SPECTRAL
+        given_rows.append(number)
+        assert factor == 3
+        returned = {name: column[number] for name, column in values.items()}
+        if flat:
+            returned = {name: np.reshape(value, -1) if np.ndim(value) else value for name, value in returned.items()}
+        if as_lists:
+            returned = {name: value.tolist() for name, value in returned.items()}
+        return in_form(returned, form)
+
+    arrays = compute_rows(function, block_of(n_rows), outputs, kwargs={"factor": 3}, vectorized=False)
+    assert given_rows == list(range(n_rows))
+    check_arrays(arrays, outputs, values)
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases())
+def test_a_function_of_blocks_gives_the_same(case):
+    n_rows, outputs, values, form, flat, as_lists = case
+    calls = []
+
+    def function(block, offset):
+        calls.append(block.shape)
+        assert offset == 7
+        returned = dict(values)
+        if flat:
+            returned = {name: column.reshape(n_rows, -1) for name, column in returned.items()}
+        if as_lists:
+            returned = {name: column.tolist() for name, column in returned.items()}
+        return in_form(returned, form)
+
+    arrays = compute_rows(function, block_of(n_rows), outputs, (7,), vectorized=True)
+    assert calls == [(n_rows, N_SPECTRAL)]
+    check_arrays(arrays, outputs, values)
+
+
+def check_arrays(arrays, outputs, values):
+    assert len(arrays) == len(outputs)
+    for array, output in zip(arrays, outputs, strict=True):
+        assert array.shape == (len(values[output.name]), output.width)
+        assert array.dtype == output.dtype
+        assert array.flags.c_contiguous
+        expected = values[output.name].reshape(array.shape)
+        np.testing.assert_array_equal(array, expected)
+        assert array.tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+def test_examples_by_hand():
+    data = block_of(3)
+    mean, both = resolved(Mean=Output("f4")), resolved(Low=Output("f8"), High=Output("i4"))
+    assert compute_rows(np.mean, data, mean, vectorized=False)[0].tolist() == [[2], [7], [12]]
+    assert compute_rows(lambda b: b.mean(1), data, mean, vectorized=True)[0].tolist() == [[2], [7], [12]]
+    low, high = compute_rows(lambda row: (row.min(), int(row.max())), data, both, vectorized=False)
+    assert (low.tolist(), high.tolist()) == ([[0], [5], [10]], [[4], [9], [14]])
+    arrays = compute_rows(lambda b: {"High": b.max(1).astype(int), "Low": b.min(1)}, data, both, vectorized=True)
+    assert [array.tolist() for array in arrays] == [low.tolist(), high.tolist()]
+
+
+def test_a_compound_value_may_be_a_record_or_a_tuple_in_a_tuple():
+    fit = resolved(Fit=Output(FIT))
+    for returned in (np.array((1, 2, 3), FIT)[()], np.array((1, 2, 3), FIT), ((1, 2, 3),), {"Fit": (1, 2, 3)}):
+        (array,) = compute_rows(lambda row, returned=returned: returned, block_of(4), fit, vectorized=False)
+        assert array.tolist() == [[(1, 2, 3)]] * 4
+    two = resolved(Fit=Output(FIT), Mean=Output("f4"))
+    arrays = compute_rows(lambda row: ((1, 2, 3), 4), block_of(2), two, vectorized=False)
+    assert [array.tolist() for array in arrays] == [[[(1, 2, 3)]] * 2, [[4]] * 2]
+
+
+def test_a_read_only_or_strided_result_is_fine():
+    filtered = resolved(Filtered=Output("f4", shape_from_main=True))
+    data = block_of(6, "f4")
+    data.setflags(write=False)
+    (array,) = compute_rows(lambda row: row[::-1], data, filtered, vectorized=False)
+    np.testing.assert_array_equal(array, data[:, ::-1])
+    (array,) = compute_rows(lambda block: np.asfortranarray(block)[:, ::-1], data, filtered, vectorized=True)
+    np.testing.assert_array_equal(array, data[:, ::-1])
+    assert array.flags.c_contiguous
+
+
+def test_results_do_not_share_memory_with_a_buffer_that_the_function_uses_again():
+    buffer = np.zeros(2)
+
+    def function(row):
+        buffer[:] = row[:2]
+        return buffer
+
+    pair = resolved(Pair=output_of("f8", (2,)))
+    for n_rows in (1, 2):
+        (array,) = compute_rows(lambda row: function(row).copy(), block_of(n_rows), pair, vectorized=False)
+        np.testing.assert_array_equal(array, block_of(n_rows)[:, :2])
+    # A buffer returned as it is must give the same as a copy of it.
+    (array,) = compute_rows(function, block_of(5), pair, vectorized=False)
+    np.testing.assert_array_equal(array, block_of(5)[:, :2])
+
+
+# -- what the function raises ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing", [0, 1, 255, 256, 257, 511, 599])
+def test_the_failing_row_is_found(failing):
+    def function(row):
+        if row[0] == failing * N_SPECTRAL:
+            raise ZeroDivisionError("told to")
+        return 0.0
+
+    with pytest.raises(RowError) as caught:
+        compute_rows(function, block_of(600), resolved(Mean=Output("f4")), vectorized=False)
+    assert (caught.value.first, caught.value.last) == (failing, failing + 1)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_failing_block_is_all_of_its_rows():
+    with pytest.raises(RowError) as caught:
+        compute_rows(lambda block: block[99], block_of(60), resolved(Mean=Output("f4")), vectorized=True)
+    assert (caught.value.first, caught.value.last) == (0, 60)
+    assert isinstance(caught.value.__cause__, IndexError)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_what_is_no_exception_of_the_function_passes(stop, vectorized):
+    def function(data):
+        raise stop
+
+    with pytest.raises(stop):
+        compute_rows(function, block_of(3), resolved(Mean=Output("f4")), vectorized=vectorized)
+
+
+# -- what does not fit -----------------------------------------------------------------------------------------------
+
+BAD_ROW = 300
+MISFITS = {
+    # what a row gives where all others are right: the outputs, the right value, the wrong one, words of the message
+    "shape": ({"A": Output("f8")}, 1.0, [1.0, 2.0], ["'A'", "(2,)", "()"]),
+    "too many values": ({"A": output_of("f8", (3,))}, np.ones(3), np.ones(4), ["'A'", "(4,)", "(3,)"]),
+    "a dimension more": ({"A": output_of("f8", (3,))}, np.ones(3), np.ones((1, 3)), ["'A'", "(1, 3)", "(3,)"]),
+    "transposed": ({"A": output_of("f8", (2, 3))}, np.ones((2, 3)), np.ones((3, 2)), ["'A'", "(3, 2)", "(2, 3)"]),
+    "nothing": ({"A": Output("f8")}, 1.0, None, ["'A'", "None", "NoneType", "float64"]),
+    "text": ({"A": Output("f8")}, 1.0, "one", ["'A'", "'one'", "str", "float64"]),
+    "ragged": ({"A": output_of("f8", (2,))}, [1.0, 2.0], [1.0, [2.0]], ["'A'", "list", "(2,)"]),
+    "complex": ({"A": Output("f8")}, 1.0, 1j, ["'A'", "complex128", "float64"]),
+    "fraction": ({"A": Output("i4")}, 1, 1.5, ["'A'", "float64", "int32"]),
+    "too large": ({"A": Output("i2")}, 1, 40_000, ["'A'", "40000", "int16", "wider"]),
+    "negative": ({"A": Output("u1")}, 1, -1, ["'A'", "-1", "uint8"]),
+    "beyond float": ({"A": Output("f4")}, 1.0, 1e300, ["'A'", "1e+300", "float32"]),
+    "object": ({"A": Output("f8")}, 1.0, object(), ["'A'", "object", "float64"]),
+    "a set": ({"A": Output("f8")}, 1.0, {1.0}, ["'A'", "set"]),
+    "too few in a tuple": ({"A": Output("f8"), "B": Output("f8")}, (1, 2), (1,), ["tuple of 1", "2", "['A', 'B']"]),
+    "too many in a tuple": ({"A": Output("f8"), "B": Output("f8")}, (1, 2), (1, 2, 3), ["tuple of 3", "['A', 'B']"]),
+    "no tuple": ({"A": Output("f8"), "B": Output("f8")}, (1, 2), 1.0, ["1.0", "float", "['A', 'B']"]),
+    "a list": ({"A": Output("f8"), "B": Output("f8")}, (1, 2), [1, 2], ["list", "['A', 'B']"]),
+    "nothing for two": ({"A": Output("f8"), "B": Output("f8")}, (1, 2), None, ["None", "['A', 'B']"]),
+    "wrong name": ({"A": Output("f8")}, {"A": 1}, {"a": 1}, ["['a']", "missing: ['A']", "not declared: ['a']"]),
+    "missing name": ({"A": Output("f8"), "B": Output("f8")}, {"A": 1, "B": 2}, {"A": 1}, ["missing: ['B']"]),
+    "surplus name": ({"A": Output("f8")}, {"A": 1}, {"A": 1, "B": 2}, ["not declared: ['B']"]),
+    "no mapping": ({"A": Output("f8"), "B": Output("f8")}, {"A": 1, "B": 2}, (1, 2), ["['A', 'B']"]),
+    "compound of other fields": (
+        {"A": Output([("x", "f4"), ("y", "f4")])},
+        np.array((1, 2), [("x", "f4"), ("y", "f4")]),
+        np.array((1, 2, 3), [("x", "f4"), ("y", "f4"), ("z", "f4")]),
+        ["'A'", "'z'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+@pytest.mark.parametrize("bad_row", [0, 1, BAD_ROW])
+def test_a_misfit_is_refused_and_its_row_is_found(kind, bad_row):
+    specs, right, wrong, words = MISFITS[kind]
+    outputs = resolved(**specs)
+
+    def function(row):
+        return wrong if row[0] == bad_row * N_SPECTRAL else right
+
+    compute_rows(lambda row: right, block_of(4), outputs, vectorized=False)
+    with pytest.raises(OutputMismatch) as caught:
+        compute_rows(function, block_of(400), outputs, vectorized=False)
+    assert caught.value.row == bad_row
+    # Alone, the value itself is described; among others NumPy may have blurred what it was.
+    with pytest.raises(OutputMismatch) as alone:
+        compute_rows(lambda row: wrong, block_of(1), outputs, vectorized=False)
+    for word in words:
+        assert word in str(alone.value), str(alone.value)
+    assert isinstance(alone.value, OutputError)
+    assert isinstance(alone.value, ValueError)
+
+
+BLOCK_MISFITS = {
+    "one value": (Output("f8"), lambda block: 1.0, ["'A'", "shape ()", "(7,)"]),
+    "too few positions": (Output("f8"), lambda block: np.ones(6), ["'A'", "(6,)", "7 positions", "(7,)"]),
+    "positions last": (
+        output_of("f8", (3,)),
+        lambda block: np.ones((3, 7)),
+        ["(3, 7)", "(7, 3)", "positions come first"],
+    ),
+    "wrong inner shape": (output_of("f8", (3,)), lambda block: np.ones((7, 4)), ["(4,)", "(3,)"]),
+    "nothing": (Output("f8"), lambda block: None, ["'A'", "None"]),
+    "text": (Output("f8"), lambda block: "seven", ["'A'", "'seven'"]),
+    "ragged": (output_of("f8", (2,)), lambda block: [[1, 2]] * 6 + [[1]], ["'A'", "list"]),
+    "complex": (Output("f4"), lambda block: np.ones(7, "c8"), ["complex64", "float32"]),
+    "objects": (Output("f4"), lambda block: np.array([1] * 7, object), ["'A'", "object"]),
+    "surplus": (Output("f4"), lambda block: {"A": np.ones(7), "B": np.ones(7)}, ["not declared: ['B']"]),
+    "unnamed": (Output("f4"), lambda block: {"B": np.ones(7)}, ["missing: ['A']"]),
+    "a value that does not fit": (Output("i2"), lambda block: np.array([1, 2, 3, 4, 99_999, 6, 7]), ["99999", "int16"]),
+    "field names": (Output([("x", "f4")]), lambda block: np.ones(7, [("y", "f4")]), ["'y'", "'x'"]),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCK_MISFITS)
+def test_a_misfit_of_a_block_function_is_refused(kind):
+    output, function, words = BLOCK_MISFITS[kind]
+    with pytest.raises(OutputMismatch) as caught:
+        compute_rows(function, block_of(7), resolved(A=output), vectorized=True)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    if kind == "a value that does not fit":
+        assert caught.value.row == 4
+
+
+def test_two_outputs_of_a_block_function():
+    two = resolved(A=Output("f8"), B=Output("f8"))
+    for returned in (np.ones(7), [np.ones(7), np.ones(7)], np.ones((2, 7)), (np.ones(7),), None):
+        with pytest.raises(OutputMismatch, match=r"\['A', 'B'\]"):
+            compute_rows(lambda block, returned=returned: returned, block_of(7), two, vectorized=True)
+
+
+def test_a_mismatch_survives_pickling():
+    error = pickle.loads(pickle.dumps(OutputMismatch("Output 'A': wrong", 17)))
+    assert (str(error), error.row) == ("Output 'A': wrong", 17)
+
+
+# -- casting ---------------------------------------------------------------------------------------------------------
+
+NUMBERS = ["?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"]
+
+
+@pytest.mark.parametrize("wanted", NUMBERS)
+@pytest.mark.parametrize("came", NUMBERS)
+def test_which_types_are_taken(came, wanted):
+    """Ones always fit where the kind does: a float is never cut to an integer, a complex number never to a real one."""
+    came, wanted = np.dtype(came), np.dtype(wanted)
+    kinds = "biufc".replace("i", "u")
+    fits = kinds.index(came.kind.replace("i", "u")) <= kinds.index(wanted.kind.replace("i", "u"))
+    output = resolved(A=Output(wanted))
+    for vectorized, function in ((False, lambda row: came.type(1)), (True, lambda block: np.ones(len(block), came))):
+        if fits:
+            (array,) = compute_rows(function, block_of(3), output, vectorized=vectorized)
+            assert array.dtype == wanted
+            assert (array == 1).all()
+        else:
+            with pytest.raises(OutputMismatch, match=rf"{came}.*{wanted}"):
+                compute_rows(function, block_of(3), output, vectorized=vectorized)
+
+
+integers = st.sampled_from(["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(wanted=integers, came=integers, data=st.data())
+def test_an_integer_fits_exactly_when_its_value_does(wanted, came, data):
+    values = data.draw(hnp.arrays(came, st.integers(1, 5)))
+    output = resolved(A=Output(wanted))
+    limits = np.iinfo(wanted)
+    misfits = [row for row, value in enumerate(values.tolist()) if not limits.min <= value <= limits.max]
+    if misfits:
+        with pytest.raises(OutputMismatch, match="does not fit") as caught:
+            compute_rows(lambda block: values, block_of(len(values)), output, vectorized=True)
+        assert caught.value.row == misfits[0]
+    else:
+        (array,) = compute_rows(lambda block: values, block_of(len(values)), output, vectorized=True)
+        assert array[:, 0].tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("value", [2**63, 2**64 - 1, -(2**63), 2**64, -(2**63) - 1])
+@pytest.mark.parametrize("dtype", ["i8", "u8"])
+def test_python_integers_at_the_limits(value, dtype):
+    limits = np.iinfo(dtype)
+    output = resolved(A=Output(dtype))
+    if limits.min <= value <= limits.max:
+        (array,) = compute_rows(lambda row: value, block_of(2), output, vectorized=False)
+        assert array[:, 0].tolist() == [value, value]
+    else:
+        with pytest.raises(OutputMismatch, match="'A'"):
+            compute_rows(lambda row: value, block_of(2), output, vectorized=False)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    wanted=st.sampled_from(["f2", "f4", "f8", "c8", "c16"]),
+    values=hnp.arrays("f8", st.integers(1, 6), elements=st.floats(width=64)),
+)
+def test_floats_are_rounded_but_never_become_infinite(wanted, values):
+    with np.errstate(all="ignore"):
+        expected = values.astype(wanted)
+    overflowing = np.flatnonzero(np.isfinite(values) & np.isinf(expected))
+    output = resolved(A=Output(wanted))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if overflowing.size:
+            with pytest.raises(OutputMismatch, match="does not fit") as caught:
+                compute_rows(lambda block: values, block_of(len(values)), output, vectorized=True)
+            assert caught.value.row == overflowing[0]
+        else:
+            (array,) = compute_rows(lambda block: values, block_of(len(values)), output, vectorized=True)
+            np.testing.assert_array_equal(array[:, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "c8", "c16"])
+def test_nan_and_infinity_pass_without_a_warning(dtype):
+    special = [np.nan, np.inf, -np.inf, -0.0, 1.0]
+    output = resolved(A=Output(dtype, shape_from_main=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (array,) = compute_rows(lambda row: np.array(special), block_of(3), output, vectorized=False)
+    for row in array:
+        assert row.tobytes() == np.array(special, dtype).tobytes()
+
+
+def test_texts_of_fixed_length():
+    name = resolved(Name=Output("S4"))
+    (array,) = compute_rows(lambda row: b"ab", block_of(2), name, vectorized=False)
+    assert array[:, 0].tolist() == [b"ab", b"ab"]
+    with pytest.raises(OutputMismatch, match="'Name'"):
+        compute_rows(lambda row: b"abcdef", block_of(2), name, vectorized=False)
