@@ -1,6 +1,6 @@
 """What is compared: lazyproc, and what a person would write instead. Each is run in a fresh process, start-up included.
 
-    python benchmarks/contenders.py CONTENDER WORKLOAD FILE
+python benchmarks/contenders.py CONTENDER WORKLOAD FILE
 """
 
 from __future__ import annotations

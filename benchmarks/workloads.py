@@ -91,9 +91,8 @@ def make_file(folder: str, name: str) -> str:
     with h5py.File(path + ".part", "w") as file:
         group = file.create_group(MAIN.rpartition("/")[0])
         chunks = (64, workload.n_spectral) if workload.compression else None
-        main = group.create_dataset(
-            "Raw_Data", (workload.n_positions, workload.n_spectral), "f4", chunks=chunks, compression=workload.compression
-        )
+        shape = (workload.n_positions, workload.n_spectral)
+        main = group.create_dataset("Raw_Data", shape, "f4", chunks=chunks, compression=workload.compression)
         for start in range(0, workload.n_positions, rows):
             count = min(rows, workload.n_positions - start)
             centre = random.uniform(-0.5, 0.5, (count, 1)).astype("f4")

@@ -36,7 +36,7 @@ from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.place import place_of
 from lazyproc.hdf5.search import Found, examine
 from lazyproc.hdf5.source import source_of
-from lazyproc.hdf5.usid_dataset import MainDatasetHandle
+from lazyproc.main_handle import MainDatasetHandle
 from lazyproc.hooks import HookContract
 from lazyproc.opening import open_main, target_handle
 from lazyproc.perform import compute_here, perform

@@ -8,13 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.errors import OutputError
+from lazyproc.core.casting import OutputMismatch as OutputMismatch
+from lazyproc.core.casting import describe, store
 from lazyproc.core.specs import ResolvedOutput
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 2**20
-"""Results of so many calls, and bytes, are held as Python objects before they are stacked: the memory of a block is that
-of its source and its results, and not that of its results three times."""
+"""So many results, and bytes of them, are held as Python objects before they are stacked: a block takes the memory of
+its source and its results, and not that of its results three times."""
+_IMMUTABLE = frozenset(
+    {float, int, complex, bool, str, bytes, type(None), np.bytes_, np.str_}
+    | {np.dtype(code).type for code in "?bhilqBHILQefdgFDG"}
+)
+"""Results that no later call can change."""
 
 Arrays = tuple[NDArray[Any], ...]
 
@@ -32,17 +38,6 @@ class RowError(Exception):
         super().__init__(first, last)
         self.first = first
         self.last = last
-
-
-class OutputMismatch(OutputError):
-    """What the function returned does not fit; carries the row within the block."""
-
-    def __init__(self, message: str, row: int = 0) -> None:
-        super().__init__(message)
-        self.row = row
-
-    def __reduce__(self) -> tuple[type[OutputMismatch], tuple[str, int]]:
-        return type(self), (str(self), self.row)
 
 
 def compute_rows(
@@ -99,14 +94,14 @@ def compute_rows(
             raise RowError(0, len(data)) from error
         columns = _columns_of_block(returned, outputs)
         for output, column, result in zip(outputs, columns, results, strict=True):
-            _store(column, output, result, 0, vectorized=True)
+            store(column, output, result, 0, vectorized=True)
         return results
     batch = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, sum(output.row_bytes for output in outputs))))
     for start in range(0, len(data), batch):
         returned_rows = _call_rows(function, data[start : start + batch], start, args, keywords)
         columns = _columns_of_rows(returned_rows, outputs, start)
         for output, column, result in zip(outputs, columns, results, strict=True):
-            _store(column, output, result[start : start + len(returned_rows)], start, vectorized=False)
+            store(column, output, result[start : start + len(returned_rows)], start, vectorized=False)
     return results
 
 
@@ -118,11 +113,23 @@ def _call_rows(
     keep = returned.append
     try:
         for row in rows:
-            keep(function(row, *args, **kwargs))
+            value = function(row, *args, **kwargs)
+            keep(value if type(value) in _IMMUTABLE else _held(value))
     except Exception as error:
         failed = start + len(returned)
         raise RowError(failed, failed + 1) from error
     return returned
+
+
+def _held(value: Any) -> Any:
+    """Return a result as it is now: the function may use its array, list or dict again in the next call."""
+    if isinstance(value, np.ndarray | np.void):
+        return value.copy()
+    if type(value) in (tuple, list):
+        return type(value)([item if type(item) in _IMMUTABLE else _held(item) for item in value])
+    if isinstance(value, Mapping):
+        return {name: item if type(item) in _IMMUTABLE else _held(item) for name, item in value.items()}
+    return value
 
 
 def _columns_of_block(returned: Any, outputs: Sequence[ResolvedOutput]) -> list[Any]:
@@ -184,103 +191,6 @@ def _check_count(item: tuple[Any, ...], names: list[str], row: int) -> None:
 
 def _wrong_form(returned: Any, names: list[str]) -> str:
     return (
-        f"The function returned {_describe(returned)}; expected a mapping with the names {names} or a tuple of "
+        f"The function returned {describe(returned)}; expected a mapping with the names {names} or a tuple of "
         f"{len(names)} values in that order."
     )
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"an array of shape {value.shape} and dtype {value.dtype}"
-    text = repr(value)
-    return f"{text if len(text) < 60 else text[:57] + '...'} ({type(value).__name__})"
-
-
-def _store(column: Any, output: ResolvedOutput, result: NDArray[Any], start: int, *, vectorized: bool) -> None:
-    """Check the values of one output and put them into their place."""
-    array = _as_array(column, output, start, vectorized=vectorized)
-    if vectorized and (array.ndim == 0 or len(array) != len(result)):
-        raise OutputMismatch(
-            f"Output {output.name!r}: the block function returned the shape {array.shape} for a block of "
-            f"{len(result)} positions; expected {(len(result), *output.shape)}: the positions come first."
-        )
-    inner = array.shape[1:]
-    if inner not in _allowed_shapes(output):
-        raise OutputMismatch(
-            f"Output {output.name!r}: the function returned the shape {inner} for a position; expected "
-            f"{output.shape}. Return that shape, or change the dims of the Output.",
-            start,
-        )
-    _cast(array.reshape(result.shape), output, result, start)
-
-
-def _allowed_shapes(output: ResolvedOutput) -> set[tuple[int, ...]]:
-    """Shapes of one result that can be read in one way only: as declared, flat, and () for (1,)."""
-    shapes = {output.shape, (output.width,)}
-    if output.width == 1:
-        shapes.add(())
-    return shapes
-
-
-def _as_array(column: Any, output: ResolvedOutput, start: int, *, vectorized: bool) -> NDArray[Any]:
-    """Make an array of the values, `(n_positions, …)`; of the output's dtype where that is compound."""
-    try:
-        if output.dtype.fields is not None and not isinstance(column, np.ndarray):
-            array = np.asarray(column, dtype=output.dtype)
-        else:
-            array = np.asarray(column)
-    except (TypeError, ValueError) as error:
-        raise _misfit(column, output, start, vectorized, error) from error
-    if array.dtype.hasobject or (array.dtype.kind in "US" and output.dtype.kind not in "S"):
-        raise _misfit(column, output, start, vectorized, None)
-    return array
-
-
-def _misfit(
-    column: Any, output: ResolvedOutput, start: int, vectorized: bool, error: Exception | None
-) -> OutputMismatch:
-    """Find the row whose value does not fit, for the message."""
-    expected = f"expected the shape {output.shape} and a value that fits the dtype {output.dtype}"
-    if vectorized:
-        return OutputMismatch(f"Output {output.name!r}: the block function returned {_describe(column)}; {expected}.")
-    for row, value in enumerate(column):
-        try:
-            single = np.asarray(value, dtype=output.dtype if output.dtype.fields is not None else None)
-            fits = single.shape in _allowed_shapes(output) and single.dtype.kind not in "OU"
-        except (TypeError, ValueError):
-            fits = False
-        if not fits:
-            came = _describe(value)
-            return OutputMismatch(f"Output {output.name!r}: the function returned {came}; {expected}.", start + row)
-    return OutputMismatch(f"Output {output.name!r}: the values do not fit together ({error}); {expected}.", start)
-
-
-def _cast(array: NDArray[Any], output: ResolvedOutput, result: NDArray[Any], start: int) -> None:
-    """Copy into the output's dtype; refuse what would lose more than the declared precision."""
-    came, wanted = array.dtype, output.dtype
-    integers = came.kind in "iub" and wanted.kind in "iu"
-    if not (integers or np.can_cast(came, wanted, "same_kind")) or (wanted.names or ()) != (came.names or ()):
-        raise OutputMismatch(
-            f"Output {output.name!r}: the function returned the dtype {came}; expected one that fits {wanted}. "
-            "Convert it in the function, or change the dtype of the Output.",
-            start,
-        )
-    with np.errstate(all="ignore"):
-        result[...] = array
-    if wanted.fields is not None or np.can_cast(came, wanted, "safe"):
-        return
-    if wanted.kind in "iu":
-        lost = result != array
-    elif wanted.kind in "fc":
-        lost = np.isinf(result)
-        if lost.any():
-            lost &= np.isfinite(array)
-    else:
-        return
-    if lost.any():
-        row = int(np.argwhere(lost)[0][0])
-        value = array[row][lost[row]][0]
-        raise OutputMismatch(
-            f"Output {output.name!r}: the value {value!r} does not fit into the dtype {wanted}; choose a wider one.",
-            start + row,
-        )
