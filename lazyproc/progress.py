@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 from lazyproc.core.events import BlockDone, Event, Finished, Started
 
 _PATIENCE = 1.0
 """Seconds before a bar appears: short jobs need none."""
+_USUAL_WIDTH = 80
 
 
 class ProgressBar:
@@ -43,11 +46,20 @@ class ProgressBar:
             desc=event.process_name,
             unit=" positions",
             unit_scale=False,
-            dynamic_ncols=True,
+            **_width(),
             disable=None,
             delay=self._delay,
             leave=True,
         )
+
+
+def _width() -> dict[str, Any]:
+    """Follow the terminal's width; some terminals (containers, serial lines) tell 0, and no bar would be drawn."""
+    try:
+        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError, AttributeError):  # no terminal: a notebook, or a stream without a descriptor
+        known = True
+    return {"dynamic_ncols": True} if known else {"ncols": _USUAL_WIDTH}
 
 
 def quiet(event: Event) -> None:

@@ -58,10 +58,10 @@ def script(tmp_path: Path) -> str:
     return str(path)
 
 
-def run_on_terminal(*words: str) -> tuple[int, str]:
+def run_on_terminal(*words: str, width: int = 100) -> tuple[int, str]:
     """Run a command whose standard error is a terminal; return its exit code and what the terminal showed."""
     here, there = pty.openpty()
-    termios.tcsetwinsize(there, (24, 100))
+    termios.tcsetwinsize(there, (24, width))
     shown = b""
     with subprocess.Popen(words, stdin=there, stdout=there, stderr=there, start_new_session=True) as running:
         os.close(there)
@@ -82,9 +82,10 @@ def run_on_terminal(*words: str) -> tuple[int, str]:
 # --- the progress bar ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cores", ["1", "2"])
-def test_a_terminal_shows_positions_rate_and_time_left(script, address, cores):
-    code, shown = run_on_terminal(sys.executable, script, address, "0.006", cores)
+@pytest.mark.parametrize(("cores", "width"), [("1", 100), ("2", 100), ("1", 0)])
+def test_a_terminal_shows_positions_rate_and_time_left(script, address, cores, width):
+    """A width of 0 is what terminals tell that do not know it."""
+    code, shown = run_on_terminal(sys.executable, script, address, "0.006", cores, width=width)
     assert code == 0, shown
     frames = [frame for frame in re.split(r"[\r\n]+", shown) if "Slow_Fit" in frame]
     bar = r"Slow_Fit: +(\d+)%\|.*\| (\d+)/400 \[\d\d:\d\d<(\d\d:\d\d|\?), +(\?|[\d.]+) ?(positions/s|s/ positions|s)"
