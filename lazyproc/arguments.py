@@ -31,16 +31,20 @@ def check_name(process_name: Any) -> str:
 
 
 def check_parms(parms_dict: Any, *, storable: bool = True) -> dict[str, Any]:
-    """Check that the parameters are a mapping of names to values; ones that can be stored, if lazyproc stores them."""
+    """Check that the parameters are a mapping of names to values; ones that can be stored, if lazyproc stores them.
+
+    Else the very object is returned: old subclasses go on changing theirs.
+    """
     if parms_dict is None:
         return {}
     if not isinstance(parms_dict, Mapping):
         raise ArgumentTypeError(
             f"parms_dict: a {type(parms_dict).__name__} came; expected a dict of parameter names and values."
         )
+    if not storable and isinstance(parms_dict, dict):
+        return parms_dict
     parameters = dict(parms_dict)
-    if storable:
-        check_parameters(parameters)
+    check_parameters(parameters)
     return parameters
 
 

@@ -45,7 +45,7 @@ from lazyproc.hdf5.hook_record import (
 )
 from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.search import remaining_positions
-from lazyproc.hdf5.source import source_of
+from lazyproc.hdf5.source import ExtentSource, source_of
 
 if TYPE_CHECKING:
     from lazyproc.process import Process
@@ -387,9 +387,9 @@ class Batches:
         """Return the next positions, at most `most` of them (any number; fractions are dropped); None at the end."""
         if not self._left:
             return None
-        if int(most) < 1:
+        if not most >= 1:
             raise ArgumentValueError(f"_max_pos_per_read: is {most!r}; expected at least one position a batch.")
-        batch = self._left.take(int(most))
+        batch = self._left.take(int(min(most, self._left.n_positions)))
         self._left = self._left.difference(batch)
         return batch.positions()
 
@@ -430,15 +430,16 @@ class _Loop:
         process._progress(Started(str(process.process_name), self._n_positions, n_done, "hooks"))
         try:
             self._sync()  # before any row is written: a mask that was cleared must not come back
-            process._read_data_chunk()
-            while process._data is not None:
-                n_batch = self._batch(args, kwargs)
-                n_done += n_batch
-                process._progress(BlockDone(n_batch))
-                if process._batches:
-                    # The old batch is let go before the next one is read: only one is ever in memory.
-                    process._data = process._results = None
+            with _one_thread_where_hdf5_reads(process):
                 process._read_data_chunk()
+                while process._data is not None:
+                    n_batch = self._batch(args, kwargs)
+                    n_done += n_batch
+                    process._progress(BlockDone(n_batch))
+                    if process._batches:
+                        # The old batch is let go before the next one is read: only one is ever in memory.
+                        process._data = process._results = None
+                    process._read_data_chunk()
         finally:
             process._progress(Finished(n_done))
             process._batches = None
@@ -479,6 +480,24 @@ class _Loop:
 
     def _sync(self) -> None:
         sync_files(self._files())
+
+
+@contextmanager
+def _one_thread_where_hdf5_reads(process: HookContract) -> Iterator[None]:
+    """Compute lazy batches in this thread if their chunks are read by HDF5 in this process.
+
+    A hook that writes a lazy array into a dataset holds h5py's only lock while the array is computed: other threads,
+    which need it to read, would wait for ever.
+    """
+    client = active_client()
+    elsewhere = client is not None and not str(client.scheduler.address).startswith("inproc")
+    if not process._lazy or elsewhere or isinstance(source_of(process.h5_main), ExtentSource):
+        yield
+        return
+    import dask
+
+    with dask.config.set(scheduler="synchronous"):
+        yield
 
 
 def _check_number(process: HookContract, n_positions: int) -> None:

@@ -68,6 +68,67 @@ def test_both_classes_of_the_guide_give_equal_results(tmp_path):
         np.testing.assert_array_equal(lazy["Smooth"][()], smooth.astype("f4"))
 
 
+TAKEN_UP = """
+import h5py
+import numpy as np
+from lazyproc.demo.simulate import simulate_scan
+
+CLASS = {class_text!r}
+
+
+def class_on(import_line):
+    names = {{}}
+    exec(CLASS.replace("from lazyproc import Process", import_line), names)
+    return names["OldPeakFinder"]
+
+
+def failing_at_the_second(write, calls):
+    def hook():
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("interrupted")
+        write()
+    return hook
+
+
+ours, theirs = class_on("from lazyproc import Process"), class_on("from pyUSID import Process")
+assert [cls.__mro__[1].__module__.partition(".")[0] for cls in (ours, theirs)] == ["lazyproc", "pyUSID"]
+for name, first, second in (("begun_by_them.h5", theirs, ours), ("begun_by_us.h5", ours, theirs)):
+    simulate_scan(name, 6, 8, 64)
+    with h5py.File(name, "r+") as file:
+        main = file["{channel}/Raw_Data"]
+        process = first(main, smoothing=5, cores=1)
+        process._max_pos_per_read = 20
+        process._write_results_chunk = failing_at_the_second(process._write_results_chunk, [])
+        try:
+            process.compute()
+        except RuntimeError:
+            pass
+        group = process.h5_results_grp
+        assert group["completed_positions"][()].sum() == 20
+        group["Height"][3] = -1.0  # what is marked is not computed again
+        process = second(main, smoothing=5, cores=1)
+        assert process.partial_h5_groups == [group], process.partial_h5_groups
+        assert process.compute() == group
+        assert group["completed_positions"][()].all()
+        assert first(main, smoothing=5, cores=1).duplicate_h5_groups == [group]
+        assert second(main, smoothing=4, cores=1).duplicate_h5_groups == []
+"""
+
+
+def test_each_base_takes_up_what_the_other_one_began(tmp_path):
+    block = next(block for block in BLOCKS if "class OldPeakFinder" in block)
+    class_text = block.partition("\nwith h5py")[0]
+    run([TAKEN_UP.format(class_text=class_text, channel=CHANNEL)], tmp_path)
+    begun_by_them, begun_by_us = tmp_path / "begun_by_them.h5", tmp_path / "begun_by_us.h5"
+    with h5py.File(begun_by_them, "r") as theirs, h5py.File(begun_by_us, "r") as ours:
+        groups = [file[f"{CHANNEL}/Raw_Data-Peak_Finding_000"] for file in (theirs, ours)]
+        for name in ("Height", "Place", "Area", "Smooth", "completed_positions"):
+            np.testing.assert_array_equal(groups[0][name][()], groups[1][name][()])
+        assert groups[0]["Height"][3] == -1
+        assert (groups[0]["Height"][4:] > 0).all()
+
+
 def test_the_example_of_a_package_runs_on_lazyproc(tmp_path):
     if importlib.util.find_spec("BGlib") is None:
         pytest.skip("BGlib is not installed")

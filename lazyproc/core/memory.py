@@ -99,5 +99,6 @@ class MemoryModel:
             f"max_mem_mb: {limit_bytes // MEBIBYTE} MiB are allowed, but one position takes "
             f"{self._per_row(driver_writes) / MEBIBYTE:.1f} MiB (source {self.source_bytes / MEBIBYTE:.1f} MiB with "
             f"mem_multiplier {self.multiplier:g}, results {self.result_bytes / MEBIBYTE:.1f} MiB, and what was "
-            f"measured of temporaries) and lazyproc itself a few more. Raise max_mem_mb to {needed} or more."
+            f"measured of temporaries), a worker {self.fixed_bytes / MEBIBYTE:.1f} MiB whatever its block (storage "
+            f"chunks, temporaries of one call), and lazyproc itself a few more. Raise max_mem_mb to {needed} or more."
         )

@@ -89,10 +89,13 @@ def run_probe(
     probing = _Probing(compute, read, remaining)
     row_bytes = source_bytes + result_bytes
     most_rows = max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, row_bytes)))
-    # The first, the last and the middle position differ most: a function that fails on some is found early.
-    first = probing.call(remaining.spread(3 if vectorized else 1))
-    if not vectorized and first < _SLOW_SECONDS:
-        first = probing.call(remaining.spread(3)[1:])
+    # The first, the last and the middle position differ most: a function that fails on some is found early. Large ones
+    # are tried one at a time, since nothing is known yet of the memory that the function takes.
+    together = vectorized and most_rows >= 3
+    first = probing.call(remaining.spread(3 if together else 1))
+    if not together and first < _SLOW_SECONDS:
+        for position in remaining.spread(3):
+            first = probing.call(np.array([position])) or first
     temporary, fixed = _measure_memory(probing, first, most_rows, row_bytes, vectorized=vectorized)
     seconds, rows = _measure_time(probing, first, most_rows)
     gain = 1.0
