@@ -23,9 +23,11 @@ def check_name(process_name: Any) -> str:
             f"process_name: a {type(process_name).__name__} came; expected a text, which names the results group."
         )
     name = process_name.strip()
-    if not name or "/" in name or "\0" in name or name in (".", ".."):
+    storable = name.encode("utf-8", "ignore").decode() == name  # lone surrogates have no UTF-8
+    if not name or not storable or "/" in name or "\0" in name or name in (".", ".."):
         raise ArgumentValueError(
-            f"process_name: {process_name!r} came; expected a text that is not empty, without '/'."
+            f"process_name: {process_name!r} came; expected a text that is not empty, without '/', since it names the "
+            "results group."
         )
     return name
 
@@ -141,7 +143,10 @@ def check_positions(positions: Any, n_positions: int) -> np.ndarray:
     """Check which positions shall be tried; negative ones count from the end, None means the one in the middle."""
     if positions is None:
         return np.array([n_positions // 2])
-    wanted = np.atleast_1d(np.asarray(positions))
+    try:
+        wanted = np.atleast_1d(np.asarray(positions))
+    except ValueError:  # lists of different lengths
+        wanted = np.empty(0)
     if wanted.dtype.kind not in "iu" or wanted.ndim != 1 or wanted.size == 0:
         raise ArgumentTypeError(f"positions: {positions!r} came; expected a position, or a sequence of positions.")
     wanted = np.where(wanted < 0, wanted + n_positions, wanted)

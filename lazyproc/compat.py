@@ -28,13 +28,17 @@ log = logging.getLogger("lazyproc")
 class Replacement:
     """What `replace_pyusid` has changed; `undo` puts it back, as does the end of a ``with`` block."""
 
-    def __init__(self, replaced: dict[tuple[str, str], Any]) -> None:
+    def __init__(self, replaced: dict[tuple[str, str], tuple[Any, Any]]) -> None:
         self._replaced = replaced
 
     def undo(self) -> None:
-        """Put pyUSID's own names back. Classes defined meanwhile keep the base they were defined with."""
-        for (module, name), value in self._replaced.items():
-            setattr(sys.modules[module], name, value)
+        """Put pyUSID's own names back, but for those that somebody else has changed again.
+
+        Classes defined meanwhile keep the base they were defined with.
+        """
+        for (module, name), (old, new) in self._replaced.items():
+            if getattr(sys.modules[module], name, None) is new:
+                setattr(sys.modules[module], name, old)
         self._replaced = {}
 
     def __enter__(self) -> Replacement:
@@ -81,7 +85,7 @@ def replace_pyusid() -> Replacement:
     from lazyproc.process import Process
 
     new = {"Process": Process, "parallel_compute": parallel_compute, "recommend_cpu_cores": recommend_cpu_cores}
-    replaced: dict[tuple[str, str], Any] = {}
+    replaced: dict[tuple[str, str], tuple[Any, Any]] = {}
     for place, name in _PLACES:
         try:
             module = importlib.import_module(place)
@@ -92,9 +96,9 @@ def replace_pyusid() -> Replacement:
             ) from error
         old = getattr(module, name, None)
         if old is not None and old is not new[name]:
-            replaced[place, name] = old
+            replaced[place, name] = old, new[name]
             setattr(module, name, new[name])
-    old_process = replaced.get(("pyUSID.processing.process", "Process"))
+    old_process, _ = replaced.get(("pyUSID.processing.process", "Process"), (None, None))
     late = [cls.__module__ for cls in old_process.__subclasses__()] if old_process is not None else []
     if late:
         log.warning(

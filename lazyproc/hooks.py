@@ -490,7 +490,8 @@ def _one_thread_where_hdf5_reads(process: HookContract) -> Iterator[None]:
     which need it to read, would wait for ever.
     """
     client = active_client()
-    elsewhere = client is not None and not str(client.scheduler.address).startswith("inproc")
+    scheduler = getattr(client, "scheduler", None)
+    elsewhere = scheduler is not None and not str(scheduler.address).startswith("inproc")
     if not process._lazy or elsewhere or isinstance(source_of(process.h5_main), ExtentSource):
         yield
         return

@@ -131,9 +131,10 @@ def _dataset_of_group(group: h5py.Group, path: str | None) -> xarray.Dataset:
 
 
 def _status_name(group: h5py.Group, n_positions: int) -> str:
-    mask = group.get(STATUS_MASK)
+    name = read_text(group.attrs.get("lazyproc_status_mask", STATUS_MASK))
+    mask = group.get(name)
     usable = isinstance(mask, h5py.Dataset) and mask.shape == (n_positions,) and mask.dtype == np.uint8
-    return STATUS_MASK if usable else ""
+    return name if usable else ""
 
 
 def _stored_output(dataset: h5py.Dataset, by_declaration: bool) -> tuple[ResolvedOutput, Axis]:

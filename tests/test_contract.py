@@ -848,7 +848,7 @@ def test_clause_11_one_core_stays_here_beside_an_active_client(main):
     from distributed import Client
 
     lock = threading.Lock()
-    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None):
+    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0"):
         process = made(Mean, main, cores=1)
         process._map_function = lambda spectrum: (lock.acquire(), lock.release(), mean_of(spectrum))[2]
         np.testing.assert_array_equal(process.compute()["Results"], expected_means(main))

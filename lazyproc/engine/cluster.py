@@ -126,7 +126,7 @@ def run_client(
     run = uuid.uuid4().hex[:24]
     waiting = iter(blocks)
     pending: dict[Any, Block] = {}
-    done = as_completed([], raise_errors=False)
+    done = as_completed([], loop=client.loop, raise_errors=False)
     room = _WINDOW * count_threads(client)
     try:
         for number in itertools.count():

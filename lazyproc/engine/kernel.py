@@ -152,33 +152,32 @@ def pack(kernel: Kernel) -> bytes:
     """
     import cloudpickle
 
-    module = _module_by_value(kernel.function)
-    if module is None:
-        return bytes(cloudpickle.dumps(kernel))
-    cloudpickle.register_pickle_by_value(module)
-    try:
-        return bytes(cloudpickle.dumps(kernel))
-    finally:
-        cloudpickle.unregister_pickle_by_value(module)
+    module = _own_module(kernel.function)
+    if module is not None:
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            return bytes(cloudpickle.dumps(kernel))
+        except Exception:  # something in the module cannot be sent: let the workers import it
+            pass
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)
+    return bytes(cloudpickle.dumps(kernel))
 
 
-def _module_by_value(function: Callable[..., Any]) -> Any:
-    """Return the function's module if it was loaded from a file that is not found by its name."""
-    import importlib.util
+def _own_module(function: Callable[..., Any]) -> Any:
+    """Return the function's module if it belongs to no installed package: workers elsewhere would not find it."""
     import sys
+    import sysconfig
 
     while isinstance(function, functools.partial):
         function = function.func
     name = getattr(function, "__module__", None) or ""
     module = sys.modules.get(name)
-    if module is None or name == "__main__":
-        return None  # cloudpickle sends these by value itself
-    try:
-        spec = importlib.machinery.PathFinder.find_spec(name.partition(".")[0])
-    except (ImportError, ValueError):
-        return module
-    found = spec is not None and spec.origin == getattr(module, "__file__", None)
-    return None if found else module
+    file = getattr(module, "__file__", None)
+    if file is None or name == "__main__" or name.partition(".")[0] == "lazyproc":
+        return None  # built in, or sent by value by cloudpickle itself, or surely there
+    installed = {os.path.realpath(path) for path in sysconfig.get_paths().values()}
+    return None if any(os.path.realpath(file).startswith(path + os.sep) for path in installed) else module
 
 
 @functools.lru_cache(maxsize=4)

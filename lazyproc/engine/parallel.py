@@ -221,7 +221,7 @@ def _on_client(client: Any, name: str, packed: bytes, pieces: list[Any]) -> list
     computed: dict[int, Any] = {}
     waiting = iter(enumerate(pieces))
     pending: dict[Any, int] = {}
-    done = as_completed([])
+    done = as_completed([], loop=client.loop)
 
     def submit(number: int, piece: Any) -> None:
         # A piece goes along with its task, so that it is not lost with a worker; only a huge row is sent beforehand.
@@ -273,4 +273,5 @@ def _apply(packed: bytes, rows: Any) -> list[Any]:
     try:
         return [func(row, *args, **kwargs) for row in rows]
     except Exception as error:
-        raise _FunctionFailed(Failure.of_worker(error, Block(0, (0,), (len(rows),)))) from None
+        failure = Failure.of_worker(error, Block(0, (0,), (len(rows),)))
+    raise _FunctionFailed(failure)  # outside of the handler: an error's context would have to be pickled, too

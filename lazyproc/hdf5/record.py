@@ -68,6 +68,7 @@ def create_group(parent: h5py.Group, main: h5py.Dataset, work: Work, provenance:
         "lazyproc_run_id": uuid.uuid4().hex,
         "lazyproc_arguments": work.arguments,
         "lazyproc_source": work.main_name,
+        "lazyproc_status_mask": work.status_name,
         "lazyproc_fingerprint": provenance.fingerprint,
         "lazyproc_function": provenance.function,
         "lazyproc_code": work.code,
