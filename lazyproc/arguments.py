@@ -20,7 +20,8 @@ def check_name(process_name: Any) -> str:
     """Check the process name: a text that can be part of a group's name."""
     if not isinstance(process_name, str):
         raise ArgumentTypeError(
-            f"process_name: a {type(process_name).__name__} came; expected a text, which names the results group."
+            f"process_name: a value of the type {type(process_name).__name__} came; expected a text, which names the "
+            "results group."
         )
     name = process_name.strip()
     storable = name.encode("utf-8", "ignore").decode() == name  # lone surrogates have no UTF-8
@@ -41,7 +42,8 @@ def check_parms(parms_dict: Any, *, storable: bool = True) -> dict[str, Any]:
         return {}
     if not isinstance(parms_dict, Mapping):
         raise ArgumentTypeError(
-            f"parms_dict: a {type(parms_dict).__name__} came; expected a dict of parameter names and values."
+            f"parms_dict: a value of the type {type(parms_dict).__name__} came; expected a dict of parameter names and "
+            "values."
         )
     if not storable and isinstance(parms_dict, dict):
         return parms_dict
@@ -97,8 +99,8 @@ def check_client(client: Any) -> Any:
         return None
     if not all(hasattr(client, name) for name in ("persist", "scatter", "nthreads")):
         raise ArgumentTypeError(
-            f"client: a {type(client).__name__} came; expected a distributed.Client (make one of a cluster or of a "
-            "scheduler's address with Client(...)), or None."
+            f"client: a value of the type {type(client).__name__} came; expected a distributed.Client (make one of a "
+            "cluster or of a scheduler's address with Client(...)), or None."
         )
     if getattr(client, "asynchronous", False):
         raise ArgumentValueError("client: an asynchronous Client came; expected a synchronous one.")
@@ -131,8 +133,8 @@ def check_main(h5_main: Any) -> str | h5py.Dataset:
         return os.fspath(h5_main)
     if not isinstance(h5_main, h5py.Dataset):
         raise ArgumentTypeError(
-            f"h5_main: a {type(h5_main).__name__} came; expected an open h5py.Dataset, or an address such as "
-            "'scan.h5::/Measurement_000/Channel_000/Raw_Data'."
+            f"h5_main: a value of the type {type(h5_main).__name__} came; expected an open h5py.Dataset, or an address "
+            "such as 'scan.h5::/Measurement_000/Channel_000/Raw_Data'."
         )
     if not h5_main:
         raise ArgumentValueError("h5_main: the dataset's file is closed. Open it again, or give its address.")

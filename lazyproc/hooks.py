@@ -61,7 +61,7 @@ HOOKS = (
 
 _COPIES = 1.5
 """Copies of a batch beside the batch itself: pieces on their way to workers, and there."""
-_OBJECT_BYTES = 256
+_OBJECT_BYTES = 1024
 """What a result takes as a Python object, over its bytes in the file."""
 
 _HELD: ContextVar[frozenset[str]] = ContextVar("lazyproc_held", default=frozenset())

@@ -221,6 +221,7 @@ def _loop(
         target.write(_as_block(runs), arrays)
         committer.take_positions(runs)
         remaining = remaining.difference(runs)
+    committer.commit()  # workers may take a while to start
     scheduler = declared.scheduler(kernel, probe, remaining.n_positions)
     in_place = target.sink is not None and declared.in_place_everywhere(scheduler, declared.place.lock_path)
     sizes = declared.blocks(remaining, scheduler, probe, driver_writes=not in_place)

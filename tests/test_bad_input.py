@@ -396,7 +396,7 @@ PARAMETERS = [
     Row("parameter: changed to one that cannot be stored", lambda env: change_parameters(env), PARAMETER, ("'model'", "function")),
     Row("a required parameter is missing", lambda env: env.compute(NeedsWidth), PARAMETER, ("width", "parms_dict")),
     Row("an unknown argument", lambda env: env.compute(compute_kwargs={"colour": 1}), PARAMETER, ("'colour'", "power")),
-    Row("too many arguments", lambda env: env.compute(Mean, 1, 2), PARAMETER, ("_map_function", "too many")),
+    Row("too many arguments", lambda env: env.compute(Mean, 1, 2), PARAMETER, ("_map_function", "2 positional", "at most 1")),
     Row("a name given twice", lambda env: env.compute(parms_dict={"power": 1}, compute_kwargs={"power": 2}), PARAMETER, ("power", "parms_dict")),
     Row("a name given by position, too", lambda env: env.compute(Mean, 2, parms_dict={"power": 1}), PARAMETER, ("'power'", "once")),
     Row("an argument that cannot be told from others", lambda env: env.compute(compute_kwargs={"power": divide}), PARAMETER, ("power", "function")),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,6 +191,8 @@ def session_of(pid: int) -> int | None:
 
 
 def kill(process: subprocess.Popen[str], whole_group: bool) -> None:
+    if process.returncode is not None:
+        return
     if whole_group:
         os.killpg(process.pid, signal.SIGKILL)
     else:
@@ -200,18 +201,20 @@ def kill(process: subprocess.Popen[str], whole_group: bool) -> None:
 
 
 @pytest.fixture
-def case(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Case]:
+def case(tmp_path: Path, request: pytest.FixtureRequest) -> Case:
     layout, cores, seconds = request.param
     case = Case(tmp_path, layout, cores, seconds)
     case.make()
-    yield case
+    return case
 
 
-def kill_at_random(case: Case, chance: random.Random, longest: float) -> bool:
+def kill_at_random(case: Case, chance: random.Random, longest: float, *, in_loop: bool = False) -> bool:
     """Start a driver and kill it at a random moment; return whether it was still at work."""
     process = case.start()
     try:
-        if case.layout.startswith("handle"):
+        if in_loop:
+            wait_for_line(process, "positions in", "returning the finished")
+        elif case.layout.startswith("handle"):
             # Plain HDF5 creates the group in several steps, which a kill may cut through: that is not looked at here.
             wait_for_line(process, "results go to", "resuming", "returning the finished")
         time.sleep(chance.uniform(0, longest))
@@ -225,25 +228,25 @@ def kill_at_random(case: Case, chance: random.Random, longest: float) -> bool:
 
 @pytest.mark.parametrize(
     "case",
-    [(layout, cores, 0.008 if cores == 1 else 0.012) for layout in LAYOUTS for cores in (1, 2)],
+    [(layout, 1, 0.005) for layout in LAYOUTS] + [("path", 2, 0.01), ("handle, results elsewhere", 2, 0.01)],
     ids=lambda value: f"{value[0]}, {value[1]} cores",
     indirect=True,
 )
 def test_killed_and_resumed(case: Case) -> None:
-    """Six kills, each of them of a run from the start or of one that goes on; then the rest, to the end."""
+    """Five kills, each of them of a run from the start or of one that goes on; then the rest, to the end."""
     seed = f"{SEED} {case.layout} {case.cores}"
     chance = random.Random(seed)
     pristine = {path: path.read_bytes() for path in (case.scan, case.results) if path.exists()}
     n_working = 0
-    for number in range(6):
+    for number in range(5):
         if number % 2 == 0:
             for path in (case.scan, case.results):
                 path.unlink(missing_ok=True)
             for path, content in pristine.items():
                 path.write_bytes(content)
-        n_working += kill_at_random(case, chance, 1.6)
+        n_working += kill_at_random(case, chance, 1.3)
         print(f"seed {seed}, kill {number}: {int(case.check().sum())} positions done")
-    assert n_working >= 3, "the kills have to come before the end"
+    assert n_working >= 2, "the kills have to come before the end"
     mask = case.check()
     resumed = case.finish()
     assert case.check(complete=True).all()
@@ -251,14 +254,14 @@ def test_killed_and_resumed(case: Case) -> None:
     assert sorted(resumed) == remaining, seed
 
 
-@pytest.mark.parametrize("case", [("path", 1, 0.02), ("handle", 2, 0.02)], ids=str, indirect=True)
+@pytest.mark.parametrize("case", [("path", 1, 0.01), ("handle", 2, 0.015)], ids=str, indirect=True)
 def test_one_long_chain_of_kills(case: Case) -> None:
     """A run that is killed again and again gets to its end, and what is done stays done."""
     seed = f"{SEED} chain {case.layout}"
     chance = random.Random(seed)
     before = np.zeros(N_POSITIONS, bool)
-    for number in range(14):
-        kill_at_random(case, chance, 0.9)
+    for number in range(10):
+        kill_at_random(case, chance, 0.7, in_loop=True)
         mask = case.check()
         print(f"seed {seed}, kill {number}: {int(mask.sum())} positions done")
         done = mask.astype(bool) if mask.size else before
@@ -306,13 +309,19 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     ]
 
 
+def wait_for_workers(case: Case, process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Wait until two workers are at work, and return them."""
+    wait_for(lambda: len(workers_of(process)) == 2)
+    n_before = sum(one.n_done for one in status(case))
+    wait_for(lambda: sum(one.n_done for one in status(case)) > n_before)
+    return workers_of(process)
+
+
 @pytest.mark.parametrize("case", [("path", 2, 0.02), ("handle", 2, 0.02)], ids=str, indirect=True)
 def test_a_killed_worker_is_replaced(case: Case) -> None:
     process = case.start()
     try:
-        wait_for(lambda: any(one.n_done for one in status(case)))
-        workers = workers_of(process)
-        assert len(workers) == 2
+        workers = wait_for_workers(case, process)
         workers[0].kill()
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
@@ -331,12 +340,10 @@ def status(case: Case) -> tuple[Any, ...]:
 def test_workers_leave_when_their_driver_is_killed(case: Case) -> None:
     process = case.start()
     try:
-        wait_for(lambda: any(one.n_done for one in status(case)))
-        workers = workers_of(process)
-        assert len(workers) == 2
+        workers = wait_for_workers(case, process)
         kill(process, whole_group=False)
         before = case.check()
-        gone, alive = psutil.wait_procs(workers, timeout=30)
+        gone, alive = psutil.wait_procs(workers, timeout=10)
         assert not alive
         assert len(gone) == 2
         assert (case.check() == before).all()
@@ -347,8 +354,18 @@ def test_workers_leave_when_their_driver_is_killed(case: Case) -> None:
 # -- signals that ask to stop ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [("path", 1, 0.02), ("path", 2, 0.02), ("handle", 1, 0.02)], ids=str, indirect=True)
-@pytest.mark.parametrize("sent", ["SIGINT", "SIGINT to all", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("case", "sent"),
+    [
+        (("path", 1, 0.01), "SIGINT"),
+        (("path", 1, 0.01), "SIGTERM"),
+        (("path", 2, 0.015), "SIGINT to all"),
+        (("path", 2, 0.015), "SIGTERM"),
+        (("handle", 1, 0.01), "SIGINT"),
+    ],
+    ids=str,
+    indirect=["case"],
+)
 def test_asked_to_stop(case: Case, sent: str) -> None:
     """What is under way is finished and committed; the message says how much, and how to go on."""
     process = case.start()
@@ -376,7 +393,7 @@ def test_asked_to_stop(case: Case, sent: str) -> None:
         assert process.returncode == 75
         assert "Traceback" not in errors
     else:
-        assert process.returncode in (130, -signal.SIGINT)
+        assert process.returncode not in (0, 75)
         assert "Interrupted: " in errors
     assert len(list(case.folder.glob(".*"))) == 0, "the sidecar files are gone"
     assert sorted(case.finish()) == np.flatnonzero(mask == 0).tolist()
@@ -401,10 +418,9 @@ def test_the_second_interrupt_leaves_at_once(case: Case) -> None:
     assert case.check().sum() > 0
 
 
-@pytest.mark.parametrize("case", [("path", 1, 0.05)], ids=str, indirect=True)
+@pytest.mark.parametrize("case", [("path", 1, 0.02)], ids=str, indirect=True)
 def test_a_signal_in_the_last_block_is_not_lost(case: Case) -> None:
     """The results are complete, and the caller's script still does not go on."""
-    shutil.copy(case.scan, case.folder / "copy.h5")
     process = case.start()
     try:
         wait_for(lambda: case.calls.read_text().count("\n") >= N_POSITIONS)
@@ -413,7 +429,7 @@ def test_a_signal_in_the_last_block_is_not_lost(case: Case) -> None:
     finally:
         end(process)
     case.check(complete=True)
-    assert process.returncode in (130, -signal.SIGINT)
+    assert process.returncode != 0
     assert "finished" not in output
 
 
@@ -430,23 +446,22 @@ class Slow(lazyproc.Process):
 """
 
 
-@pytest.mark.parametrize("cores", [1, 2])
-def test_the_command_line_asked_to_stop(tmp_path: Path, cores: int) -> None:
+@pytest.mark.parametrize(("cores", "sent"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_the_command_line_asked_to_stop(tmp_path: Path, cores: int, sent: signal.Signals) -> None:
     case = Case(tmp_path, "path", 1, 0.0)
     case.make()
     (tmp_path / "slow.py").write_text(RUNNABLE)
-    command = [sys.executable, "-m", "lazyproc.cli", "run", str(tmp_path / "slow.py:Slow"), f"{case.scan}::{MAIN}"]
-    process = subprocess.Popen(
-        [*command, "--cores", str(cores)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: file_status(str(case.scan)).results)
-    time.sleep(0.7)
-    process.terminate()
-    output, errors = process.communicate(timeout=120)
+    what = [str(tmp_path / "slow.py:Slow"), f"{case.scan}::{MAIN}", "--cores", str(cores)]
+    command = [sys.executable, "-m", "lazyproc.cli", "run", *what]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: file_status(str(case.scan)).results)
+        time.sleep(0.7)
+        process.send_signal(sent)
+        output, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     (one,) = file_status(str(case.scan)).results
     assert 0 < one.n_done < N_POSITIONS
     assert f"{one.n_done} of {N_POSITIONS} positions" in output + errors
-    done = subprocess.run([*command, "--cores", "2"], capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert file_status(str(case.scan)).results[0].n_done == N_POSITIONS

@@ -202,8 +202,8 @@ def _refuse_lost(
     if lost.any():
         first = tuple(np.argwhere(lost)[0])
         raise OutputMismatch(
-            f"Output {output.name!r}: the value {array[first]!r}{where} does not fit into the dtype {wanted}; choose a "
-            "wider one.",
+            f"Output {output.name!r}: the value {array[first].item()!r}{where} does not fit into the dtype {wanted}; "
+            "choose a wider one.",
             start + int(first[0]),
         )
 

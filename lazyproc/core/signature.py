@@ -58,6 +58,7 @@ def keyword_arguments(
     if double:
         raise ParameterError(f"{name}: {double[0]!r} is given by position and by name; give it once.")
     given = {key: value for key, value in parameters.items() if takes_any or key in accepted} | dict(kwargs)
+    _check_number(name, own, args)
     try:
         signature.bind(None, *args, **given)
     except TypeError as error:
@@ -66,3 +67,16 @@ def keyword_arguments(
             "in parms_dict, or as arguments of compute."
         ) from error
     return given
+
+
+def _check_number(name: str, own: Sequence[inspect.Parameter], args: Sequence[Any]) -> None:
+    """Check that there are not more positional arguments than the function takes beside the data."""
+    kinds = [parameter.kind for parameter in own]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return
+    most = sum(kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds) - 1
+    if args and len(args) > most:
+        raise ParameterError(
+            f"{name}: {len(args)} positional arguments came; expected at most {max(0, most)} beside the data. Leave "
+            "out the others, or give them by name."
+        )

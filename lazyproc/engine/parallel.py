@@ -19,8 +19,11 @@ from lazyproc.engine.local import ignore_interrupts
 
 _PIECES = 4
 """Pieces a core: enough to even out, few enough to be worth their way."""
-_PIECE_BYTES = 2**22
-"""Bytes of a piece at most: what is on its way is held twice."""
+_PIECE_BYTES = 2**20
+_PIECE_ROWS = 2**12
+"""A piece has no more bytes, nor more rows: on its way it is held several times, and so are its results."""
+_SENT_WITH_TASK = 2**23
+"""Bytes of a piece, which may be one huge row, up to which it goes along with its task on a cluster."""
 _INLINE_BYTES = 2**14
 """A function with its arguments up to this size goes along with each piece; a larger one is sent to a cluster once."""
 _LEAST_JOBS = 20
@@ -177,7 +180,8 @@ def _spread(
     """Apply the function in pieces, as Dask tasks."""
     packed = _pack(func, args, kwargs)
     label = getattr(func, "__qualname__", type(func).__name__)
-    n_pieces = max(_PIECES * (cores if client is None else count_threads(client)), -(-rows.nbytes // _PIECE_BYTES))
+    workers = cores if client is None else count_threads(client)
+    n_pieces = max(_PIECES * workers, -(-rows.nbytes // _PIECE_BYTES), -(-len(rows) // _PIECE_ROWS))
     edges = np.linspace(0, len(rows), min(len(rows), n_pieces) + 1).astype(int).tolist()
     pieces = [rows[start:stop] for start, stop in itertools.pairwise(edges)]
     name = f"{getattr(func, '__name__', 'function').strip('<>')}-{uuid.uuid4().hex}"
@@ -225,7 +229,7 @@ def _on_client(client: Any, name: str, packed: bytes, pieces: list[Any]) -> list
 
     def submit(number: int, piece: Any) -> None:
         # A piece goes along with its task, so that it is not lost with a worker; only a huge row is sent beforehand.
-        data = piece if piece.nbytes <= 2 * _PIECE_BYTES else client.scatter(piece, hash=False)
+        data = piece if piece.nbytes <= _SENT_WITH_TASK else client.scatter(piece, hash=False)
         future = client.submit(_apply, payload, data, key=(name, number), pure=False)
         pending[future] = number
         done.add(future)
