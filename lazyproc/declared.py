@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -229,16 +230,19 @@ class Declared:
         plan = BlockPlan(remaining, size, align=min(align, self.n_positions))
         return BlockSizes(plan, workers, memory, driver_writes)
 
-    def plan(self, work: Work, found: list[Found], kernel: Kernel, probe: Probe | None) -> Plan:
+    def plan(self, work: Work, found: list[Found], kernel: Kernel) -> Plan:
         """Return what `compute` would do; reads metadata and status masks, computes and writes nothing."""
         duplicates = [one for one in found if one.is_complete]
         partial = [one for one in found if one.is_partial]
         chosen = duplicates[-1] if duplicates else partial[-1] if partial else None
         remaining = Runs.full(self.n_positions)
+        probe: Probe | None = None
         if chosen is not None:
             parent = self.place.group()
             assert parent is not None
-            remaining = remaining_positions(parent.file[chosen.name], self.n_positions, self.status_name)
+            group = parent.file[chosen.name]
+            remaining = remaining_positions(group, self.n_positions, self.status_name)
+            probe = stored_probe(group)
         scheduler = self.scheduler(kernel, probe, remaining.n_positions)
         sizes = self.blocks(remaining, scheduler, probe, driver_writes=self.place.lock_path is None)
         memory = sizes.memory
@@ -288,3 +292,11 @@ class BlockSizes:
     n_workers: int
     memory: MemoryModel
     driver_writes: bool
+
+
+def stored_probe(group: h5py.Group) -> Probe | None:
+    """Return what was measured when a results group was begun; None if that is not known, or not readable."""
+    try:
+        return Probe(**json.loads(group.attrs.get("lazyproc_probe", "null")))
+    except (TypeError, ValueError):
+        return None

@@ -88,23 +88,23 @@ class HookContract:
     duplicate_h5_groups: list[h5py.Group]
     partial_h5_groups: list[h5py.Group]
     _results: Any = None
-    _default_rows: int | None = None
+    _lazyproc_rows: int | None = None
     _status_dset_name: str
     _h5_status_dset: Any = None
     _h5_target_group: Any = None
     _cores: int
-    _asked_cores: int | None = None
+    _lazyproc_asked: int | None = None
     _max_pos_per_read: Any
     _client: Any
     _verify: str
     _lazy: bool
     _progress: Listener
     _data: Any = None
-    _pixels: NDArray[np.int64] | None = None
-    _batches: Batches | None = None
+    _lazyproc_pixels: NDArray[np.int64] | None = None
+    _lazyproc_batches: Batches | None = None
     _chosen: str | None = None
-    _constructing: bool = False
-    _searched: tuple[str, str] = ("", NOT_COMPARABLE)
+    _lazyproc_constructing: bool = False
+    _lazyproc_searched: tuple[str, str] = ("", NOT_COMPARABLE)
 
     # -- what a subclass writes ----------------------------------------------------------------------------------
 
@@ -135,15 +135,19 @@ class HookContract:
 
     def _read_data_chunk(self) -> None:
         """Read the next batch of positions into ``self.data``; None when there are no more."""
-        if self._batches is None:
-            self._batches = Batches(Runs.full(self.h5_main.shape[0]))
-        self._pixels = self._batches.next(self._max_pos_per_read)
-        self._data = None if self._pixels is None else self._batches.read(self.h5_main, self._pixels, self._lazy)
+        if self._lazyproc_batches is None:
+            self._lazyproc_batches = Batches(Runs.full(self.h5_main.shape[0]))
+        self._lazyproc_pixels = self._lazyproc_batches.next(self._max_pos_per_read)
+        self._data = (
+            None
+            if self._lazyproc_pixels is None
+            else self._lazyproc_batches.read(self.h5_main, self._lazyproc_pixels, self._lazy)
+        )
 
     def _unit_computation(self, *args: Any, **kwargs: Any) -> None:
         """Compute the batch: the function applied to each item of ``self.data`` gives ``self._results``."""
         # One core that was asked for means this process; where it is all there is, a cluster is welcome.
-        in_process = self._cores == 1 and (self._asked_cores == 1 or default_cores() > 1)
+        in_process = self._cores == 1 and (self._lazyproc_asked == 1 or default_cores() > 1)
         client = self._client or (None if in_process else active_client())
         self._results = parallel_compute(
             self._data,
@@ -154,11 +158,11 @@ class HookContract:
             verbose=self.verbose,
             client=client,
         )
-        self._default_rows = len(self._results)
+        self._lazyproc_rows = len(self._results)
 
     def _get_pixels_in_current_batch(self) -> NDArray[np.int64] | None:
         """Return the positions of the batch that is in ``self.data``, ascending."""
-        return self._pixels
+        return self._lazyproc_pixels
 
     def _estimate_compute_time_per_pixel(self, *args: Any, **kwargs: Any) -> float:
         """Return the seconds that a position takes on one core, from a few of them."""
@@ -193,7 +197,7 @@ class HookContract:
         """
         from lazyproc.arguments import check_cores, check_memory, check_multiplier
 
-        self._asked_cores = wanted = check_cores(cores)
+        self._lazyproc_asked = wanted = check_cores(cores)
         self._cores = min(wanted, available_cores()) if wanted else default_cores()
         limit = check_memory(man_mem_limit if man_mem_limit is not None else mem)
         available = int(psutil.virtual_memory().available)
@@ -210,8 +214,8 @@ class HookContract:
 
     def _check_for_duplicates(self) -> tuple[list[h5py.Group], list[h5py.Group]]:
         """Return the results groups of the same work, finished and partial; reads the attributes as they are now."""
-        self._searched = self._status_dset_name, text_of((), self.parms_dict or {})
-        return find_groups(self._h5_target_group, self._hook_work(), exact=self._constructing)
+        self._lazyproc_searched = self._status_dset_name, text_of((), self.parms_dict or {})
+        return find_groups(self._h5_target_group, self._hook_work(), exact=self._lazyproc_constructing)
 
     def _hook_work(self) -> HookWork:
         source = self.h5_main
@@ -223,7 +227,9 @@ class HookContract:
             parameters=dict(self.parms_dict or {}),
             status_name=self._status_dset_name,
             fingerprint=self._hook_fingerprint,
-            searched=self._searched[1] if self._searched[0] == self._status_dset_name else NOT_COMPARABLE,
+            searched=self._lazyproc_searched[1]
+            if self._lazyproc_searched[0] == self._status_dset_name
+            else NOT_COMPARABLE,
         )
 
     def _hook_fingerprint(self, stored: str = "") -> str:
@@ -244,11 +250,11 @@ class HookContract:
             self._get_existing_datasets()
         except Exception as error:  # old hooks are not made to be called before there is a group; the call is theirs
             log.debug("%s: _get_existing_datasets raised in the constructor: %s", type(self).__name__, error)
-        self._constructing = True
+        self._lazyproc_constructing = True
         try:
             self.duplicate_h5_groups, self.partial_h5_groups = self._check_for_duplicates()
         finally:
-            self._constructing = False
+            self._lazyproc_constructing = False
 
     def _compute_hooks(self, override: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> h5py.Group:
         """Return the finished results: found, resumed or computed afresh, by calling the hooks in the old order."""
@@ -419,9 +425,9 @@ class _Loop:
         self._group: h5py.Group = process.h5_results_grp
         self._mask = process._h5_status_dset = mask
         self._n_positions = int(mask.shape[0])
-        status_name = str(mask.name).rpartition("/")[2]
-        self._remaining = remaining_positions(self._group, self._n_positions, status_name)
-        process._batches = Batches(self._remaining)
+        self._status_name = str(mask.name).rpartition("/")[2]
+        self._remaining = remaining_positions(self._group, self._n_positions, self._status_name)
+        process._lazyproc_batches = Batches(self._remaining)
 
     def go(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run all batches; what a hook raises leaves this at once, finished batches stay marked."""
@@ -436,14 +442,15 @@ class _Loop:
                     n_batch = self._batch(args, kwargs)
                     n_done += n_batch
                     process._progress(BlockDone(n_batch))
-                    if process._batches:
+                    if process._lazyproc_batches:
                         # The old batch is let go before the next one is read: only one is ever in memory.
                         process._data = process._results = None
                     process._read_data_chunk()
         finally:
             process._progress(Finished(n_done))
-            process._batches = None
-        self._group.attrs["last_pixel"] = np.int64(self._n_positions)
+            process._lazyproc_batches = None
+        left = remaining_positions(self._group, self._n_positions, self._status_name)
+        self._group.attrs["last_pixel"] = np.int64(left.starts[0] if left else self._n_positions)
         self._sync()
 
     def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -456,7 +463,7 @@ class _Loop:
                 "that sets self.data has to call the one of the base first."
             )
         block = Runs.from_positions(pixels)  # hooks get the array itself, and may change it
-        process._default_rows = None
+        process._lazyproc_rows = None
         watch = WriteWatch(self._files())
         process._unit_computation(*args, **kwargs)
         _check_number(process, block.n_positions)
@@ -507,7 +514,7 @@ def _check_number(process: HookContract, n_positions: int) -> None:
     It is right for one result a position or a row of ``self.data``, for several a position, and for columns with one
     value a position. Whatever else a subclass keeps there is its own business.
     """
-    results, rows = process._results, process._default_rows
+    results, rows = process._results, process._lazyproc_rows
     if type(results) is not list or not results or (rows is None and not _are_numbers(results)):
         return
     fitting = {n_positions, rows, _length(process._data)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import signal
 import uuid
@@ -19,7 +18,7 @@ from lazyproc.core.events import Finished, Listener, Started
 from lazyproc.core.identity import function_name
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
-from lazyproc.declared import Declared
+from lazyproc.declared import Declared, stored_probe
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.failure import Failure
 from lazyproc.engine.kernel import Kernel
@@ -133,6 +132,8 @@ def _start(declared: Declared, work: Work, kernel: Kernel) -> tuple[str, Runs, P
     declared.flush_main()
     declared.blocks(remaining, Scheduler("serial", 1), None, driver_writes=False)  # does one position fit at all?
     probe = _probe(declared, kernel, remaining)
+    # and with what was measured? Before anything is created
+    declared.blocks(remaining, Scheduler("serial", 1), probe, driver_writes=declared.place.lock_path is None)
     provenance = Provenance(
         function=function_name(declared.function),
         fingerprint=declared.fingerprint(),
@@ -167,11 +168,11 @@ def _resume(declared: Declared, work: Work, kernel: Kernel, name: str) -> tuple[
     remaining = remaining_positions(group, work.n_positions, work.status_name)
     done = 1 - remaining.n_positions / work.n_positions
     log.info("%s: resuming %s, %.1f %% done", declared.process_name, name, 100 * done)
-    stored = json.loads(group.attrs.get("lazyproc_probe", "null"))
+    probe = stored_probe(group)
     if work.status_name not in group:
         with declared.place.edit() as editable:
             ensure_mask(editable, name, work)
-    return remaining, Probe(**stored) if stored else _probe(declared, kernel, remaining)
+    return remaining, probe or _probe(declared, kernel, remaining)
 
 
 def _run(

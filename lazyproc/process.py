@@ -26,7 +26,6 @@ from lazyproc.arguments import (
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, DefinitionError
 from lazyproc.core.events import Listener
 from lazyproc.core.plan import Plan, html_table
-from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import STATUS_MASK, Output, resolve_outputs, validate_outputs
 from lazyproc.declared import Declared
@@ -36,8 +35,8 @@ from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.place import place_of
 from lazyproc.hdf5.search import Found, examine
 from lazyproc.hdf5.source import source_of
-from lazyproc.main_handle import MainDatasetHandle
 from lazyproc.hooks import HookContract
+from lazyproc.main_handle import MainDatasetHandle
 from lazyproc.opening import open_main, target_handle
 from lazyproc.perform import compute_here, perform
 from lazyproc.progress import ProgressBar
@@ -166,7 +165,6 @@ class Process(HookContract):
             if not (self._lazy and self._declares):
                 self._place.check_writable()
             self._status_dset_name = STATUS_MASK
-            self._probe: Probe | None = None
             self._progress: Listener = ProgressBar()
             self._chosen: str | None = None
             self.h5_results_grp: h5py.Group | None = None
@@ -378,7 +376,7 @@ class Process(HookContract):
         """Return what `compute` would do with these arguments, without doing it; reads metadata and masks only."""
         declared = self._declared()
         work = declared.work(args, kwargs)
-        return declared.plan(work, declared.found(work), declared.kernel(args, kwargs), self._probe)
+        return declared.plan(work, declared.found(work), declared.kernel(args, kwargs))
 
     def to_xarray(self, *args: Any, **kwargs: Any) -> xarray.Dataset:
         """Return all outputs as lazy N-D arrays: positions already committed are read, the others computed when asked.

@@ -1,4 +1,4 @@
-# ruff: noqa: E501, RUF012
+# ruff: noqa: E501
 """Bad input, in one table: the right exception, a message that helps, and files that are byte for byte as before."""
 
 from __future__ import annotations

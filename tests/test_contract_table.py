@@ -36,7 +36,7 @@ class Row:
 
     make = staticmethod(hook_classes.make_mean)
     phases = (lambda process: None,)
-    options: dict = {}  # noqa: RUF012
+    options: dict = {}
     batch = 7
     dtype = "f4"
     resumes = True

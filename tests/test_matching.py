@@ -1,4 +1,3 @@
-# ruff: noqa: RUF012
 """Recognising work done: what is the same work, what is not and why, and which partial results are resumed."""
 
 from __future__ import annotations

@@ -164,6 +164,48 @@ def test_a_dask_array_goes_whole_rows_at_a_time(cores):
     assert np.array(results).tobytes() == DATA.tobytes()
 
 
+def forms(row):
+    """Return results of many forms: the one that a row's first number names."""
+    number = int(row[0])
+    return [
+        np.float32(number),
+        np.longdouble(number) / 3,
+        float(number),
+        np.full(3, number, ">i2"),
+        np.full((2, 2), number, "f8"),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.array(number),
+        np.zeros(2, "f4,i8"),
+        np.array([None, number], object),
+        np.ma.masked_array([1, 2], [True, False]),
+        np.bool_(number % 2),
+        np.str_("text"),
+        np.datetime64("2020-01-01"),
+        np.arange(number % 4),
+        (np.float64(number), np.arange(2)),
+        {"key": number},
+        None,
+        complex(number, float("nan")),
+    ][int(row[1])]
+
+
+def told(value):
+    """Return all that can be told of a result."""
+    flags = str(value.flags) if isinstance(value, np.ndarray) else ""
+    dtype = str(getattr(value, "dtype", ""))
+    order = flags.replace("OWNDATA : False", "OWNDATA : True")
+    return type(value), dtype, getattr(value, "shape", ()), order, repr(value)
+
+
+@two_cores
+@pytest.mark.parametrize("form", range(18))
+def test_results_of_any_form_come_back_as_they_were(form):
+    data = np.stack([np.arange(50), np.full(50, form)], axis=1)
+    theirs = parallel_compute(data, forms, cores=1)
+    ours = parallel_compute(data, forms, cores=2)
+    assert list(map(told, ours)) == list(map(told, theirs))
+
+
 # ---- one core
 
 

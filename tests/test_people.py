@@ -222,7 +222,7 @@ def test_logging_is_as_before_after_a_verbose_process(address, caplog):
 
 class Shown(Process):
     process_name = "Shown"
-    outputs = {"Mean": Output("f8", units="nA"), "Ends": Output("f4", dims=[Dimension("End", "V", 2)])}  # noqa: RUF012
+    outputs = {"Mean": Output("f8", units="nA"), "Ends": Output("f4", dims=[Dimension("End", "V", 2)])}
 
     @staticmethod
     def _map_function(spectrum, smoothing=3, kind="<b>"):
@@ -313,12 +313,12 @@ def fails_in_the_block_of_250(block, delay=0.0):
 
 
 class OfPositions(Process):
-    outputs = {"Out": Output("f8")}  # noqa: RUF012
+    outputs = {"Out": Output("f8")}
     _map_function = staticmethod(fails_at_250)
 
 
 class OfBlocks(Process):
-    outputs = {"Out": Output("f8")}  # noqa: RUF012
+    outputs = {"Out": Output("f8")}
     _block_function = staticmethod(fails_in_the_block_of_250)
 
 
@@ -415,7 +415,7 @@ def test_a_run_that_fails_keeps_what_is_finished(numbered, tmp_path):
     flag = tmp_path / "mended"
 
     class Mended(Process):
-        outputs = {"Out": Output("f8")}  # noqa: RUF012
+        outputs = {"Out": Output("f8")}
 
         @staticmethod
         def _map_function(spectrum, calls, flag):

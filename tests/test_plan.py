@@ -21,7 +21,7 @@ from lazyproc.core.memory import MEBIBYTE
 
 class Never(Process):
     process_name = "Never"
-    outputs = {"Mean": Output("f4"), "Twice": Output("f8", shape_from_main=True)}  # noqa: RUF012
+    outputs = {"Mean": Output("f4"), "Twice": Output("f8", shape_from_main=True)}
 
     @staticmethod
     def _map_function(spectrum, scale=1):
@@ -241,7 +241,7 @@ def test_the_plan_of_a_huge_scan_that_nobody_began(tmp_path):
 
     class Huge(Process):
         process_name = "Never"
-        outputs = {"Out": Output("f4")}  # noqa: RUF012
+        outputs = {"Out": Output("f4")}
         _block_function = staticmethod(np.sum)
 
     with Huge(f"{tmp_path / 'huge.h5'}::/Scan/Raw", max_mem_mb=128) as process:

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF012
 """Results of the real pyUSID are recognised and resumed, pyUSID recognises ours, and real leftovers do no harm."""
 
 from __future__ import annotations

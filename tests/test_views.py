@@ -41,7 +41,7 @@ class Counted(Process):
     """Leaves a byte in a file for each call, so that calls in other processes count, too."""
 
     process_name = "Counted"
-    outputs = {  # noqa: RUF012
+    outputs = {
         "Mean": Output("f8", quantity="Current", units="nA"),
         "Ends": Output("f4", dims=[Dimension("End", "V", [-2, 2])], units="nA"),
         "Twice": Output("f8", shape_from_main=True, units="nA"),
@@ -55,7 +55,7 @@ class Counted(Process):
 
 class Never(Process):
     process_name = "Never"
-    outputs = {"Mean": Output("f8")}  # noqa: RUF012
+    outputs = {"Mean": Output("f8")}
 
     @staticmethod
     def _map_function(spectrum):
@@ -256,7 +256,7 @@ class Forms(Process):
     """Outputs of all shapes, whose dimensions have names in common: equal, different, and taken by others."""
 
     process_name = "Forms"
-    outputs = {  # noqa: RUF012
+    outputs = {
         "Zeta": Output("f4", dims=[Dimension("Parameter", "", 3)]),
         "Alpha": Output("f4", dims=[Dimension("Parameter", "", 2)]),
         "Loop": Output("f4", dims=[Dimension("Field", "T", [1, 5]), Dimension("Repeat", "", 3)]),

@@ -210,12 +210,12 @@ class _File:
     ----------
     tree : ast.Module
         Its syntax tree.
-    codes : frozenset of tuple
-        Name, first line and byte code of all functions in it.
+    codes : dict
+        The code objects of all functions in it, by name and first line.
     """
 
     tree: ast.Module
-    codes: frozenset[tuple[str, int, str]]
+    codes: dict[tuple[str, int], list[types.CodeType]]
 
 
 def _source(code: types.CodeType, files: dict[str, _File | None]) -> _Function | None:
@@ -226,7 +226,8 @@ def _source(code: types.CodeType, files: dict[str, _File | None]) -> _Function |
     if code.co_filename not in files:
         files[code.co_filename] = _read(code)
     file = files[code.co_filename]
-    if file is None or (code.co_name, code.co_firstlineno, ascii(_byte_code(code))) not in file.codes:
+    alike = file.codes.get((code.co_name, code.co_firstlineno), []) if file is not None else []
+    if file is None or not any(_byte_code(one) == _byte_code(code) for one in alike):
         return None
     for node in ast.walk(file.tree):
         if isinstance(node, _Function) and node.name == code.co_name and _first_line(node) == code.co_firstlineno:
@@ -239,7 +240,7 @@ def _read(code: types.CodeType) -> _File | None:
 
     The two differ: a call `np.mean(x)` compiles to other instructions where `np` is imported by the same unit.
     """
-    codes = set()
+    codes: dict[tuple[str, int], list[types.CodeType]] = {}
     try:
         lines, _ = inspect.findsource(code)
         tree = ast.parse("".join(lines))
@@ -247,10 +248,11 @@ def _read(code: types.CodeType) -> _File | None:
         for unit in units:
             flags = code.co_flags & _FUTURE_FLAGS
             compiled = compile(unit, code.co_filename, "exec", flags=flags, dont_inherit=True)
-            codes |= {(c.co_name, c.co_firstlineno, ascii(_byte_code(c))) for c in _codes(compiled)}
+            for one in _codes(compiled):
+                codes.setdefault((one.co_name, one.co_firstlineno), []).append(one)
     except (OSError, TypeError, SyntaxError, ValueError, IndexError, RecursionError):
         return None
-    return _File(tree, frozenset(codes))
+    return _File(tree, codes)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

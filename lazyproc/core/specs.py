@@ -64,6 +64,8 @@ class Dimension:
             raise DefinitionError(
                 f"Dimension {name!r}: values has the shape {array.shape}; expected at least one value, in one row."
             )
+        if not np.isfinite(array).all():
+            raise DefinitionError(f"Dimension {name!r}: values is {values!r}; expected finite numbers.")
         array.setflags(write=False)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "units", units)

@@ -92,11 +92,11 @@ def find_groups(
     finished: list[h5py.Group] = []
     partial: list[h5py.Group] = []
     for group in named_groups(target, work.main_name, work.process_name):
-        if not (_same_parameters(group, work, exact) and _same_source(group, work)):
-            continue
         try:
+            if not (_same_parameters(group, work, exact) and _same_source(group, work)):
+                continue
             remaining = remaining_positions(group, work.n_positions, work.status_name)
-        except ResultsError:
+        except ResultsError:  # one damaged group must not stand in the way of all others
             continue
         (partial if remaining else finished).append(group)
     return finished, partial

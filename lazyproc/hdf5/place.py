@@ -48,9 +48,14 @@ class PathPlace:
         """Open the group afresh for reading; None if there is no such file or group yet."""
         if not os.path.exists(self.path):
             return None
-        found = self.files.open(self.path).get(self.name)
-        if found is not None and not isinstance(found, h5py.Group):
-            raise ArgumentValueError(f"h5_target_group: {self.path}::{self.name} is a dataset; expected a group.")
+        file = self.files.open(self.path)
+        found, name = file.get(self.name), self.name
+        while (nearest := file.get(name)) is None:  # the group may be made below what is there already
+            name = name.rpartition("/")[0] or "/"
+        if not isinstance(nearest, h5py.Group):
+            raise ArgumentValueError(
+                f"h5_target_group: {self.path}::{name} is a dataset; expected a group, to put results in {self.name}."
+            )
         return found
 
     @contextmanager
