@@ -45,7 +45,7 @@ from lazyproc.hdf5.hook_record import (
 )
 from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.search import remaining_positions
-from lazyproc.hdf5.source import ExtentSource, source_of
+from lazyproc.hdf5.source import source_of
 
 if TYPE_CHECKING:
     from lazyproc.process import Process
@@ -436,7 +436,7 @@ class _Loop:
         process._progress(Started(str(process.process_name), self._n_positions, n_done, "hooks"))
         try:
             self._sync()  # before any row is written: a mask that was cleared must not come back
-            with _one_thread_where_hdf5_reads(process):
+            with _lazy_in_this_thread(process._lazy):
                 process._read_data_chunk()
                 while process._data is not None:
                     n_batch = self._batch(args, kwargs)
@@ -465,7 +465,8 @@ class _Loop:
         block = Runs.from_positions(pixels)  # hooks get the array itself, and may change it
         process._lazyproc_rows = None
         watch = WriteWatch(self._files())
-        process._unit_computation(*args, **kwargs)
+        with _lazy_on_cluster(process._lazy):
+            process._unit_computation(*args, **kwargs)
         _check_number(process, block.n_positions)
         process._write_results_chunk()
         self._sync()
@@ -490,21 +491,32 @@ class _Loop:
 
 
 @contextmanager
-def _one_thread_where_hdf5_reads(process: HookContract) -> Iterator[None]:
-    """Compute lazy batches in this thread if their chunks are read by HDF5 in this process.
+def _lazy_in_this_thread(lazy: bool) -> Iterator[None]:
+    """Compute lazy batches in this thread.
 
-    A hook that writes a lazy array into a dataset holds h5py's only lock while the array is computed: other threads,
-    which need it to read, would wait for ever.
+    A hook that writes a lazy array into a dataset holds h5py's only lock while the array is computed. Another thread
+    that needs it meanwhile, to read a chunk or just to collect a handle as garbage, would wait for ever.
     """
-    client = active_client()
-    scheduler = getattr(client, "scheduler", None)
-    elsewhere = scheduler is not None and not str(scheduler.address).startswith("inproc")
-    if not process._lazy or elsewhere or isinstance(source_of(process.h5_main), ExtentSource):
+    if not lazy:
         yield
         return
     import dask
 
     with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+@contextmanager
+def _lazy_on_cluster(lazy: bool) -> Iterator[None]:
+    """Compute lazy batches on the active cluster, if it is one of other processes; for hooks that do not write."""
+    client = active_client() if lazy else None
+    scheduler = getattr(client, "scheduler", None)
+    if scheduler is None or str(scheduler.address).startswith("inproc"):
+        yield
+        return
+    import dask
+
+    with dask.config.set(scheduler=client.get):  # type: ignore[union-attr]
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import inspect
 import logging
@@ -57,6 +58,7 @@ HOOKS = (
     "_write_results_chunk",
 )
 MASK = "completed_positions"
+quiet_cluster = pytest.mark.filterwarnings("ignore::DeprecationWarning:distributed")
 
 
 @pytest.fixture
@@ -711,6 +713,54 @@ def test_clause_08_lazy_data_are_whole_spectra_in_dask(tmp_path, storage, dtype)
         assert group["Copy"][()].tobytes() == file[name][()].tobytes()
 
 
+@pytest.mark.parametrize("chunks", [None, (3, 2)])
+def test_clause_08_lazy_arrays_can_be_written_while_handles_are_collected(tmp_path, chunks):
+    """h5py holds its lock while it makes an array of what it writes: threads that need it then would wait for ever."""
+    import dask.array
+
+    path, name = make_usid_file(tmp_path / "scan.h5", chunks=chunks)
+    threads = set()
+
+    def careless(block):
+        threads.add(threading.get_ident())
+        ring = [file[name]]
+        ring.append(ring)
+        del ring
+        gc.collect()
+        return block * 2
+
+    class Writing(make_filter(Process)):
+        def _unit_computation(self):
+            self.data = dask.array.map_blocks(careless, self.data, dtype=self.data.dtype, meta=self.data)
+
+    with h5py.File(path, "r+") as file:
+        group = made(Writing, file[name], lazy=True).compute()
+        np.testing.assert_array_equal(group["Filtered_Data"], file[name][()] * 2)
+    assert threads == {threading.get_ident()}
+
+
+@quiet_cluster
+def test_clause_08_lazy_data_are_computed_on_a_cluster_if_there_is_one(tmp_path):
+    from distributed import Client
+
+    class There(Mean):
+        def _unit_computation(self):
+            pids = self.data.map_blocks(lambda block: np.full((len(block), 1), os.getpid()), chunks=(-1, 1), dtype=int)
+            self.pids |= set(pids.compute().ravel().tolist())
+            self._results = self.data.astype("f8").mean(axis=1)
+
+    path, name = make_usid_file(tmp_path / "scan.h5", chunks=(5, 6))
+    with (
+        Client(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0"),
+        h5py.File(path, "r+") as file,
+    ):
+        process = made(There, file[name], lazy=True)
+        process.pids = set()
+        np.testing.assert_array_equal(process.compute()["Results"], expected_means(file[name]))
+        assert process.pids
+        assert os.getpid() not in process.pids
+
+
 def test_clause_08_unchanged_classes_give_the_same_when_lazy(tmp_path, monkeypatch):
     import dask.array
 
@@ -843,7 +893,7 @@ def test_clause_11_one_core_pickles_nothing(main):
     assert here == [os.getpid()] * 20
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:distributed")
+@quiet_cluster
 def test_clause_11_one_core_stays_here_beside_an_active_client(main):
     from distributed import Client
 
