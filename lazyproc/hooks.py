@@ -464,18 +464,18 @@ class _Loop:
             )
         block = Runs.from_positions(pixels)  # hooks get the array itself, and may change it
         process._lazyproc_rows = None
-        watch = WriteWatch(self._files())
-        with _lazy_on_cluster(process._lazy):
-            process._unit_computation(*args, **kwargs)
-        _check_number(process, block.n_positions)
-        process._write_results_chunk()
-        self._sync()
-        if watch.saw_nothing():
-            raise ResultsError(
-                f"{type(process).__name__}: _write_results_chunk wrote nothing for the positions {block.starts[0]} to "
-                f"{block.stops[-1] - 1}; expected results in the datasets of {self._group.name}. They are not marked "
-                "as done."
-            )
+        with WriteWatch(self._files()) as watch:
+            with _lazy_on_cluster(process._lazy):
+                process._unit_computation(*args, **kwargs)
+            _check_number(process, block.n_positions)
+            process._write_results_chunk()
+            self._sync()
+            if watch.saw_nothing():
+                raise ResultsError(
+                    f"{type(process).__name__}: _write_results_chunk wrote nothing for the positions "
+                    f"{block.starts[0]} to {block.stops[-1] - 1}; expected results in the datasets of "
+                    f"{self._group.name}. They are not marked as done."
+                )
         for start, stop in block:
             self._mask[start:stop] = 1
         self._sync()

@@ -1194,6 +1194,21 @@ def test_results_may_be_in_memory_only(tmp_path, main):
         assert made(Mean, main, h5_target_group=out).compute() == group
 
 
+def test_the_source_stays_untouched_if_results_go_elsewhere(tmp_path):
+    path, name = make_usid_file(tmp_path / "scan.h5")
+    before, content = os.stat(path).st_mtime_ns, Path(path).read_bytes()
+    with h5py.File(path, "r") as file, h5py.File(tmp_path / "out.h5", "w") as out:
+        made(Mean, file[name], h5_target_group=out).compute()
+    assert (os.stat(path).st_mtime_ns, Path(path).read_bytes()) == (before, content)
+    with h5py.File(path, "r+") as file, h5py.File(tmp_path / "out.h5", "w") as out:
+        opened = os.stat(path).st_mtime_ns
+        process = made(Mean, file[name], h5_target_group=out)
+        stop_before_batch(process, 2)
+        with pytest.raises(Stop):
+            process.compute()
+        assert os.stat(path).st_mtime_ns == opened
+
+
 class Losing(Mean):
     """Loses a result of the second batch, and would not notice."""
 

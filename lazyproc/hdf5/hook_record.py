@@ -252,33 +252,42 @@ def sync_files(files: Iterable[h5py.File]) -> None:
 
 
 class WriteWatch:
-    """Tells whether anything was written into some files since, by their time of modification.
+    """Tells whether anything was written into some files while its context lasts, by their time of modification.
 
     Parameters
     ----------
     files : iterable of h5py.File
-        Open and flushed. Their time of modification is set back by a microsecond: the clock of a file system ticks
-        too slowly to tell two writes apart, but any write moves that time away from where it was put.
+        Open and flushed. Meanwhile their time of modification is set back by a microsecond: the clock of a file system
+        ticks too slowly to tell two writes apart, but any write moves that time away from where it was put.
     """
 
     def __init__(self, files: Iterable[h5py.File]) -> None:
-        self._before = [(file, self._set_back(file)) for file in files if file.mode != "r"]
+        self._files = [file for file in files if file.mode != "r"]
+        self._put: list[tuple[h5py.File, int, int]] = []
 
-    @staticmethod
-    def _set_back(file: h5py.File) -> int | None:
-        if real_path(file) is None:
-            return None
-        descriptor = file.id.get_vfd_handle()
-        status = os.fstat(descriptor)
-        try:
-            os.utime(descriptor, ns=(status.st_atime_ns, status.st_mtime_ns - 1000))
-        except OSError:  # the file is somebody else's
-            return None
-        return os.fstat(descriptor).st_mtime_ns
+    def __enter__(self) -> WriteWatch:
+        for file in self._files:
+            if real_path(file) is None:
+                continue
+            descriptor = file.id.get_vfd_handle()
+            before = os.fstat(descriptor).st_mtime_ns
+            try:
+                _set_modified(descriptor, before - 1000)
+            except OSError:  # the file is somebody else's
+                continue
+            self._put.append((file, before, os.fstat(descriptor).st_mtime_ns))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file, before, put in self._put:
+            if file and os.fstat(file.id.get_vfd_handle()).st_mtime_ns == put:
+                _set_modified(file.id.get_vfd_handle(), before)
 
     def saw_nothing(self) -> bool:
         """Return True only if it is certain that nothing was written; flush the files before."""
-        return all(
-            before is not None and os.fstat(file.id.get_vfd_handle()).st_mtime_ns == before
-            for file, before in self._before
-        )
+        untouched = [os.fstat(file.id.get_vfd_handle()).st_mtime_ns == put for file, _, put in self._put]
+        return len(untouched) == len(self._files) and all(untouched)
+
+
+def _set_modified(descriptor: int, nanoseconds: int) -> None:
+    os.utime(descriptor, ns=(os.fstat(descriptor).st_atime_ns, nanoseconds))
