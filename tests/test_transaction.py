@@ -529,6 +529,8 @@ def test_power_cut_after_every_call(tmp_path: Path, seed: int) -> None:
         content = content_of(file)
     with Recorded(path) as recorded:
         change(str(path))
+    last = [entry[:2] for entry in recorded.log[-2:]]
+    assert last == [("unlink", "journal"), ("sync", "folder")], "a journal must not come back once others write"
     for end in range(len(recorded.log) + 1):
         for _ in range(4):
             replay(path, before, cut_power(recorded.log[:end], random))

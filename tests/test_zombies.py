@@ -109,7 +109,11 @@ class Stage:
     def _start(self, script: str, *args: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(self.folder / script), *args]
         pipe = subprocess.PIPE
-        environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}  # for `_write`, on the cluster
+        folders = [
+            os.path.dirname(__file__),
+            os.environ.get("PYTHONPATH", ""),
+        ]  # the first for `_write`, on the cluster
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
         return subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=environment
         )

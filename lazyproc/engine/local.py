@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import queue
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -23,6 +25,8 @@ from lazyproc.engine.kernel import Kernel, Receipt, pack, run_block, run_packed
 
 TICK = 0.25
 """Seconds: how often an engine gives the driver a turn while nothing is ready."""
+_LOOK_SECONDS = 0.5
+"""How often a worker process looks whether its driver is still there."""
 _GRAPH_BLOCKS = 128
 """Blocks a worker in one Dask graph: the end of a graph leaves workers idle for a moment, its size costs memory."""
 _ATTEMPTS = 3
@@ -120,14 +124,22 @@ _installed: dict[str, bytes] = {}
 """In a worker process: the kernels it was started with. Always empty in the driver."""
 
 
-def ignore_interrupts() -> None:
-    """Set up a worker process: Ctrl-C is the driver's affair."""
+def set_up_worker() -> None:
+    """Set up a worker process: Ctrl-C is the driver's affair, and without a driver there is nothing to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with, args=(os.getppid(),), name="lazyproc-driver", daemon=True).start()
+
+
+def _leave_with(driver: int) -> None:
+    """End this process soon after the driver has gone: a driver that is killed cannot send its workers home."""
+    while os.getppid() == driver:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)
 
 
 def _install(run: str, packed: bytes) -> None:
     """Set up a worker process, and keep the kernel there."""
-    ignore_interrupts()
+    set_up_worker()
     _installed[run] = packed
 
 

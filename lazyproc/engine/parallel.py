@@ -15,7 +15,7 @@ from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, WorkerEr
 from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.cluster import active_client, count_threads
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.local import ignore_interrupts
+from lazyproc.engine.local import set_up_worker
 
 _PIECES = 4
 """Pieces a core: enough to even out, few enough to be worth their way."""
@@ -207,7 +207,7 @@ def _on_processes(name: str, packed: bytes, pieces: list[Any], cores: int) -> An
     from loky import get_reusable_executor
 
     one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR")}
-    pool = get_reusable_executor(cores, timeout=_IDLE_SECONDS, initializer=ignore_interrupts, env=one_thread)
+    pool = get_reusable_executor(cores, timeout=_IDLE_SECONDS, initializer=set_up_worker, env=one_thread)
     graph = {(name, number): (_apply, packed, piece) for number, piece in enumerate(pieces)}
     try:
         # One piece at a time and worker: by default Dask hands out six, which is all there is, at once.
