@@ -15,7 +15,7 @@ import click
 
 from lazyproc import __version__
 from lazyproc.core.errors import ArgumentValueError, FunctionError, Interrupted, LazyprocError
-from lazyproc.run import EXIT_STOPPED
+from lazyproc.drain import EXIT_STOPPED
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:

@@ -19,15 +19,16 @@ from lazyproc.core.identity import function_name
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.declared import Declared, stored_probe
+from lazyproc.drain import EXIT_STOPPED, Drain
 from lazyproc.engine.choose import Scheduler
-from lazyproc.engine.failure import Failure
+from lazyproc.engine.failure import Failure, raise_failures
 from lazyproc.engine.kernel import Kernel
 from lazyproc.hdf5.lock import Fence, RunLock
 from lazyproc.hdf5.record import Provenance, create_group, ensure_mask, environment, note_end, open_target
 from lazyproc.hdf5.search import Found, Work, remaining_positions
 from lazyproc.hdf5.target import Target
 from lazyproc.hdf5.transaction import recover
-from lazyproc.run import EXIT_STOPPED, Committer, Drain, Outcome, run_loop
+from lazyproc.run import Committer, Outcome, run_loop
 
 log = logging.getLogger("lazyproc")
 
@@ -198,9 +199,9 @@ def _run(
         n_committed = n_before + committer.n_done
         target.close()
         listener(Finished(n_committed))
-    if outcome.failure is not None:
+    if outcome.failures:
         log.error("%s: a block failed; %d of %d positions are done and kept", name, n_committed, work.n_positions)
-        outcome.failure.raise_error(declared.process_name, declared.label)
+        raise_failures(outcome.failures, declared.process_name, declared.label)
     if n_committed == work.n_positions:
         with declared.place.edit() as parent:
             note_end(parent, name, work, f"{len(outcome.workers)} workers, {outcome.n_blocks} blocks")

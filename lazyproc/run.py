@@ -2,71 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from lazyproc.core.errors import WorkerError
 from lazyproc.core.events import BlockDone, Committed, Listener
 from lazyproc.core.runs import Runs
+from lazyproc.drain import Drain
 from lazyproc.engine.failure import Failure
 from lazyproc.engine.kernel import Receipt
 from lazyproc.engine.local import Receipts
 from lazyproc.hdf5.target import Target
-
-EXIT_STOPPED = 75
-"""Exit code of a run that stopped early with its work committed: run again."""
-
-log = logging.getLogger("lazyproc")
-
-
-class Drain:
-    """The wish to stop early: set by a signal or by a failed block, seen by the engines.
-
-    The first Ctrl-C, or SIGTERM, lets the blocks under way finish; a second one leaves at once. Handlers are only
-    installed in the main thread, and taken away again.
-    """
-
-    def __init__(self) -> None:
-        self._requested = threading.Event()
-        self.signal: int | None = None
-
-    def requested(self) -> bool:
-        """Tell whether nothing new shall be started."""
-        return self._requested.is_set()
-
-    def request(self) -> None:
-        """Let nothing new be started."""
-        self._requested.set()
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Turn signals into the wish to stop, for as long as the context lasts."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        watched = [signal.SIGINT]
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            watched.append(signal.SIGTERM)
-        before = {number: signal.signal(number, self._handle) for number in watched}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._requested.is_set():
-            raise KeyboardInterrupt
-        self.signal = number
-        self._requested.set()
-        log.warning("stopping: blocks under way are finished and committed; interrupt again to leave at once")
 
 
 @dataclass(frozen=True)
@@ -81,14 +29,14 @@ class Outcome:
         Blocks committed by this run.
     workers : tuple of str
         Who did them.
-    failure : Failure or None
-        The first block that failed.
+    failures : tuple of Failure
+        Why blocks have no results, in the order in which they were reported.
     """
 
     n_done: int
     n_blocks: int
     workers: tuple[str, ...]
-    failure: Failure | None
+    failures: tuple[Failure, ...]
 
 
 class Committer:
@@ -169,14 +117,15 @@ def run_loop(receipts: Receipts, committer: Committer, drain: Drain) -> Outcome:
     Notes
     -----
     What is finished is committed however the loop ends. After a block has failed nothing new is started; the blocks
-    under way are still taken.
+    under way are still taken. A block whose workers died is given up alone: all others are still done.
     """
-    failure: Failure | None = None
+    failures: list[Failure] = []
     try:
         for receipt in receipts:
             if receipt is not None and receipt.failure is not None:
-                failure = failure or receipt.failure
-                drain.request()
+                failures.append(receipt.failure)
+                if receipt.failure.kind != "lost":
+                    drain.request()
             elif receipt is not None:
                 committer.take(receipt)
             committer.commit_if_due()
@@ -185,4 +134,4 @@ def run_loop(receipts: Receipts, committer: Committer, drain: Drain) -> Outcome:
         if close is not None:
             close()
         committer.commit()
-    return Outcome(committer.n_done, committer.n_blocks, tuple(committer.workers), failure)
+    return Outcome(committer.n_done, committer.n_blocks, tuple(committer.workers), tuple(failures))

@@ -76,7 +76,7 @@ def test_every_name_of_the_package_is_there():
 FLOORS = [
     {"core"},
     {"hdf5", "engine"},
-    {"arguments", "declared", "definition", "hooks", "layout", "main_handle", "opening"}
+    {"arguments", "declared", "definition", "drain", "hooks", "layout", "main_handle", "opening"}
     | {"perform", "progress", "results", "run", "status", "views"},
     {"process"},
     {"compat", "loading", "mapping"},

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pickle
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import FunctionError, LazyprocError, OutputError, WorkerError
+
+_NAMED_BLOCKS = 10
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Failure:
     ----------
     kind : str
         ``"function"``: the user's function raised; ``"output"``: what it returned does not fit; ``"worker"``: reading,
-        writing or loading failed.
+        writing or loading failed; ``"lost"``: the workers that had the block died, each time it was tried.
     positions : tuple of int
         First position and last position plus one that are concerned.
     error : Exception
@@ -50,6 +53,11 @@ class Failure:
         """The block could not be read, written or started."""
         return cls("worker", (block.start, block.stop), error)
 
+    @classmethod
+    def of_lost(cls, error: BaseException, block: Block) -> Failure:
+        """The workers that had the block died."""
+        return cls("lost", (block.start, block.stop), error)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _load, (self.kind, self.positions, _dump_error(self.error))
 
@@ -67,6 +75,20 @@ class Failure:
         if isinstance(self.error, LazyprocError):
             raise self.error
         raise WorkerError(f"{process_name}: a worker failed {where} of {dataset}: {what}") from self.error
+
+
+def raise_failures(failures: Sequence[Failure], process_name: str, dataset: str) -> NoReturn:
+    """Raise what the user shall see of all failures: what stopped the run, else all blocks whose workers died."""
+    stopping = [one for one in failures if one.kind != "lost"]
+    if stopping:
+        stopping[0].raise_error(process_name, dataset)
+    spans = ", ".join(f"{first} to {last - 1}" for first, last in (one.positions for one in failures[:_NAMED_BLOCKS]))
+    more = f" and {len(failures) - _NAMED_BLOCKS} more blocks" if len(failures) > _NAMED_BLOCKS else ""
+    raise WorkerError(
+        f"{process_name}: workers died each time they had the block of positions {spans}{more} of {dataset}: a crash in "
+        "native code, or too little memory. Try test() on these positions, or a smaller max_mem_mb. All other blocks "
+        "are done and kept."
+    ) from failures[0].error
 
 
 def positions_of(block: Block, first: int, last: int) -> tuple[int, int]:
