@@ -85,9 +85,9 @@ def raise_failures(failures: Sequence[Failure], process_name: str, dataset: str)
     spans = ", ".join(f"{first} to {last - 1}" for first, last in (one.positions for one in failures[:_NAMED_BLOCKS]))
     more = f" and {len(failures) - _NAMED_BLOCKS} more blocks" if len(failures) > _NAMED_BLOCKS else ""
     raise WorkerError(
-        f"{process_name}: workers died each time they had the block of positions {spans}{more} of {dataset}: a crash in "
-        "native code, or too little memory. Try test() on these positions, or a smaller max_mem_mb. All other blocks "
-        "are done and kept."
+        f"{process_name}: workers died each time they had the block of positions {spans}{more} of {dataset}: a crash "
+        "in native code, or too little memory. Try test() on these positions, or a smaller max_mem_mb. All other "
+        "blocks are done and kept."
     ) from failures[0].error
 
 
