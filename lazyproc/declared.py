@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import h5py
@@ -23,11 +23,12 @@ from lazyproc.core.specs import ResolvedOutput
 from lazyproc.engine.choose import Scheduler, choose_local
 from lazyproc.engine.cluster import active_client, count_threads, workers_share_file
 from lazyproc.engine.kernel import BlockSink, Kernel
+from lazyproc.hdf5.chunks import chunked_source
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.fingerprint import fingerprint
 from lazyproc.hdf5.place import Place
 from lazyproc.hdf5.search import Found, Work, remaining_positions, search
-from lazyproc.hdf5.source import Source
+from lazyproc.hdf5.source import FileSource, Source
 
 _LOCAL_BYTES = 8 * 2**20
 """Source and results of a block that costs next to nothing to start: small enough for the processor's caches."""
@@ -150,6 +151,14 @@ class Declared:
         """Write out what the caller's own handle still holds back: workers read the file, not the handle."""
         if self.main_path is None and self.main.file.mode != "r":
             self.main.file.flush()
+
+    def settled(self) -> Declared:
+        """Return the same with the quickest way to read the main dataset, which must not change from now on."""
+        if not isinstance(self.source, FileSource) or self.source.many_files:
+            return self
+        self.flush_main()
+        quick = chunked_source(self.main, self.source.path)
+        return self if quick is None else replace(self, source=quick)
 
     def found(self, work: Work) -> list[Found]:
         """Search for results groups that bear the name of the work."""

@@ -7,6 +7,7 @@ import logging
 import signal
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import h5py
@@ -77,6 +78,8 @@ def perform(
         name = None if override or not partial else chosen if chosen in partial else list(partial)[-1]
         if name is not None:
             _warn(partial[name])
+        declared = declared.settled()
+        kernel = replace(kernel, source=declared.source)
         if name is None:
             name, remaining, probe = _start(declared, work, kernel)
         else:

@@ -167,7 +167,7 @@ def test_modules_of_a_floor_import_each_other_without_a_circle():
         visit(name, ())
 
 
-LIBRARIES = {"core": {"numpy"}, "hdf5": {"numpy", "h5py", "xxhash"}}
+LIBRARIES = {"core": {"numpy"}, "hdf5": {"h5py", "isal", "numcodecs", "numpy", "xxhash"}}
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if part_of(name_of(path)) in LIBRARIES], ids=name_of)
@@ -228,7 +228,7 @@ def test_the_conda_environment_equals_the_dependencies(project):
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     assert environment["channels"] == ["conda-forge"]
     listed = environment["dependencies"]
-    conda = [requirement(item) for item in listed if isinstance(item, str)]
+    conda = [requirement(item.replace("python-isal", "isal")) for item in listed if isinstance(item, str)]
     pip = [requirement(text) for item in listed if isinstance(item, dict) for text in item["pip"]]
     versions = dict(conda)
     assert len(versions) == len(conda), "a package is listed twice"

@@ -63,12 +63,7 @@ class Extent:
         """
         descriptor = os.open(self.path, flags | os.O_CLOEXEC)
         try:
-            status = os.fstat(descriptor)
-            if (status.st_dev, status.st_ino) != self.inode:
-                raise ResultsError(
-                    f"{self.path}: the file was replaced by another one since {self.name} was found in it. "
-                    "Open it again and start again; nothing was written into the new file."
-                )
+            status = check_same_file(descriptor, self.path, self.inode, self.name)
             if status.st_size < self.offset + self.shape[0] * self.row_bytes:
                 raise ResultsError(
                     f"{self.path}: the file has {status.st_size} bytes, but {self.name} needs "
@@ -113,6 +108,23 @@ class Extent:
         return done
 
 
+def check_same_file(descriptor: int, path: str, inode: tuple[int, int], name: str) -> os.stat_result:
+    """Make sure that an open file is the one in which a dataset was found, and return its status.
+
+    Raises
+    ------
+    ResultsError
+        If another file has been put in its place.
+    """
+    status = os.fstat(descriptor)
+    if (status.st_dev, status.st_ino) != inode:
+        raise ResultsError(
+            f"{path}: the file was replaced by another one since {name} was found in it. "
+            "Open it again and start again; nothing was written into the new file."
+        )
+    return status
+
+
 def find_extent(dataset: h5py.Dataset, path: str | None = None) -> Extent | None:
     """Find where the rows of a dataset lie, or None if raw reading and writing would not be the same as HDF5's.
 
@@ -130,7 +142,7 @@ def find_extent(dataset: h5py.Dataset, path: str | None = None) -> Extent | None
     """
     if path is None:
         path = real_path(dataset.file)
-    if path is None or not _plain_layout(dataset) or not _plain_type(dataset):
+    if path is None or not _plain_layout(dataset) or not plain_type(dataset):
         return None
     offset = dataset.id.get_offset()
     if offset is None:
@@ -168,7 +180,7 @@ def _plain_layout(dataset: h5py.Dataset) -> bool:
     )
 
 
-def _plain_type(dataset: h5py.Dataset) -> bool:
+def plain_type(dataset: h5py.Dataset) -> bool:
     """Tell whether the bytes on disk are those that NumPy has in memory for the dataset's dtype."""
     dtype = dataset.dtype
     if dtype.hasobject:

@@ -1,10 +1,11 @@
 """Read positions of a main dataset: by extents where it is contiguous, else through HDF5.
 
-Three ways, chosen once by `source_of`, all with the same face (`rows`, `shape`, `dtype`, `travels`):
+Ways, chosen once by `source_of`, all with the same face (`rows`, `shape`, `dtype`, `travels`):
 
 - `ExtentSource`: contiguous data, read by `preadv`; travels to workers, needs no HDF5 there.
 - `FileSource`: chunked, filtered, virtual or external data; each process opens the file itself, without locking it,
-  because a caller's `r+` handle keeps others from opening it normally.
+  because a caller's `r+` handle keeps others from opening it normally. A run reads chunks as bytes where it can
+  (`ChunkSource`), once the file is settled; a view cannot know that nobody will move them.
 - `HandleSource`: a handle with no file on disk behind it (`core`, a Python file object); stays in its process.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.errors import ResultsError
+from lazyproc.hdf5.chunks import ChunkSource
 from lazyproc.hdf5.extents import Extent, find_extent, real_path
 
 Spans = Iterable[tuple[int, int]]
@@ -118,7 +120,7 @@ class HandleSource:
         return _read_slices(self.dataset, runs)
 
 
-Source = ExtentSource | FileSource | HandleSource
+Source = ExtentSource | FileSource | HandleSource | ChunkSource
 
 
 def source_of(dataset: h5py.Dataset, path: str | None = None) -> Source:

@@ -1,0 +1,210 @@
+"""Chunked main datasets decoded as bytes: the same values as HDF5 reads, or HDF5 is asked."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from usid_files import CHANNEL, make_usid_file
+
+import lazyproc
+from lazyproc.core.errors import ResultsError
+from lazyproc.hdf5.chunks import chunked_source
+
+SEEN: list[type] = []
+
+layouts = st.fixed_dictionaries(
+    {
+        "shape": st.tuples(st.integers(1, 70), st.integers(1, 40)),
+        "chunks": st.tuples(st.integers(1, 80), st.integers(1, 50)),
+        "dtype": st.sampled_from(["<f4", ">f4", "<f8", ">i2", "u1", "<c8", "<i8"]),
+        "compression": st.sampled_from([None, 1, 6]),
+        "shuffle": st.booleans(),
+        "fletcher32": st.booleans(),
+        "libver": st.sampled_from(["earliest", "latest"]),
+        "written": st.floats(0, 1),
+    }
+)
+
+
+def write(path: Path, layout: dict[str, Any], seed: int) -> np.ndarray:
+    """Write a chunked dataset, the first rows of it only, and return what HDF5 reads."""
+    n_rows, n_columns = layout["shape"]
+    chunks = tuple(min(wanted, there) for wanted, there in zip(layout["chunks"], layout["shape"], strict=True))
+    values = (np.random.default_rng(seed).standard_normal((n_rows, n_columns)) * 50).astype(layout["dtype"])
+    with h5py.File(path, "w", libver=layout["libver"]) as file:
+        dataset = file.create_dataset(
+            "data", (n_rows, n_columns), layout["dtype"], chunks=chunks, fillvalue=np.array(7, layout["dtype"]),
+            compression=layout["compression"], shuffle=layout["shuffle"], fletcher32=layout["fletcher32"],
+        )  # fmt: skip
+        stop = round(layout["written"] * n_rows)
+        dataset[:stop] = values[:stop]
+    with h5py.File(path) as file:
+        return np.asarray(file["data"][:])
+
+
+@settings(max_examples=120, deadline=None)
+@given(layout=layouts, seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 70), max_size=8))
+def test_reads_the_same_as_hdf5(
+    tmp_path_factory: pytest.TempPathFactory, layout: dict[str, Any], seed: int, cuts: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("chunks") / "file.h5"
+    values = write(path, layout, seed)
+    with h5py.File(path) as file:
+        source = chunked_source(file["data"], str(path))
+    assert source is not None
+    edges = sorted({0, len(values), *(cut for cut in cuts if cut <= len(values))})
+    runs = list(itertools.pairwise(edges))[::2]
+    rows = source.rows(runs)
+    expected = np.concatenate([values[start:stop] for start, stop in runs])
+    assert rows.dtype == values.dtype
+    assert rows.tobytes() == expected.astype(values.dtype).tobytes()  # concatenating makes it native
+
+
+def test_filter_that_was_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "file.h5"
+    values = np.arange(32, dtype="<f4").reshape(8, 4)
+    with h5py.File(path, "w") as file:
+        dataset = file.create_dataset("data", (8, 4), "<f4", chunks=(4, 4), compression=4, shuffle=True)
+        dataset[:] = values
+        dataset.id.write_direct_chunk((4, 0), values[4:].tobytes(), filter_mask=0b11)
+    with h5py.File(path) as file:
+        source = chunked_source(file["data"], str(path))
+    assert source is not None
+    assert (source.rows([(0, 8)]) == values).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"compression": "lzf"}, {"scaleoffset": 2}, {"dtype": h5py.string_dtype()}],
+    ids=["lzf", "scaleoffset", "texts"],
+)
+def test_other_layouts_are_left_to_hdf5(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = tmp_path / "file.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("data", (8, 4), chunks=(4, 4), **{"dtype": "i4", **options})
+    with h5py.File(path) as file:
+        assert chunked_source(file["data"], str(path)) is None
+
+
+def test_userblock_is_left_to_hdf5(tmp_path: Path) -> None:
+    path = tmp_path / "file.h5"
+    with h5py.File(path, "w", userblock_size=512) as file:
+        file.create_dataset("data", data=np.zeros((8, 4)), chunks=(4, 4))
+    with h5py.File(path) as file:
+        assert chunked_source(file["data"], str(path)) is None
+
+
+def test_damaged_chunk_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "file.h5"
+    with h5py.File(path, "w") as file:
+        dataset = file.create_dataset("data", (400, 4), "f4", chunks=(100, 4), compression=1)
+        dataset[:] = np.random.default_rng(0).standard_normal((400, 4))
+    with h5py.File(path) as file:
+        source = chunked_source(file["data"], str(path))
+        offset = file["data"].id.get_chunk_info(1).byte_offset
+    with open(path, "r+b") as raw:
+        raw.seek(offset + 40)
+        raw.write(b"\xff" * 40)
+    assert source is not None
+    assert len(source.rows([(0, 100)])) == 100
+    with pytest.raises(ResultsError, match="chunk of positions 100 to 199 cannot be decoded"):
+        source.rows([(50, 150)])
+
+
+def test_file_put_in_its_place_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "file.h5"
+    write(path, {"shape": (8, 4), "chunks": (4, 4), "dtype": "f4", "compression": 1, "shuffle": False,
+                 "fletcher32": False, "libver": "earliest", "written": 1.0}, 0)  # fmt: skip
+    with h5py.File(path) as file:
+        source = chunked_source(file["data"], str(path))
+    path.rename(tmp_path / "moved.h5")
+    (tmp_path / "file.h5").write_bytes(b"another")
+    assert source is not None
+    with pytest.raises(ResultsError, match="replaced"):
+        source.rows([(0, 1)])
+
+
+def test_threads_decode_side_by_side(tmp_path: Path) -> None:
+    path = tmp_path / "file.h5"
+    layout = {"shape": (64, 32), "chunks": (4, 8), "dtype": "f8", "compression": 1, "shuffle": True,
+              "fletcher32": True, "libver": "latest", "written": 1.0}  # fmt: skip
+    values = write(path, layout, 3)
+    with h5py.File(path) as file:
+        source = chunked_source(file["data"], str(path))
+    assert source is not None
+    wrong: list[int] = []
+
+    def read(start: int) -> None:
+        for _ in range(20):
+            if (source.rows([(start, start + 16)]) != values[start : start + 16]).any():
+                wrong.append(start)
+
+    threads = [threading.Thread(target=read, args=(start,)) for start in (0, 16, 32, 48)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def total(block: np.ndarray) -> np.ndarray:
+    return block.sum(axis=1)
+
+
+@pytest.mark.parametrize("by_handle", [False, True], ids=["path", "handle"])
+def test_run_uses_it(tmp_path: Path, by_handle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "scan.h5"
+    data = np.random.default_rng(2).standard_normal((60, 24))
+    make_usid_file(path, n_rows=6, n_cols=10, n_spectral=24, data=data)
+    with h5py.File(path, "r+") as file:
+        main = file[f"{CHANNEL}/Raw_Data"]
+        attributes = dict(main.attrs)
+        del file[f"{CHANNEL}/Raw_Data"]
+        main = file.create_dataset(f"{CHANNEL}/Raw_Data", (60, 24), data.dtype, chunks=(8, 24), compression=4)
+        main.attrs.update(attributes)
+        if not by_handle:
+            main[:] = data
+            address: Any = f"{path}::{main.name}"
+        else:
+            process = lazyproc.map_positions  # the values are written after HDF5 opened the file: not flushed yet
+            main[:] = data
+            group = process(total, main, {"Sum": lazyproc.Output("f8")}, vectorized=True)
+            assert (group["Sum"][:, 0] == data.sum(axis=1)).all()
+            return
+    reads = []
+    from lazyproc.hdf5 import chunks
+
+    monkeypatch.setattr(chunks, "_read", lambda *a, read=chunks._read: reads.append(a) or read(*a))
+    group = lazyproc.map_positions(total, address, {"Sum": lazyproc.Output("f8")}, vectorized=True)
+    assert (group["Sum"][:, 0] == data.sum(axis=1)).all()
+    assert len(reads) >= 60 // 8
+
+
+def test_chunks_that_move_before_the_run_are_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "scan.h5"
+    make_usid_file(path, n_rows=6, n_cols=10, n_spectral=24, data=np.zeros((60, 24)))
+    values = np.random.default_rng(5).standard_normal((60, 24))
+
+    class Sum(lazyproc.Process):
+        outputs = {"Sum": lazyproc.Output("f8")}
+        _block_function = staticmethod(total)
+
+    with h5py.File(path, "r+") as file:
+        attributes = dict(file[f"{CHANNEL}/Raw_Data"].attrs)
+        del file[f"{CHANNEL}/Raw_Data"]
+        main = file.create_dataset(f"{CHANNEL}/Raw_Data", (60, 24), "f8", chunks=(8, 24), compression=4)
+        main.attrs.update(attributes)
+        main[:] = 0
+        file.flush()
+        process = Sum(main)
+        main[:] = values  # takes more room compressed: the chunks move
+        group = process.compute()
+        assert (group["Sum"][:, 0] == values.sum(axis=1)).all()
