@@ -164,7 +164,7 @@ def asynchronous_client(env):
     from distributed import Client
 
     async def use():
-        async with Client(processes=False, asynchronous=True, dashboard_address=None) as client:
+        async with Client(processes=False, asynchronous=True, dashboard_address=":0") as client:
             return env.new(client=client)
 
     return asyncio.run(use())
