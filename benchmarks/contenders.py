@@ -1,21 +1,40 @@
 """What is compared: lazyproc, and what a person would write instead. Each is run in a fresh process, start-up included.
 
-python benchmarks/contenders.py CONTENDER WORKLOAD FILE
+    python benchmarks/contenders.py CONTENDER WORKLOAD FILE
+
+Each leaves the results in a file, as a person would want them. What a contender knows of itself (tasks, bytes of its
+graph) it prints as JSON; nothing is counted in a run that is timed unless it is free.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from typing import Any
 
-from workloads import MAIN, WORKLOADS
+from workloads import MAIN, WORKLOADS, Workload
 
 _BLOCK_BYTES = 8 * 2**20
 
 
+def block_rows(workload: Workload) -> int:
+    """Return the positions of a block: 8 MiB of source and results, and four blocks a process at least."""
+    rows = _BLOCK_BYTES // (4 * (workload.n_spectral + workload.width))
+    rows = max(1, min(rows, int(workload.n_positions * (1 - workload.done)) // 8))
+    return max(64, rows - rows % 64) if workload.compression else rows
+
+
+def compute_block(workload: Workload, block: Any) -> Any:
+    """Return the results of a block, float32 `(n_positions, width)`."""
+    import numpy as np
+
+    out = workload.function(block) if workload.vectorized else [workload.function(row) for row in block]
+    return np.ascontiguousarray(np.asarray(out, "f4").reshape(len(block), workload.width))
+
+
 def limit(path: str, name: str) -> None:
-    """The limit: two processes, each pread, kernel, pwrite over its half; no checkpoints, no resuming."""
+    """The limit: two forked processes, each pread (h5py if filtered), kernel, pwrite over its half; no checkpoints."""
     import h5py
     import numpy as np
 
@@ -25,24 +44,23 @@ def limit(path: str, name: str) -> None:
     result = path + ".limit"
     with open(result, "wb") as file:
         file.truncate(workload.n_positions * workload.width * 4)
-    rows = max(1, _BLOCK_BYTES // (4 * (workload.n_spectral + workload.width)))
-    half = workload.n_positions // 2
+    rows = block_rows(workload)
+    begin = int(workload.n_positions * workload.done)
+    half = begin + (workload.n_positions - begin) // 2 // 64 * 64
     children = []
-    for start, stop in ((0, half), (half, workload.n_positions)):
+    for start, stop in ((begin, half), (half, workload.n_positions)):
         child = os.fork()
         if child == 0:
-            source = os.open(path, os.O_RDONLY)
+            source = h5py.File(path, "r")[MAIN] if offset is None else os.open(path, os.O_RDONLY)
             target = os.open(result, os.O_RDWR)
             buffer = np.empty((rows, workload.n_spectral), "f4")
             for first in range(start, stop, rows):
                 block = buffer[: min(rows, stop - first)]
-                os.preadv(source, [block.data.cast("B")], offset + first * workload.n_spectral * 4)
-                if workload.vectorized:
-                    out = workload.function(block)
+                if offset is None:
+                    source.read_direct(block, np.s_[first : first + len(block)])
                 else:
-                    out = [workload.function(row) for row in block]
-                out = np.ascontiguousarray(np.asarray(out, "f4").reshape(len(block), workload.width))
-                os.pwrite(target, out.data.cast("B"), first * workload.width * 4)
+                    os.preadv(source, [block.data.cast("B")], offset + first * workload.n_spectral * 4)
+                os.pwrite(target, compute_block(workload, block).data.cast("B"), first * workload.width * 4)
             os._exit(0)
         children.append(child)
     for child in children:
@@ -63,59 +81,140 @@ def lazyproc(path: str, name: str, cores: int = 2) -> None:
         {"Result": package.Output("f4", dims)},
         vectorized=workload.vectorized,
         cores=cores,
-        override=True,
+        override=not workload.done,
     )
+
+
+def prepare_lazyproc(path: str, name: str) -> None:
+    """Leave a file in which a share of the work is done, as a run that was killed leaves it."""
+    import h5py
+
+    lazyproc(path, name)
+    workload = WORKLOADS[name]
+    with h5py.File(path, "r+") as file:
+        parent = file[MAIN].parent
+        for item in parent.values():
+            if isinstance(item, h5py.Group) and "completed_positions" in item:
+                item["completed_positions"][int(workload.n_positions * workload.done) :] = 0
 
 
 def joblib(path: str, name: str) -> None:
     """joblib over blocks, results written by the parent through h5py."""
     import h5py
-    import numpy as np
     from joblib import Parallel, delayed
 
     workload = WORKLOADS[name]
-    rows = max(1, _BLOCK_BYTES // (4 * (workload.n_spectral + workload.width)))
-    starts = range(0, workload.n_positions, rows)
+    rows = block_rows(workload)
+    starts = range(int(workload.n_positions * workload.done), workload.n_positions, rows)
     blocks = Parallel(n_jobs=2, return_as="generator")(
         delayed(_joblib_block)(path, name, start, min(start + rows, workload.n_positions)) for start in starts
     )
     with h5py.File(path + ".joblib", "w") as file:
         target = file.create_dataset("Result", (workload.n_positions, workload.width), "f4")
         for start, out in zip(starts, blocks, strict=True):
-            target[start : start + len(out)] = np.asarray(out)
+            target[start : start + len(out)] = out
     os.unlink(path + ".joblib")
+    _tell(tasks=len(starts))
 
 
 def _joblib_block(path: str, name: str, start: int, stop: int) -> Any:
     import h5py
-    import numpy as np
 
-    workload = WORKLOADS[name]
     with h5py.File(path, "r") as file:
         block = file[MAIN][start:stop]
-    out = workload.function(block) if workload.vectorized else [workload.function(row) for row in block]
-    return np.asarray(out, "f4").reshape(len(block), workload.width)
+    return compute_block(WORKLOADS[name], block)
 
 
 def dask(path: str, name: str) -> None:
     """Plain dask: from_array, map_blocks, store, on threads."""
     import dask.array as da
     import h5py
-    import numpy as np
 
     workload = WORKLOADS[name]
-    rows = max(1, _BLOCK_BYTES // (4 * (workload.n_spectral + workload.width)))
-
-    def block_function(block: Any) -> Any:
-        out = workload.function(block) if workload.vectorized else [workload.function(row) for row in block]
-        return np.asarray(out, "f4").reshape(len(block), workload.width)
-
     with h5py.File(path, "r") as source, h5py.File(path + ".dask", "w") as file:
-        array = da.from_array(source[MAIN], chunks=(rows, -1))
-        result = array.map_blocks(block_function, chunks=(array.chunks[0], (workload.width,)), dtype="f4")
-        target = file.create_dataset("Result", (workload.n_positions, workload.width), "f4")
+        array = da.from_array(source[MAIN], chunks=(block_rows(workload), -1))
+        array = array[int(workload.n_positions * workload.done) :]
+        result = array.map_blocks(
+            lambda block: compute_block(workload, block), chunks=(array.chunks[0], (workload.width,)), dtype="f4"
+        )
+        target = file.create_dataset("Result", result.shape, "f4")
         da.store(result, target, num_workers=2)
+        _tell(tasks=len(result.__dask_graph__()))
     os.unlink(path + ".dask")
+
+
+def xarray(path: str, name: str) -> None:
+    """xarray's apply_ufunc over a dask-backed array, stored as Zarr."""
+    import shutil
+
+    import dask
+    import dask.array as da
+    import h5py
+    import xarray as xr
+
+    workload = WORKLOADS[name]
+    with h5py.File(path, "r") as source, dask.config.set(num_workers=2):
+        data = xr.DataArray(
+            da.from_array(source[MAIN], chunks=(block_rows(workload), -1)), dims=("position", "spectral")
+        )[int(workload.n_positions * workload.done) :]
+        result = xr.apply_ufunc(
+            lambda block: compute_block(workload, block),
+            data,
+            input_core_dims=[["spectral"]],
+            output_core_dims=[["value"]],
+            dask="parallelized",
+            output_dtypes=["f4"],
+            dask_gufunc_kwargs={"output_sizes": {"value": workload.width}},
+        )
+        result.to_dataset(name="Result").to_zarr(path + ".zarr", mode="w")
+        _tell(tasks=len(result.__dask_graph__()))
+    shutil.rmtree(path + ".zarr")
+
+
+def hyperspy(path: str, name: str) -> None:
+    """HyperSpy's lazy map, one position at a time as HyperSpy does it, stored through dask into HDF5."""
+    import dask.array as da
+    import h5py
+    import numpy as np
+    from hyperspy.signals import Signal1D
+
+    workload = WORKLOADS[name]
+    with h5py.File(path, "r") as source, h5py.File(path + ".hyperspy", "w") as file:
+        lazy = Signal1D(da.from_array(source[MAIN], chunks=(block_rows(workload), -1))).as_lazy()
+
+        def one(row: Any) -> Any:
+            return compute_block(workload, row[np.newaxis])[0]
+
+        result = lazy.map(
+            one, inplace=False, lazy_output=True, output_signal_size=(workload.width,), output_dtype="f4", ragged=False
+        )
+        values = np.asarray(result.data.compute(num_workers=2))
+        file["Result"] = values.reshape(workload.n_positions, workload.width)
+    os.unlink(path + ".hyperspy")
+
+
+def sidpy(path: str, name: str) -> None:
+    """sidpy's fitter, which is for fits only; its own client of two processes."""
+    import h5py
+    import numpy as np
+    import sidpy as package
+    from sidpy.proc.fitter import SidFitter
+
+    workload = WORKLOADS[name]
+    assert name.startswith("fit")
+    x = np.linspace(-1, 1, workload.n_spectral)
+
+    def gaussian(x: Any, height: float, place: float, width: float, ground: float) -> Any:
+        return height * np.exp(-(((x - place) / width) ** 2)) + ground
+
+    with h5py.File(path, "r") as file:
+        data = package.Dataset.from_array(file[MAIN][:])
+    data.set_dimension(0, package.Dimension(np.arange(len(data)), "position", dimension_type="spatial"))
+    data.set_dimension(1, package.Dimension(x, "x", dimension_type="spectral"))
+    fitter = SidFitter(data, gaussian, guess_fn=lambda x, y: [1.0, 0.0, 0.3, 0.0], num_fit_parms=4, ind_dims=(0,))
+    with h5py.File(path + ".sidpy", "w") as file:
+        file["Result"] = np.asarray(fitter.do_fit()[0], "f4")
+    os.unlink(path + ".sidpy")
 
 
 def pyusid(path: str, name: str, cores: int = 2) -> None:
@@ -149,13 +248,29 @@ def pyusid(path: str, name: str, cores: int = 2) -> None:
         Benchmark(file[MAIN], "Benchmark", cores=cores).compute(override=True)
 
 
+def pyusid_1(path: str, name: str) -> None:
+    """pyUSID.Process on one core."""
+    pyusid(path, name, cores=1)
+
+
+def _tell(**numbers: int) -> None:
+    sys.stdout.write(json.dumps(numbers) + "\n")
+
+
 CONTENDERS = {
     "limit": limit,
     "lazyproc": lazyproc,
     "joblib": joblib,
     "dask": dask,
+    "xarray": xarray,
+    "hyperspy": hyperspy,
+    "sidpy": sidpy,
     "pyusid": pyusid,
+    "pyusid-1": pyusid_1,
 }
+PREPARE = {"lazyproc": prepare_lazyproc}
+"""What has to be done before the clock starts, where a share of the work is to be done already."""
 
 if __name__ == "__main__":
-    CONTENDERS[sys.argv[1]](sys.argv[3], sys.argv[2])
+    what = PREPARE if "--prepare" in sys.argv else CONTENDERS
+    what[sys.argv[1]](sys.argv[3], sys.argv[2])

@@ -57,6 +57,10 @@ class Workload:
         Values a position in the result, float32.
     compression : str or None
         Of the source.
+    about : str
+        What it stands for.
+    done : float
+        Share of the positions that is done before the clock starts (lazyproc and pyUSID only).
     """
 
     n_positions: int
@@ -65,15 +69,36 @@ class Workload:
     vectorized: bool
     width: int
     compression: str | None = None
+    about: str = ""
+    done: float = 0.0
+
+    @property
+    def gibibytes(self) -> float:
+        """Of the source, as NumPy has it."""
+        return self.n_positions * self.n_spectral * 4 / 2**30
+
+
+def four_moments(block: np.ndarray) -> Any:
+    """Reduce each spectrum to four values."""
+    mean = block.mean(axis=1)
+    return np.stack([mean, block.std(axis=1), block.min(axis=1), block.max(axis=1)], axis=1)
 
 
 WORKLOADS = {
-    "mean": Workload(131_072, 512, mean_of_one, False, 1),
-    "mean-block": Workload(131_072, 512, mean_of_block, True, 1),
-    "fft": Workload(16_384, 8_192, low_pass_block, True, 8_192),
-    "fit": Workload(2_048, 256, fit_one, False, 4),
-    "gzip-mean": Workload(32_768, 512, mean_of_block, True, 1, "gzip"),
-    "tiny": Workload(1_000, 128, mean_of_one, False, 1),
+    "mean": Workload(131_072, 512, mean_of_one, False, 1, about="a cheap Python function a position"),
+    "mean-block": Workload(131_072, 512, mean_of_block, True, 1, about="the same with NumPy on blocks"),
+    "reduce": Workload(1_048_576, 512, mean_of_block, True, 1, about="a reduction of 2 GiB at memory speed"),
+    "fft": Workload(16_384, 8_192, low_pass_block, True, 8_192, about="an FFT filter, result as large as the source"),
+    "fft-large": Workload(65_536, 8_192, low_pass_block, True, 8_192, about="the same on 2 GiB"),
+    "fit": Workload(2_048, 256, fit_one, False, 4, about="least squares, a few ms a position"),
+    "fit-long": Workload(24_000, 256, fit_one, False, 4, about="the same, half a minute"),
+    "gzip": Workload(200_000, 512, mean_of_block, True, 1, "gzip", about="a reduction of a gzip source"),
+    "shuffle-gzip": Workload(200_000, 512, mean_of_block, True, 1, "shuffle-gzip", about="the same, shuffled before"),
+    "lzf": Workload(200_000, 512, mean_of_block, True, 1, "lzf", about="the same with LZF, which HDF5 decodes"),
+    "narrow-1": Workload(10_000_000, 16, mean_of_block, True, 1, about="one value a position, ten million positions"),
+    "narrow-4": Workload(10_000_000, 16, four_moments, True, 4, about="four values a position, ten million positions"),
+    "tiny": Workload(1_000, 128, mean_of_one, False, 1, about="start-up is all"),
+    "resume": Workload(131_072, 512, mean_of_one, False, 1, about="resuming at 99 %", done=0.99),
 }
 
 
@@ -87,12 +112,10 @@ def make_file(folder: str, name: str) -> str:
         return path
     random = np.random.default_rng(1)
     x = np.linspace(-1, 1, workload.n_spectral, dtype=np.float32)
-    rows = 512
+    rows = max(512, 2**22 // workload.n_spectral)
     with h5py.File(path + ".part", "w") as file:
         group = file.create_group(MAIN.rpartition("/")[0])
-        chunks = (64, workload.n_spectral) if workload.compression else None
-        shape = (workload.n_positions, workload.n_spectral)
-        main = group.create_dataset("Raw_Data", shape, "f4", chunks=chunks, compression=workload.compression)
+        main = _create_main(group, workload)
         for start in range(0, workload.n_positions, rows):
             count = min(rows, workload.n_positions - start)
             centre = random.uniform(-0.5, 0.5, (count, 1)).astype("f4")
@@ -101,6 +124,16 @@ def make_file(folder: str, name: str) -> str:
         _describe(file, group, main, workload)
     os.replace(path + ".part", path)
     return path
+
+
+def _create_main(group: Any, workload: Workload) -> Any:
+    shape = (workload.n_positions, workload.n_spectral)
+    if workload.compression is None:
+        return group.create_dataset("Raw_Data", shape, "f4")
+    shuffled, _, compression = workload.compression.rpartition("-")
+    return group.create_dataset(
+        "Raw_Data", shape, "f4", chunks=(64, workload.n_spectral), compression=compression, shuffle=bool(shuffled)
+    )
 
 
 def _describe(file: Any, group: Any, main: Any, workload: Workload) -> None:
