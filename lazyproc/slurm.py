@@ -1,0 +1,125 @@
+"""Write job scripts for Slurm: drain before the wall time, submit themselves again until the work is done."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from lazyproc.core.errors import ArgumentValueError
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_LAUNCHERS = {"srun": "srun --mpi=pmi2", "mpiexec": "mpiexec", "none": ""}
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """What goes into a job script.
+
+    Attributes
+    ----------
+    command : tuple of str
+        What is run: ``("lazyproc", "run", …)`` or ``("python", "script.py")``.
+    path : str
+        Where the script will lie, absolute: it submits itself again from there.
+    ntasks : int
+        Ranks. 1 runs the command by itself, without MPI; then `cpus_per_task` is what lazyproc uses.
+    cpus_per_task : int
+        Cores of a rank.
+    time : str
+        Wall time, as Slurm reads it.
+    drain_seconds : int
+        So long before the wall time the run is told to stop, to finish its blocks and to commit.
+    launcher : str
+        ``"srun"`` (PMI-2), ``"mpiexec"`` or ``"none"``.
+    max_jobs : int
+        No more jobs than this one after another, in case none of them gets anything done.
+    options : tuple of str
+        More options of sbatch, such as ``"--partition=long"``.
+
+    Raises
+    ------
+    ArgumentValueError
+        If a value cannot be right; names it.
+    """
+
+    command: tuple[str, ...]
+    path: str
+    ntasks: int = 1
+    cpus_per_task: int = 1
+    time: str = "01:00:00"
+    drain_seconds: int = 120
+    launcher: str = "srun"
+    max_jobs: int = 50
+    options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.command:
+            raise ArgumentValueError("command: is empty; expected what the job shall run, such as lazyproc run …")
+        for name in ("ntasks", "cpus_per_task", "drain_seconds", "max_jobs"):
+            if getattr(self, name) < 1:
+                raise ArgumentValueError(f"{name}: is {getattr(self, name)}; expected 1 or more.")
+        if self.launcher not in _LAUNCHERS:
+            raise ArgumentValueError(f"launcher: is {self.launcher!r}; expected one of {', '.join(_LAUNCHERS)}.")
+        if any("\n" in text for text in (self.path, self.time, *self.options, *self.command)):
+            raise ArgumentValueError("A line break came in an option or in the command; expected each on one line.")
+
+    def script(self) -> str:
+        """Return the text of the job script.
+
+        Notes
+        -----
+        Slurm sends USR1 to the script's shell (``--signal=B:``), which hands it on to the command; lazyproc then
+        finishes the blocks under way, commits and leaves with code 75, and the script submits itself again. With any
+        other code it ends with that code. A job whose node fails is queued again by Slurm itself.
+        """
+        launch = _LAUNCHERS[self.launcher] if self.ntasks > 1 else ""
+        command = f"{launch} {shlex.join(self.command)}".strip()
+        directives = [
+            f"--ntasks={self.ntasks}",
+            f"--cpus-per-task={self.cpus_per_task}",
+            f"--time={self.time}",
+            f"--signal=B:USR1@{self.drain_seconds}",
+            "--requeue",
+            "--open-mode=append",
+            *self.options,
+        ]
+        threads = "\n".join(f"export {name}=${{SLURM_CPUS_PER_TASK:-1}}" for name in _THREAD_VARIABLES)
+        return _TEMPLATE.format(
+            directives="\n".join(f"#SBATCH {one}" for one in directives),
+            threads=threads,
+            command=command,
+            path=shlex.quote(self.path),
+            max_jobs=self.max_jobs,
+        )
+
+
+_TEMPLATE = """#!/bin/bash
+{directives}
+
+# One thread of BLAS and OpenMP a core that a rank has.
+{threads}
+
+job=${{LAZYPROC_JOB:-1}}
+echo "job $SLURM_JOB_ID, number $job in a row, on $SLURM_JOB_NODELIST"
+
+{command} &
+child=$!
+# Before the wall time Slurm signals this shell; the run finishes its blocks, commits and leaves with code 75.
+trap 'signalled=yes; kill -USR1 "$child" 2>/dev/null' USR1
+trap 'signalled=yes; kill -TERM "$child" 2>/dev/null' TERM
+while
+    signalled=
+    wait "$child"
+    status=$?
+    [ "$status" -eq 127 ] || code=$status  # 127: it had ended before the last signal came
+    [ -n "$signalled" ]
+do :; done
+
+if [ "$code" -eq 75 ]; then
+    if [ "$job" -lt {max_jobs} ]; then
+        LAZYPROC_JOB=$((job + 1)) sbatch --export=ALL --dependency="afterany:$SLURM_JOB_ID" {path} && exit 0
+    fi
+    echo "stopped with work left: submit again with: sbatch {path}" >&2
+fi
+exit "$code"
+"""

@@ -1,0 +1,337 @@
+"""Job scripts for Slurm; and, where asked for, on a real one-node Slurm from Debian's packages.
+
+LAZYPROC_TEST_SLURM=1 runs the second part, as root: it needs `apt-get install slurm-wlm munge` and starts both daemons
+with settings of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from usid_files import CHANNEL, make_usid_file
+
+from lazyproc.cli import main
+from lazyproc.core.errors import ArgumentValueError
+from lazyproc.slurm import SlurmJob
+
+# -- the script, with a shell and a stand-in for nothing but sbatch's name on PATH ------------------------------------
+
+
+@dataclass
+class Shell:
+    """A folder with an ``sbatch`` that writes down how it was called."""
+
+    folder: Path
+
+    def start(self, command: list[str], **options: object) -> subprocess.Popen[str]:
+        script = self.folder / "job.sh"
+        script.write_text(SlurmJob(tuple(command), str(script), **options).script())  # type: ignore[arg-type]
+        sbatch = self.folder / "bin" / "sbatch"
+        sbatch.parent.mkdir()
+        sbatch.write_text(f'#!/bin/sh\necho "$LAZYPROC_JOB $@" >> {self.folder}/submitted\n')
+        sbatch.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(["bash", str(script)], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    def submitted(self) -> list[str]:
+        path = self.folder / "submitted"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 75])
+def test_exit_code_decides(tmp_path: Path, code: int) -> None:
+    shell = Shell(tmp_path)
+    process = shell.start(["sh", "-c", f"exit {code}"])
+    process.communicate(timeout=60)
+    again = code == 75
+    assert process.returncode == (0 if again else code)
+    assert len(shell.submitted()) == again
+    if again:
+        assert shell.submitted()[0] == f"2 --export=ALL --dependency=afterany:7 {tmp_path}/job.sh"
+
+
+def test_number_of_jobs_is_limited(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    process = shell.start(["sh", "-c", "exit 75"], max_jobs=1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "work left" in errors
+    assert not shell.submitted()
+
+
+PATIENT = """
+import signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *a: (time.sleep(0.5), sys.exit(75)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_signal_is_handed_on_and_the_end_waited_for(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    (tmp_path / "patient.py").write_text(PATIENT)
+    process = shell.start([sys.executable, str(tmp_path / "patient.py")])
+    assert process.stdout is not None
+    while "ready" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert len(shell.submitted()) == 1
+
+
+def test_command_line_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "job.sh"
+    options = ["slurm", "-o", str(path), "--ntasks", "4", "--time", "02:00:00", "--sbatch", "--partition=long"]
+    result = CliRunner().invoke(main, [*options, "--", "lazyproc", "run", "a.py:B", "my file.h5::/data"])
+    assert result.exit_code == 0, result.output
+    text = path.read_text()
+    assert "#SBATCH --ntasks=4\n" in text
+    assert "#SBATCH --time=02:00:00\n" in text
+    assert "#SBATCH --partition=long\n" in text
+    assert "srun --mpi=pmi2 lazyproc run a.py:B 'my file.h5::/data' &" in text
+    assert os.access(path, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ntasks", 0), ("drain_seconds", 0), ("launcher", "prun"), ("time", "1\n2"), ("command", ())],
+)
+def test_nonsense_is_refused(name: str, value: object) -> None:
+    options = {"command": ("true",), "path": "/job.sh", name: value}
+    with pytest.raises(ArgumentValueError, match="line break" if name == "time" else name):
+        SlurmJob(**options)  # type: ignore[arg-type]
+
+
+# -- a real Slurm ----------------------------------------------------------------------------------------------------
+
+on_demand = pytest.mark.skipif(
+    os.environ.get("LAZYPROC_TEST_SLURM") != "1",
+    reason="runs on demand: LAZYPROC_TEST_SLURM=1, as root, with slurm-wlm and munge from Debian's packages",
+)
+
+CONFIG = """
+ClusterName=lazyproc
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+MpiDefault=pmi2
+DefMemPerCPU=100
+KillWait=30
+OverTimeLimit=0
+MinJobAge=300
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=16000 State=UNKNOWN
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@dataclass
+class Slurm:
+    """A one-node Slurm with everything of it in one folder."""
+
+    folder: Path
+
+    def call(self, *command: str) -> str:
+        environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def wait(self, reached: Callable[[], bool], seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.5)
+
+    def idle(self) -> bool:
+        return not self.call("squeue", "-h")
+
+    def logs(self) -> str:
+        found = [*self.folder.glob("*.log"), *self.folder.glob("*.out")]
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in found)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    folder = tmp_path_factory.mktemp("slurm")
+    for parent in (folder, *folder.parents):
+        if parent.stat().st_uid == os.getuid() and str(parent).startswith("/tmp/"):
+            parent.chmod(0o755)
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
+    assert not missing, f"{missing}: install slurm-wlm and munge"
+    (folder / "state").mkdir()
+    (folder / "spool").mkdir()
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    host = socket.gethostname().partition(".")[0]
+    (folder / "slurm.conf").write_text(CONFIG.format(host=host, folder=folder, ports=[free_port(), free_port()]))
+    files = [f"--key-file={key}", f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge.pid"]
+    files += [f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"]
+    daemons = []
+    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    try:
+        for command in (["munged", "-F", "--force", *files], ["slurmctld", "-D", "-i"], ["slurmd", "-D"]):
+            with open(folder / f"{command[0]}.start.log", "w") as log:
+                daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            time.sleep(1.0)
+        cluster = Slurm(folder)
+        cluster.wait(lambda: "idle" in cluster.call("sinfo", "-h", "-o", "%t"), 60)
+        yield cluster
+        cluster.call("scancel", "--full", "--user=root")
+        cluster.wait(cluster.idle, 60)
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait(timeout=30)
+
+
+PROCESS = """
+import time
+import lazyproc
+
+
+class Slow(lazyproc.Process):
+    outputs = {"Mean": lazyproc.Output("f8")}
+
+    @staticmethod
+    def _map_function(row, seconds=0.05):
+        time.sleep(seconds)
+        return row.mean()
+"""
+
+
+def make_scan(folder: Path) -> tuple[str, np.ndarray]:
+    data = np.random.default_rng(1).standard_normal((600, 8))
+    make_usid_file(folder / "scan.h5", n_rows=20, n_cols=30, n_spectral=8, data=data)
+    (folder / "slow.py").write_text(PROCESS)
+    return f"{folder}/scan.h5::{CHANNEL}/Raw_Data", data
+
+
+def check(folder: Path, data: np.ndarray) -> None:
+    with h5py.File(folder / "scan.h5") as file:
+        (name,) = (name for name in file[CHANNEL] if name.startswith("Raw_Data-Slow"))
+        group = file[CHANNEL][name]
+        assert group["completed_positions"][:].all()
+        assert (group["Mean"][:, 0] == data.mean(axis=1)).all()
+
+
+def lazyproc_command() -> str:
+    return str(Path(sys.executable).with_name("lazyproc"))
+
+
+@on_demand
+@pytest.mark.parametrize("launcher", ["srun", "mpiexec"])
+def test_ranks_in_one_job(slurm: Slurm, tmp_path: Path, launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, data = make_scan(tmp_path)
+    script = tmp_path / "job.sh"
+    command = (lazyproc_command(), "run", f"{tmp_path}/slow.py:Slow", address)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    job = SlurmJob(command, str(script), ntasks=4, launcher=launcher, options=(f"--output={slurm.folder}/%j.out",))
+    script.write_text(job.script())
+    slurm.call("sbatch", str(script))
+    slurm.wait(slurm.idle)
+    check(tmp_path, data)
+
+
+@on_demand
+@pytest.mark.parametrize("ntasks", [1, 4])
+def test_job_drains_before_the_wall_time_and_submits_itself_again(
+    slurm: Slurm, tmp_path: Path, ntasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, data = make_scan(tmp_path)
+    script = tmp_path / "job.sh"
+    seconds = 0.25 * max(1, ntasks - 1)  # 150 s of work for one minute of wall time
+    command = (
+        lazyproc_command(),
+        "run",
+        f"{tmp_path}/slow.py:Slow",
+        address,
+        "-p",
+        f"seconds={seconds}",
+        "--cores",
+        "1",
+    )
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    output = f"--output={slurm.folder}/drain-{ntasks}.out"
+    job = SlurmJob(command, str(script), ntasks=ntasks, time="00:01:00", drain_seconds=15, options=(output,))
+    script.write_text(job.script())
+    slurm.call("sbatch", str(script))
+    slurm.wait(slurm.idle, 600)
+    check(tmp_path, data)
+    text = (slurm.folder / f"drain-{ntasks}.out").read_text()
+    assert text.count("in a row") >= 2, text
+    assert "CANCELLED" not in text
+
+
+JOBQUEUE = """
+import sys
+import h5py, lazyproc
+from dask_jobqueue import SLURMCluster
+from distributed import Client
+
+sys.path.insert(0, sys.argv[2])
+from slow import Slow
+
+cluster = SLURMCluster(
+    cores=1, processes=1, memory="1GB", walltime="00:10:00", interface="lo",
+    job_extra_directives=["--output=/dev/null"],
+    scheduler_options={"dashboard_address": ":0"},
+)
+with cluster, Client(cluster) as client:
+    cluster.scale(jobs=2)
+    client.wait_for_workers(2, timeout=120)
+    with Slow(sys.argv[1], client=client) as process:
+        process.compute()
+    print(len(client.scheduler_info()["workers"]))
+"""
+
+
+@on_demand
+def test_dask_jobqueue(slurm: Slurm, tmp_path: Path) -> None:
+    pytest.importorskip("dask_jobqueue")
+    address, data = make_scan(tmp_path)
+    (tmp_path / "jobqueue.py").write_text(JOBQUEUE)
+    environment = {**os.environ, "SLURM_CONF": str(slurm.folder / "slurm.conf")}
+    command = [sys.executable, str(tmp_path / "jobqueue.py"), address, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr + slurm.logs()
+    assert json.loads(done.stdout.splitlines()[-1]) == 2
+    check(tmp_path, data)
