@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lazyproc.clusters import cluster
     from lazyproc.compat import replace_pyusid
     from lazyproc.core.errors import (
         ArgumentTypeError,
         ArgumentValueError,
         DefinitionError,
+        FailureLimitError,
         FileBusyError,
         FunctionError,
         Interrupted,
+        LaunchError,
         LazyprocError,
         MemoryLimitError,
         NotMainDatasetError,
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from lazyproc.engine.parallel import parallel_compute, recommend_cpu_cores
     from lazyproc.mapping import map_positions
     from lazyproc.process import Process
-    from lazyproc.results import open_results
+    from lazyproc.results import failures, open_results
 
 # Names load when they are first used: a worker that only needs the block function does not pay for all the rest.
 _HOMES = {
@@ -39,6 +42,8 @@ _HOMES = {
     "Output": "lazyproc.core.specs",
     "Plan": "lazyproc.core.plan",
     "Process": "lazyproc.process",
+    "cluster": "lazyproc.clusters",
+    "failures": "lazyproc.results",
     "map_positions": "lazyproc.mapping",
     "open_results": "lazyproc.results",
     "parallel_compute": "lazyproc.engine.parallel",
@@ -49,9 +54,11 @@ _HOMES = {
         "ArgumentTypeError",
         "ArgumentValueError",
         "DefinitionError",
+        "FailureLimitError",
         "FileBusyError",
         "FunctionError",
         "Interrupted",
+        "LaunchError",
         "LazyprocError",
         "MemoryLimitError",
         "NotMainDatasetError",
@@ -70,9 +77,11 @@ __all__ = [
     "ArgumentValueError",
     "DefinitionError",
     "Dimension",
+    "FailureLimitError",
     "FileBusyError",
     "FunctionError",
     "Interrupted",
+    "LaunchError",
     "LazyprocError",
     "MemoryLimitError",
     "NotMainDatasetError",
@@ -85,6 +94,8 @@ __all__ = [
     "ResultsError",
     "StaleViewError",
     "WorkerError",
+    "cluster",
+    "failures",
     "map_positions",
     "open_results",
     "parallel_compute",

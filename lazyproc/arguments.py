@@ -127,6 +127,29 @@ def check_verify(verify: Any) -> str:
     return verify
 
 
+def check_on_error(on_error: Any) -> str:
+    """Check what is done about positions that fail."""
+    if not isinstance(on_error, str):
+        raise ArgumentTypeError(f"on_error: {on_error!r} came; expected 'raise' or 'record'.")
+    if on_error not in ("raise", "record"):
+        raise ArgumentValueError(
+            f"on_error: {on_error!r} came; expected 'raise' (the first position that fails stops the run) or 'record' "
+            "(it gets the fill value, and its error is kept)."
+        )
+    return on_error
+
+
+def check_max_failures(max_failures: Any) -> int:
+    """Check how many positions may fail."""
+    if isinstance(max_failures, bool) or not isinstance(max_failures, int | np.integer):
+        raise ArgumentTypeError(f"max_failures: {max_failures!r} came; expected a whole number of positions.")
+    if max_failures < 1:
+        raise ArgumentValueError(
+            f"max_failures: {max_failures} came; expected 1 or more. on_error='raise' stops at the first failure."
+        )
+    return int(max_failures)
+
+
 def check_main(h5_main: Any) -> str | h5py.Dataset:
     """Check that the main dataset is an address or an open dataset; says what is wrong with other things."""
     if isinstance(h5_main, str | os.PathLike):

@@ -1,21 +1,26 @@
-"""The command line: demo, run, status, plan, recover."""
+"""The command line: demo, run, status, plan, recover, slurm."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 import traceback
-import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import click
 
 from lazyproc import __version__
+from lazyproc.clusters import cluster
 from lazyproc.core.errors import ArgumentValueError, FunctionError, Interrupted, LazyprocError
 from lazyproc.drain import EXIT_STOPPED
+from lazyproc.engine.launch import detect
+
+log = logging.getLogger("lazyproc")
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -38,6 +43,24 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def _of_all_ranks(command: Callable[..., None]) -> Callable[..., None]:
+    """Run a command once for all processes that mpiexec or srun launched: the others serve as its workers."""
+    import functools
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        if detect() is None:
+            command(*args, **kwargs)
+            return
+        say = log.info if kwargs.get("as_json") else click.echo
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # what functions print shall be seen
+        with ExitStack() as ranks:
+            _reported(lambda: ranks.enter_context(cluster(say=say)))()
+            command(*args, **kwargs)
+
+    return wrapper
+
+
 def _show_cause(error: BaseException) -> None:
     """Show where the user's own code failed."""
     if error.__cause__ is not None:
@@ -51,6 +74,11 @@ def main() -> None:
 
     Exit codes: 0 done, 1 failed, 2 usage, 75 stopped early with work committed: run again.
     """
+    launch = detect()
+    if launch is not None and not launch.is_driver:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # one process speaks for all
+        if click.get_current_context().invoked_subcommand != "run":
+            sys.exit(0)
 
 
 def _work_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -64,6 +92,12 @@ def _work_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--target", metavar="FILE::GROUP", help="Where results go. Default: beside the main dataset."),
         click.option("--max-mem-mb", type=int, default=4096, show_default=True, help="MiB for everything together."),
         click.option("--cores", type=int, help="CPU cores. Default: all."),
+        click.option(
+            "--on-error",
+            type=click.Choice(["raise", "record"]),
+            help="Stop at the first position that fails, or give it the fill value and record its error.",
+        ),
+        click.option("--max-failures", type=click.IntRange(min=1), help="With record: so many may fail."),
         click.option("--verbose", is_flag=True, help="Say what is done."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     ]
@@ -79,6 +113,8 @@ def _make(
     target: str | None,
     max_mem_mb: int,
     cores: int | None,
+    on_error: str | None,
+    max_failures: int | None,
     verbose: bool,
     **more: Any,
 ) -> Any:
@@ -101,7 +137,9 @@ def _make(
         )
     if not os.path.exists(file):
         raise click.UsageError(f"{file}: there is no such file.")
-    return process_class(
+    if on_error is not None:
+        more["on_error"] = on_error
+    made = process_class(
         address,
         parms_dict=parameters,
         cores=available_cores() if cores is None else cores,
@@ -110,22 +148,30 @@ def _make(
         verbose=verbose,
         **more,
     )
+    if max_failures is not None:
+        made.max_failures = max_failures
+    return made
 
 
 @main.command()
 @_work_options
 @click.option("--override", is_flag=True, help="Compute afresh, whatever there is.")
+@_of_all_ranks
 @_reported
 def run(as_json: bool, override: bool, **options: Any) -> None:
     """Compute PROCESS (module:Class, path/to/file.py:Class or a registered name) over a main dataset.
 
-    Finished results of the same work are returned, partial ones resumed.
+    Finished results of the same work are returned, partial ones resumed. The same under mpiexec and srun.
     """
+    from lazyproc.core.specs import STATUS_MASK
+    from lazyproc.hdf5.failures import count_failed
+
     with _make(**options) as process:
         group = process.compute(override)
         address = f"{process.results_path}::{group.name}"
         if as_json:
-            click.echo(json.dumps({"results": address, "n_positions": int(process.h5_main.shape[0])}))
+            n_positions, n_failed = int(process.h5_main.shape[0]), count_failed(group, STATUS_MASK)
+            click.echo(json.dumps({"results": address, "n_positions": n_positions, "n_failed": n_failed}))
         else:
             click.echo(address)
 
@@ -157,7 +203,8 @@ def status(file: str, as_json: bool) -> None:
         click.echo(f"running: {about}")
     for one in state.results:
         share = one.n_done / one.n_positions if one.n_positions else 0.0
-        text = one.problem or f"{share:7.1%}  {one.n_done:,} of {one.n_positions:,} positions"
+        failed = f", {one.n_failed:,} of them failed" if one.n_failed else ""
+        text = one.problem or f"{share:7.1%}  {one.n_done:,} of {one.n_positions:,} positions{failed}"
         click.echo(f"{one.group}\n    {text}" + (f", finished {one.finished}" if one.finished else ""))
     if not state.results:
         click.echo(f"{file}: no results")
@@ -166,22 +213,44 @@ def status(file: str, as_json: bool) -> None:
 @main.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--force", is_flag=True, help="Also if FILE was changed since: that is lost.")
 @_reported
-def recover(file: str, as_json: bool) -> None:
-    """Finish, or drop, a change of FILE that was cut off by a kill; `run` does so by itself."""
-    from lazyproc.hdf5.lock import RunLock
-    from lazyproc.hdf5.transaction import recover as recover_file
+def recover(file: str, as_json: bool, force: bool = False) -> None:
+    """Finish, or take back, a change of FILE that was cut off by a kill; `run` does so by itself."""
+    from lazyproc.hdf5.transaction import recover_locked
 
-    lock = RunLock(file, uuid.uuid4().hex)
-    lock.acquire()
-    try:
-        changed = recover_file(file)
-    finally:
-        lock.release()
+    changed = recover_locked(file, force=force)
     if as_json:
         click.echo(json.dumps({"path": file, "recovered": changed}))
     else:
         click.echo(f"{file}: " + ("a change that was cut off has been settled" if changed else "nothing to recover"))
+
+
+@main.command()
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("-o", "--output", default="lazyproc-job.sh", show_default=True, help="The job script to write.")
+@click.option("--ntasks", default=1, show_default=True, help="MPI ranks; 1 runs the command without MPI.")
+@click.option("--cpus-per-task", default=1, show_default=True, help="Cores of a rank.")
+@click.option("--time", "wall_time", default="01:00:00", show_default=True, help="Wall time of one job.")
+@click.option("--drain", "drain_seconds", default=120, show_default=True, help="Stop so many seconds before it.")
+@click.option("--launcher", type=click.Choice(["srun", "mpiexec"]), default="srun", show_default=True)
+@click.option("--max-jobs", default=50, show_default=True, help="Jobs in a row at most.")
+@click.option("--sbatch", "options", multiple=True, metavar="OPTION", help="Another option of sbatch; repeatable.")
+@_reported
+def slurm(command: tuple[str, ...], output: str, wall_time: str, options: tuple[str, ...], **more: Any) -> None:
+    """Write a Slurm job script for COMMAND that submits itself again until the work is done.
+
+    Example: lazyproc slurm --ntasks 64 --time 04:00:00 --sbatch=--partition=long -- lazyproc run peaks.py:Peaks
+    scan.h5::/Measurement_000/Channel_000/Raw_Data
+    """
+    from lazyproc.slurm import SlurmJob
+
+    path = os.path.abspath(output)
+    job = SlurmJob(command, path, time=wall_time, options=options, **more)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(job.script())
+    os.chmod(path, 0o755)
+    click.echo(f"{path}\nsubmit it with: sbatch {path}")
 
 
 @main.command()

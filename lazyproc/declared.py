@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import psutil
 
-from lazyproc.core.blocks import BlockPlan, positions_per_block
+from lazyproc.core.blocks import BlockPlan
 from lazyproc.core.identity import code_hash
 from lazyproc.core.memory import MemoryModel
 from lazyproc.core.parameters import arguments_text
@@ -19,15 +19,18 @@ from lazyproc.core.plan import Plan
 from lazyproc.core.probe import Probe, run_probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.signature import keyword_arguments
+from lazyproc.core.sizing import block_seconds, positions_per_block, tail_of
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.engine.choose import Scheduler, choose_local
-from lazyproc.engine.cluster import active_client, count_threads, workers_share_file
+from lazyproc.engine.cluster import active_client
+from lazyproc.engine.handshake import why_not_in_place
 from lazyproc.engine.kernel import BlockSink, Kernel
 from lazyproc.hdf5.chunks import chunked_source
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.fingerprint import fingerprint
 from lazyproc.hdf5.place import Place
 from lazyproc.hdf5.search import Found, Work, remaining_positions, search
+from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.source import FileSource, Source
 
 _LOCAL_BYTES = 8 * 2**20
@@ -78,6 +81,8 @@ class Declared:
         How a changed source is noticed.
     status_name : str
         The name of the status mask.
+    max_failures : int or None
+        So many positions may fail, and are recorded; None: the first one that fails stops the run.
     """
 
     process_name: str
@@ -97,6 +102,7 @@ class Declared:
     interval: float
     verify: str
     status_name: str
+    max_failures: int | None = None
     _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
     """Made once for each call of a method of Process: the values are taken not to change within it."""
 
@@ -173,7 +179,16 @@ class Declared:
             If the function cannot be called with them.
         """
         keywords = keyword_arguments(self.function, self.parameters, args, kwargs)
-        return Kernel(self.function, self.vectorized, args, keywords, self.outputs, self.source, sink)
+        return Kernel(
+            self.function,
+            self.vectorized,
+            args,
+            keywords,
+            self.outputs,
+            self.source,
+            sink,
+            max_failures=self.max_failures,
+        )
 
     def memory(self, probe: Probe | None) -> MemoryModel:
         """Return the memory model, with what the probe measured."""
@@ -201,42 +216,58 @@ class Declared:
             result_bytes=memory.result_bytes,
             vectorized=self.vectorized,
             try_threads=self.cores > 1 and self.client is None,
+            record=self.max_failures is not None,
         )
 
     def scheduler(self, kernel: Kernel, probe: Probe | None, n_remaining: int) -> Scheduler:
         """Choose where blocks are computed: the client handed over, the active one, else what the job calls for."""
         client = self.client or active_client()
         if client is not None and self.source.travels:
-            return Scheduler("client", count_threads(client), client)
+            return Scheduler.on_cluster(client)
         if client is not None:
             log.warning("%s lies behind a handle that other processes cannot open: it is computed here", self.label)
         if probe is None:
             return Scheduler("processes" if self.cores > 1 else "serial", self.cores)
         return choose_local(kernel, probe, n_remaining, self.cores)
 
-    def in_place_everywhere(self, scheduler: Scheduler, path: str | None) -> bool:
-        """Tell whether all workers may write into the file themselves."""
-        if path is None:
-            return False
-        return scheduler.client is None or workers_share_file(scheduler.client, path)
+    def in_place_everywhere(self, scheduler: Scheduler, sink: Sink | None) -> bool:
+        """Tell whether all workers may write into the file themselves; if not, the log says why."""
+        if sink is None or scheduler.client is None:
+            return sink is not None
+        reason = why_not_in_place(scheduler.client, sink.trial())
+        if reason:
+            log.warning("%s: results travel to the driver, which writes them: %s", self.process_name, reason)
+        return not reason
 
     def blocks(self, remaining: Runs, scheduler: Scheduler, probe: Probe | None, *, driver_writes: bool) -> BlockSizes:
-        """Divide what remains into blocks that fit into memory and last about a second."""
+        """Divide what remains into blocks that fit into memory and last about a second, less toward the end."""
         memory = self.memory(probe)
-        workers, rows = memory.fit(self.limit_bytes(), scheduler.n_workers, driver_writes=driver_writes)
+        workers, rows = memory.fit(self.limit_bytes(), scheduler.n_on_machine, driver_writes=driver_writes)
+        if workers == scheduler.n_on_machine:  # else it is not known on which machines fewer blocks would be
+            workers = scheduler.n_workers
         seconds = probe.seconds_per_position if probe is not None else None
-        align = self.source.chunk_rows
+        align = min(self.source.chunk_rows, self.n_positions)
+        n_remaining = max(1, remaining.n_positions)
+        target_seconds, least_seconds = block_seconds(workers, self.interval)
         size = positions_per_block(
             memory_rows=rows,
-            n_remaining=max(1, remaining.n_positions),
+            n_remaining=n_remaining,
             n_workers=workers,
             align=align,
             seconds_per_position=seconds,
             bytes_per_position=memory.source_bytes + memory.result_bytes,
             preferred_bytes=_LOCAL_BYTES if scheduler.kind in ("serial", "threads") else _SENT_BYTES,
-            target_seconds=min(1.0, max(0.05, self.interval / 4)),
+            target_seconds=target_seconds,
         )
-        plan = BlockPlan(remaining, size, align=min(align, self.n_positions))
+        tail = tail_of(
+            size,
+            n_remaining=n_remaining,
+            n_workers=workers,
+            align=align,
+            seconds_per_position=seconds,
+            least_seconds=least_seconds,
+        )
+        plan = BlockPlan(remaining, size, align=align, tail=tail)
         return BlockSizes(plan, workers, memory, driver_writes)
 
     def plan(self, work: Work, found: list[Found], kernel: Kernel) -> Plan:
@@ -266,6 +297,7 @@ class Declared:
             n_positions=self.n_positions,
             n_done=self.n_positions - remaining.n_positions,
             n_remaining=remaining.n_positions,
+            n_failed=chosen.n_failed if chosen else 0,
             n_blocks=sizes.plan.count(),
             block_positions=sizes.plan.max_positions,
             chunk_positions=self.source.chunk_rows,

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from lazyproc.core.errors import DefinitionError
+from lazyproc.core.errors import ArgumentValueError, DefinitionError
 from lazyproc.core.specs import validate_outputs
 from lazyproc.hooks import HOOKS, HookContract
 
@@ -43,6 +43,15 @@ def check_hook_style(cls: type, process: type) -> None:
         raise DefinitionError(
             f"{cls.__name__}: has {functions[0]}, but declares no outputs; expected a dict such as "
             "outputs = {'Mean': Output('f4')}: what the function gives for each position."
+        )
+
+
+def check_recordable(cls: type, on_error: str) -> None:
+    """Refuse to record failures of a class that creates its datasets itself: nobody knows their fill values."""
+    if on_error != "raise":
+        raise ArgumentValueError(
+            f"on_error: {on_error!r} came for {cls.__name__}, which creates and writes its results itself; expected "
+            "'raise'. Only a class that declares outputs tells what a failed position gets: its fill value."
         )
 
 

@@ -1,4 +1,4 @@
-"""The contract towards subclasses written for pyUSID: the hooks they override, and the loop that calls them.
+"""The contract towards subclasses written for pyUSID: the hooks they override, and the order in which they are called.
 
 A batch of positions is read into ``self.data``, computed by `_unit_computation`, written by `_write_results_chunk`, and
 then marked in the status mask. Hooks are looked up on the instance at each call, since old subclasses exchange them
@@ -10,10 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,30 +20,30 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from lazyproc.core.errors import ArgumentValueError, DefinitionError, MemoryLimitError, ResultsError
-from lazyproc.core.events import BlockDone, Finished, Listener, Started
+from lazyproc.core.errors import MemoryLimitError
+from lazyproc.core.events import Listener
 from lazyproc.core.memory import DRIVER_BYTES, MEBIBYTE
 from lazyproc.core.runs import Runs
+from lazyproc.drain import Drain, nothing_yet
 from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.cluster import active_client
 from lazyproc.engine.parallel import parallel_compute
-from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.fingerprint import fingerprint
+from lazyproc.hdf5.guard import guarded
 from lazyproc.hdf5.hook_record import (
     NOT_COMPARABLE,
     HookWork,
-    WriteWatch,
     ensure_status_mask,
     find_groups,
+    has_record,
     is_first_phase,
     same_arguments_recorded,
     same_parameters_recorded,
-    sync_files,
     text_of,
 )
-from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.source import source_of
+from lazyproc.hook_loop import Batches, HookLoop, allocate_results, check_group, files_of, locked, settle_end
 
 if TYPE_CHECKING:
     from lazyproc.process import Process
@@ -63,9 +61,6 @@ _COPIES = 1.5
 """Copies of a batch beside the batch itself: pieces on their way to workers, and there."""
 _OBJECT_BYTES = 1024
 """What a result takes as a Python object, over its bytes in the file."""
-
-_HELD: ContextVar[frozenset[str]] = ContextVar("lazyproc_held", default=frozenset())
-"""Files whose lock this thread holds: a hook may run another process on the same file."""
 
 log = logging.getLogger("lazyproc")
 
@@ -265,6 +260,8 @@ class HookContract:
             finished = _of_same_work(self.duplicate_h5_groups, work, arguments)
             if finished:
                 self.h5_results_grp = finished[-1]
+                if has_record(finished[-1], work.status_name):
+                    settle_end(finished[-1], work.n_positions, work.status_name)
                 return finished[-1]
             if self.h5_results_grp is None:
                 self._take_partial(work, arguments)
@@ -274,18 +271,24 @@ class HookContract:
                 afresh = not self._goes_on(work, arguments)
         if afresh and self.h5_results_grp is not None and _belongs_to_one_phase(self.h5_results_grp, work):
             self.h5_results_grp = None
+        drain = Drain(nothing_yet(str(self.process_name)), self._progress)
         with ExitStack() as locks:
-            locks.enter_context(_locked(self._h5_target_group.file))
-            if self.h5_results_grp is None:
-                self._create_results_datasets()
-                _check_group(self)
-                self._write_source_dset_provenance()
-            else:
-                self._get_existing_datasets()
-            _check_group(self)
-            locks.enter_context(_locked(self.h5_results_grp.file))
-            work = replace(self._hook_work(), parameters=work.parameters, searched=work.searched)
-            _Loop(self, ensure_status_mask(self.h5_results_grp, work, arguments, afresh=afresh)).go(args, kwargs)
+            locks.enter_context(drain.on_signals())
+            locks.enter_context(locked(self._h5_target_group.file))
+            with guarded(before := files_of(self)):
+                if self.h5_results_grp is None:
+                    self._create_results_datasets()
+                    check_group(self)
+                    self._write_source_dset_provenance()
+                else:
+                    self._get_existing_datasets()
+                check_group(self)
+                locks.enter_context(locked(self.h5_results_grp.file))
+                work = replace(self._hook_work(), parameters=work.parameters, searched=work.searched)
+                with guarded({self.h5_results_grp.file} - before):  # which the hook has opened itself
+                    mask = ensure_status_mask(self.h5_results_grp, work, arguments, afresh=afresh)
+                    allocate_results(self)
+            HookLoop(self, mask).go(args, kwargs, drain)
         return self.h5_results_grp
 
     def _take_partial(self, work: HookWork, arguments: str) -> None:
@@ -347,212 +350,6 @@ def _of_same_work(groups: list[h5py.Group], work: HookWork, arguments: str) -> l
 def _belongs_to_one_phase(group: h5py.Group, work: HookWork) -> bool:
     """Tell whether computing afresh means another group: not for a later phase, which builds on what is in this one."""
     return is_first_phase(group, work) and (work.status_name in group or int(group.attrs.get("last_pixel", 0)) > 0)
-
-
-def _check_group(process: HookContract) -> None:
-    if not isinstance(process.h5_results_grp, h5py.Group) or not process.h5_results_grp:
-        raise DefinitionError(
-            f"{type(process).__name__}: self.h5_results_grp is {process.h5_results_grp!r} after the results were "
-            "created or found again; expected an open h5py.Group: _create_results_datasets has to set it."
-        )
-
-
-@contextmanager
-def _locked(file: h5py.File) -> Iterator[None]:
-    """Hold the run's lock of the file, if there is one on disk, and this thread does not hold it already."""
-    path = real_path(file)
-    if path is None or path in _HELD.get():
-        yield
-        return
-    lock = RunLock(path, uuid.uuid4().hex)
-    lock.acquire()
-    held = _HELD.set(_HELD.get() | {path})
-    try:
-        yield
-    finally:
-        _HELD.reset(held)
-        lock.release()
-
-
-class Batches:
-    """The positions that remain, handed out batch after batch.
-
-    Parameters
-    ----------
-    remaining : Runs
-        What has to be computed.
-    """
-
-    def __init__(self, remaining: Runs) -> None:
-        self._left = remaining
-
-    def __bool__(self) -> bool:
-        return bool(self._left)
-
-    def next(self, most: Any) -> NDArray[np.int64] | None:
-        """Return the next positions, at most `most` of them (any number; fractions are dropped); None at the end."""
-        if not self._left:
-            return None
-        if not most >= 1:
-            raise ArgumentValueError(f"_max_pos_per_read: is {most!r}; expected at least one position a batch.")
-        batch = self._left.take(int(min(most, self._left.n_positions)))
-        self._left = self._left.difference(batch)
-        return batch.positions()
-
-    def read(self, main: h5py.Dataset, pixels: NDArray[np.int64], lazy: bool) -> Any:
-        """Read rows of the main dataset, `(n_positions, n_spectral)`; with `lazy` as a dask array of whole rows."""
-        runs = Runs.from_positions(pixels)
-        dataset = h5py.Dataset(main.id)
-        if lazy:
-            from lazyproc.views import lazy_rows
-
-            if dataset.file.mode != "r":
-                dataset.file.flush()
-            return lazy_rows(source_of(dataset), "positions", runs)
-        rows = np.empty((len(pixels), *dataset.shape[1:]), dataset.dtype)
-        place = 0
-        for start, stop in runs:
-            dataset.read_direct(rows, np.s_[start:stop], np.s_[place : place + stop - start])
-            place += stop - start
-        return rows
-
-
-class _Loop:
-    """Batches of a hook-style process, from the status mask to the last commit."""
-
-    def __init__(self, process: HookContract, mask: h5py.Dataset) -> None:
-        self._process = process
-        self._group: h5py.Group = process.h5_results_grp
-        self._mask = process._h5_status_dset = mask
-        self._n_positions = int(mask.shape[0])
-        self._status_name = str(mask.name).rpartition("/")[2]
-        self._remaining = remaining_positions(self._group, self._n_positions, self._status_name)
-        process._lazyproc_batches = Batches(self._remaining)
-
-    def go(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Run all batches; what a hook raises leaves this at once, finished batches stay marked."""
-        process = self._process
-        n_done = self._n_positions - self._remaining.n_positions
-        process._progress(Started(str(process.process_name), self._n_positions, n_done, "hooks"))
-        try:
-            self._sync()  # before any row is written: a mask that was cleared must not come back
-            with _lazy_in_this_thread(process._lazy):
-                process._read_data_chunk()
-                while process._data is not None:
-                    n_batch = self._batch(args, kwargs)
-                    n_done += n_batch
-                    process._progress(BlockDone(n_batch))
-                    if process._lazyproc_batches:
-                        # The old batch is let go before the next one is read: only one is ever in memory.
-                        process._data = process._results = None
-                    process._read_data_chunk()
-        finally:
-            process._progress(Finished(n_done))
-            process._lazyproc_batches = None
-        left = remaining_positions(self._group, self._n_positions, self._status_name)
-        self._group.attrs["last_pixel"] = np.int64(left.starts[0] if left else self._n_positions)
-        self._sync()
-
-    def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        """Compute a batch, let the hook write it, make that durable, then mark it and make that durable."""
-        process = self._process
-        pixels = process._get_pixels_in_current_batch()
-        if pixels is None or len(pixels) == 0:
-            raise ResultsError(
-                f"{type(process).__name__}: self.data is set, but no positions belong to it: a _read_data_chunk "
-                "that sets self.data has to call the one of the base first."
-            )
-        block = Runs.from_positions(pixels)  # hooks get the array itself, and may change it
-        process._lazyproc_rows = None
-        with WriteWatch(self._files()) as watch:
-            with _lazy_on_cluster(process._lazy):
-                process._unit_computation(*args, **kwargs)
-            _check_number(process, block.n_positions)
-            process._write_results_chunk()
-            self._sync()
-            if watch.saw_nothing():
-                raise ResultsError(
-                    f"{type(process).__name__}: _write_results_chunk wrote nothing for the positions "
-                    f"{block.starts[0]} to {block.stops[-1] - 1}; expected results in the datasets of "
-                    f"{self._group.name}. They are not marked as done."
-                )
-        for start, stop in block:
-            self._mask[start:stop] = 1
-        self._sync()
-        return block.n_positions
-
-    def _files(self) -> set[h5py.File]:
-        """Return the files that hooks may have written to: of the group, the mask and all that the subclass holds."""
-        held = [self._group, self._mask, *vars(self._process).values()]
-        return {one.file for one in held if isinstance(one, h5py.Dataset | h5py.Group) and one}
-
-    def _sync(self) -> None:
-        sync_files(self._files())
-
-
-@contextmanager
-def _lazy_in_this_thread(lazy: bool) -> Iterator[None]:
-    """Compute lazy batches in this thread.
-
-    A hook that writes a lazy array into a dataset holds h5py's only lock while the array is computed. Another thread
-    that needs it meanwhile, to read a chunk or just to collect a handle as garbage, would wait for ever.
-    """
-    if not lazy:
-        yield
-        return
-    import dask
-
-    with dask.config.set(scheduler="synchronous"):
-        yield
-
-
-@contextmanager
-def _lazy_on_cluster(lazy: bool) -> Iterator[None]:
-    """Compute lazy batches on the active cluster, if it is one of other processes; for hooks that do not write."""
-    client = active_client() if lazy else None
-    scheduler = getattr(client, "scheduler", None)
-    if scheduler is None or str(scheduler.address).startswith("inproc"):
-        yield
-        return
-    import dask
-
-    with dask.config.set(scheduler=client.get):  # type: ignore[union-attr]
-        yield
-
-
-def _check_number(process: HookContract, n_positions: int) -> None:
-    """Raise ResultsError if ``self._results`` is a list with a number of results that cannot be right.
-
-    It is right for one result a position or a row of ``self.data``, for several a position, and for columns with one
-    value a position. Whatever else a subclass keeps there is its own business.
-    """
-    results, rows = process._results, process._lazyproc_rows
-    if type(results) is not list or not results or (rows is None and not _are_numbers(results)):
-        return
-    fitting = {n_positions, rows, _length(process._data)}
-    if len(results) in fitting or len(results) % n_positions == 0 or all(_length(one) in fitting for one in results):
-        return
-    raise ResultsError(
-        f"{type(process).__name__}: self._results has {len(results)} results for {n_positions} positions; expected "
-        "one for each. The batch is not written and not marked as done."
-    )
-
-
-def _length(value: Any) -> int:
-    shape = getattr(value, "shape", None)
-    return int(shape[0]) if shape else len(value) if isinstance(value, list | tuple) else -1
-
-
-def _are_numbers(items: list[Any]) -> bool:
-    """Tell whether all are numbers, or arrays or tuples of numbers, of one type and shape."""
-    if len({type(item) for item in items}) != 1 or not isinstance(
-        items[0], int | float | complex | np.generic | tuple | list | np.ndarray
-    ):
-        return False
-    try:
-        return np.asarray(items).dtype.kind in "biufcV"
-    except ValueError:
-        return False
 
 
 def is_hook_style(cls: type[Process]) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 
+from lazyproc.arguments import check_max_failures
 from lazyproc.core.errors import ArgumentTypeError
 from lazyproc.core.specs import Output
 from lazyproc.process import Process
@@ -26,6 +27,7 @@ def map_positions(
     vectorized: bool = False,
     lazy: bool = False,
     override: bool = False,
+    max_failures: int | None = None,
     **options: Any,
 ) -> h5py.Group | xarray.Dataset:
     """Apply a function to every position of a main dataset.
@@ -49,6 +51,8 @@ def map_positions(
         and return the results group.
     override : bool
         Compute afresh, whatever there is.
+    max_failures : int, optional
+        With ``on_error="record"``: so many positions may fail. Default: 1000.
     **options
         Further arguments of `Process`.
 
@@ -73,7 +77,10 @@ def map_positions(
     name = process_name or _name_of(function)
     kind = "_block_function" if vectorized else "_map_function"
     declared = {name: outputs} if isinstance(outputs, Output) else outputs
-    process_class = type(name, (Process,), {"outputs": declared, kind: staticmethod(function)})
+    attributes: dict[str, Any] = {"outputs": declared, kind: staticmethod(function)}
+    if max_failures is not None:
+        attributes["max_failures"] = check_max_failures(max_failures)
+    process_class = type(name, (Process,), attributes)
     process = process_class(h5_main, name, params, lazy=lazy, **options)
     return process.to_xarray() if lazy else process.compute(override)
 

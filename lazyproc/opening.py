@@ -7,7 +7,9 @@ import os
 import h5py
 
 from lazyproc.core.errors import ArgumentValueError
+from lazyproc.hdf5.damage import reading
 from lazyproc.hdf5.files import Files, split_address
+from lazyproc.hdf5.guard import guarded
 from lazyproc.hdf5.place import HandlePlace, Place
 
 
@@ -16,8 +18,9 @@ def open_main(main: str | h5py.Dataset, files: Files, *, writable: bool) -> tupl
     if isinstance(main, h5py.Dataset):
         return None, main
     path, name = split_address(main, "h5_main")
-    file = files.open(path)
-    found = file.get(name)
+    file = files.open(path, "h5_main")
+    with reading(f"h5_main: {path}::{name}", "Restore the file from a copy."):
+        found = file.get(name)
     if not isinstance(found, h5py.Dataset):
         what = "a group" if isinstance(found, h5py.Group) else "not there"
         raise ArgumentValueError(
@@ -32,6 +35,9 @@ def target_handle(place: Place, main_path: str | None, main: h5py.Dataset, files
     if isinstance(place, HandlePlace):
         return place.handle
     if place.path == main_path:
+        if place.name not in main.file:
+            with guarded([main.file]):
+                main.file.create_group(place.name)
         return main.file.require_group(place.name)
     if place.group() is None:
         with place.edit():

@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import h5py
 
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
-from lazyproc.core.errors import Interrupted, LazyprocError
+from lazyproc.core.errors import LazyprocError
 from lazyproc.core.events import Finished, Listener, Started
 from lazyproc.core.identity import function_name
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.declared import Declared, stored_probe
-from lazyproc.drain import EXIT_STOPPED, Drain
+from lazyproc.drain import Drain, how_far, nothing_yet
 from lazyproc.engine.choose import Scheduler
-from lazyproc.engine.failure import Failure, raise_failures
-from lazyproc.engine.kernel import Kernel
+from lazyproc.engine.failure import raise_failures
+from lazyproc.engine.kernel import Kernel, failure_of
 from lazyproc.hdf5.lock import Fence, RunLock
-from lazyproc.hdf5.record import Provenance, create_group, ensure_mask, environment, note_end, open_target
+from lazyproc.hdf5.record import (
+    Provenance,
+    create_group,
+    ensure_mask,
+    ensure_room,
+    environment,
+    lacks_room,
+    note_end,
+    open_target,
+)
 from lazyproc.hdf5.search import Found, Work, remaining_positions
 from lazyproc.hdf5.target import Target
 from lazyproc.hdf5.transaction import recover
+from lazyproc.hdf5.undo import refuse_pending
+from lazyproc.recording import check_limit, raise_limit, say_failed
 from lazyproc.run import Committer, Outcome, run_loop
 
 log = logging.getLogger("lazyproc")
@@ -67,30 +77,32 @@ def perform(
     """
     kernel = declared.kernel(args, kwargs)
     work = declared.work(args, kwargs)
-    with _locked(declared) as fence:
-        found = declared.found(work)
+    drain = Drain(nothing_yet(declared.process_name), listener)
+    with drain.on_signals(), locked(declared) as fence:
+        with drain.interruptible(at_first=True):
+            found = declared.found(work)
         duplicates = [one for one in found if one.is_complete]
         if duplicates and not override:
-            _warn(duplicates[-1])
+            warn_of(duplicates[-1])
             log.info("%s: returning the finished results %s", declared.process_name, duplicates[-1].name)
             return duplicates[-1].name
         partial = {one.name: one for one in found if one.is_partial}
         name = None if override or not partial else chosen if chosen in partial else list(partial)[-1]
         if name is not None:
-            _warn(partial[name])
+            warn_of(partial[name])
         declared = declared.settled()
         kernel = replace(kernel, source=declared.source)
         if name is None:
-            name, remaining, probe = _start(declared, work, kernel)
+            name, remaining, probe = _start(declared, work, kernel, drain)
         else:
-            remaining, probe = _resume(declared, work, kernel, name)
-        _run(declared, work, kernel, name, fence, remaining, probe, listener)
+            remaining, probe = _resume(declared, work, kernel, name, drain)
+        run_group(declared, work, kernel, name, fence, remaining, probe, listener, drain)
         return name
 
 
 @contextlib.contextmanager
-def _locked(declared: Declared) -> Any:
-    """Hold the run's lock, if there is a file to lock; finish a transaction that was killed."""
+def locked(declared: Declared) -> Any:
+    """Hold the run's lock, if there is a file to lock; settle a change that was cut off by a death."""
     path = declared.place.lock_path
     if path is None:
         yield None
@@ -98,26 +110,38 @@ def _locked(declared: Declared) -> Any:
     lock = RunLock(path, uuid.uuid4().hex)
     lock.acquire()
     try:
-        if not declared.place.by_handle and recover(path):
-            log.warning("%s: a change that was cut off has been completed", path)
+        if declared.place.by_handle:
+            refuse_pending(path, locked=True)
+        elif recover(path):
+            log.warning("%s: a change that was cut off has been settled", path)
         yield lock.fence
     finally:
         lock.release()
 
 
-def _warn(found: Found) -> None:
+def warn_of(found: Found) -> None:
+    """Tell what is worth a warning about results that are used again."""
     for remark in found.remarks:
         log.warning("%s: %s", found.name, remark)
+    say_failed(found.name, found.n_failed, found.n_positions)
 
 
-def _probe(declared: Declared, kernel: Kernel, remaining: Runs) -> Probe:
-    """Try the function; what it raises reaches the user with the positions concerned."""
+def probe_function(declared: Declared, kernel: Kernel, remaining: Runs, *, begun: bool) -> Probe:
+    """Try the function; what it raises reaches the user with the positions concerned.
+
+    Where failures are recorded, it must not fail wherever it is tried, unless results show that it can do better.
+    """
     try:
-        return declared.probe(kernel, remaining)
-    except RowError as error:
-        failure = Failure.of_function(error, _block_of(error, remaining))
-    except OutputMismatch as error:
-        failure = Failure.of_output(error, _block_of(error, remaining))
+        probe = declared.probe(kernel, remaining)
+    except (RowError, OutputMismatch) as error:
+        failure = failure_of(error, _block_of(error, remaining))
+    else:
+        if begun or probe.first is None:
+            return probe
+        if not probe.all_failed:
+            check_limit(declared, probe)
+            return probe
+        failure = failure_of(probe.first, _block_of(probe.first, remaining))
     failure.raise_error(declared.process_name, declared.label)
 
 
@@ -130,17 +154,20 @@ def _as_block(runs: Runs) -> Block:
     return Block(0, tuple(runs.starts.tolist()), tuple(runs.stops.tolist()))
 
 
-def _start(declared: Declared, work: Work, kernel: Kernel) -> tuple[str, Runs, Probe]:
+def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain) -> tuple[str, Runs, Probe]:
     """Probe, and only then create the results group."""
     remaining = Runs.full(declared.n_positions)
     declared.flush_main()
     declared.blocks(remaining, Scheduler("serial", 1), None, driver_writes=False)  # does one position fit at all?
-    probe = _probe(declared, kernel, remaining)
+    with drain.interruptible(at_first=True):
+        probe = probe_function(declared, kernel, remaining, begun=False)
     # and with what was measured? Before anything is created
     declared.blocks(remaining, Scheduler("serial", 1), probe, driver_writes=declared.place.lock_path is None)
+    with drain.interruptible(at_first=True):
+        fingerprint = declared.fingerprint()
     provenance = Provenance(
         function=function_name(declared.function),
-        fingerprint=declared.fingerprint(),
+        fingerprint=fingerprint,
         versions=environment(),
         probe={
             "seconds_per_position": probe.seconds_per_position,
@@ -150,7 +177,7 @@ def _start(declared: Declared, work: Work, kernel: Kernel) -> tuple[str, Runs, P
         },
     )
     with declared.place.edit() as parent:
-        name = create_group(parent, _main_beside(declared, parent), work, provenance)
+        name = create_group(parent, _main_beside(declared, parent), work, provenance, declared.max_failures)
     log.info("%s: results go to %s::%s", declared.process_name, declared.place.path, name)
     return name, remaining, probe
 
@@ -163,7 +190,7 @@ def _main_beside(declared: Declared, parent: h5py.Group) -> h5py.Dataset:
     return declared.main
 
 
-def _resume(declared: Declared, work: Work, kernel: Kernel, name: str) -> tuple[Runs, Probe]:
+def _resume(declared: Declared, work: Work, kernel: Kernel, name: str, drain: Drain) -> tuple[Runs, Probe]:
     """Find what remains; a measurement that was stored with the results is used again."""
     declared.flush_main()
     parent = declared.place.group()
@@ -176,10 +203,16 @@ def _resume(declared: Declared, work: Work, kernel: Kernel, name: str) -> tuple[
     if work.status_name not in group:
         with declared.place.edit() as editable:
             ensure_mask(editable, name, work)
-    return remaining, probe or _probe(declared, kernel, remaining)
+    if probe is None:
+        with drain.interruptible(at_first=True):
+            probe = probe_function(declared, kernel, remaining, begun=remaining.n_positions < work.n_positions)
+    if declared.max_failures is not None and lacks_room(group, work, declared.max_failures):
+        with declared.place.edit() as editable:
+            ensure_room(editable, name, work, declared.max_failures)
+    return remaining, probe
 
 
-def _run(
+def run_group(
     declared: Declared,
     work: Work,
     kernel: Kernel,
@@ -188,28 +221,59 @@ def _run(
     remaining: Runs,
     probe: Probe,
     listener: Listener,
-) -> None:
-    """Write what the probe computed, then run the blocks, then note the end."""
-    target = open_target(declared.place, name, declared.outputs, declared.status_name, fence)
-    n_before = work.n_positions - remaining.n_positions
-    committer = Committer(target, declared.interval, n_before, listener)
-    drain = Drain()
-    n_committed = 0
+    drain: Drain,
+    *,
+    undone: Runs | None = None,
+) -> Outcome:
+    """Write what the probe computed, then run the blocks, then note the end.
+
+    Parameters
+    ----------
+    declared, work, kernel
+        What is done.
+    name : str
+        The results group.
+    fence : Fence or None
+        Of the run's lock.
+    remaining : Runs
+        The positions to compute.
+    probe : Probe
+        What was measured.
+    listener : callable
+        Is told of blocks and commits.
+    drain : Drain
+        The wish to stop early.
+    undone : Runs, optional
+        All positions that are not done once `remaining`, which are marked as done until now, are taken back. Default:
+        `remaining` is all that is not done.
+    """
+    target, failed = open_target(
+        declared.place, name, declared.outputs, declared.status_name, fence, declared.max_failures
+    )
+    n_before = work.n_positions - (undone or remaining).n_positions
+    committer = Committer(target, declared.interval, n_before, listener, failed)
     try:
-        with drain.on_signals():
-            outcome = _loop(declared, kernel, target, remaining, probe, committer, drain, listener)
+        if undone is not None and failed is not None:
+            target.unmark(remaining)
+            failed.release(remaining)
+        outcome = _loop(declared, kernel, target, remaining, probe, committer, drain, listener)
     finally:
         n_committed = n_before + committer.n_done
+        drain.message = how_far(declared.process_name, n_committed, work.n_positions, declared.place.path)
         target.close()
         listener(Finished(n_committed))
+    if outcome.refused:
+        raise_limit(declared, name, outcome, n_committed)
     if outcome.failures:
         log.error("%s: a block failed; %d of %d positions are done and kept", name, n_committed, work.n_positions)
         raise_failures(outcome.failures, declared.process_name, declared.label)
     if n_committed == work.n_positions:
         with declared.place.edit() as parent:
             note_end(parent, name, work, f"{len(outcome.workers)} workers, {outcome.n_blocks} blocks")
-    if n_committed < work.n_positions or drain.signal is not None:
-        _stop(declared, drain, n_committed, work.n_positions)
+    say_failed(name, failed.n_failed if failed is not None else 0, work.n_positions)
+    if committer.n_done < remaining.n_positions and drain.signal is None:
+        raise LazyprocError(drain.message)
+    return outcome
 
 
 def _loop(
@@ -222,46 +286,37 @@ def _loop(
     drain: Drain,
     listener: Listener,
 ) -> Outcome:
+    if not committer.has_room(probe.failed):
+        committer.refuse(probe.failed)
+        return committer.outcome()
     for runs, arrays in probe.computed:
         target.write(_as_block(runs), arrays)
         committer.take_positions(runs)
         remaining = remaining.difference(runs)
+    first = probe.first
+    committer.take_failed(probe.failed, failure_of(first, _block_of(first, remaining)) if first is not None else None)
     committer.commit()  # workers may take a while to start
-    scheduler = declared.scheduler(kernel, probe, remaining.n_positions)
-    in_place = target.sink is not None and declared.in_place_everywhere(scheduler, declared.place.lock_path)
+    with drain.interruptible(at_first=True):  # a cluster may take its time to answer
+        scheduler = declared.scheduler(kernel, probe, remaining.n_positions)
+        in_place = declared.in_place_everywhere(scheduler, target.sink)
     sizes = declared.blocks(remaining, scheduler, probe, driver_writes=not in_place)
     scheduler = scheduler.with_workers(sizes.n_workers)
     kernel = kernel.for_run(target.sink if in_place else None, scheduler.native_threads)
-    n_before = declared.n_positions - remaining.n_positions
-    listener(Started(declared.process_name, declared.n_positions, n_before, str(scheduler)))
+    listener(Started(declared.process_name, declared.n_positions, committer.n_all, str(scheduler)))
     log.info(
         "%s: %d positions in %d blocks of up to %d, in %s",
         declared.process_name, remaining.n_positions, sizes.plan.count(), sizes.plan.max_positions, scheduler,
     )  # fmt: skip
-    receipts = scheduler.run(kernel, sizes.plan, drain.requested, declared.process_name)
+    receipts = scheduler.run(
+        kernel, sizes.plan, drain.requested, declared.process_name, drain.dropping, drain.interruptible
+    )
     return run_loop(receipts, committer, drain)
 
 
-def _stop(declared: Declared, drain: Drain, n_done: int, n_positions: int) -> NoReturn:
-    """Leave as the signal asked for, also if the last block ended meanwhile: the caller's script shall not go on."""
-    message = (
-        f"{declared.process_name}: stopped early; {n_done} of {n_positions} positions ({n_done / n_positions:.1%}) are "
-        f"done and kept in {declared.place.path}. The same call of compute() goes on from there."
-    )
-    if drain.signal == signal.SIGTERM:
-        log.warning(message)
-        raise SystemExit(EXIT_STOPPED)
-    if drain.signal is not None:
-        raise Interrupted(message)
-    raise LazyprocError(message)
-
-
 def compute_here(declared: Declared, kernel: Kernel, runs: Runs) -> tuple[Any, ...]:
-    """Compute positions in this process and return the results; nothing is written."""
+    """Compute positions in this process and return the results; nothing is written, and whatever fails raises."""
     try:
         return kernel.compute(declared.source.rows(iter(runs)))
-    except RowError as error:
-        failure = Failure.of_function(error, _as_block(runs))
-    except OutputMismatch as error:
-        failure = Failure.of_output(error, _as_block(runs))
+    except (RowError, OutputMismatch) as error:
+        failure = failure_of(error, _as_block(runs))
     failure.raise_error(declared.process_name, declared.label)

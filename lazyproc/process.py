@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import h5py
@@ -16,9 +17,11 @@ from lazyproc.arguments import (
     check_flag,
     check_interval,
     check_main,
+    check_max_failures,
     check_memory,
     check_multiplier,
     check_name,
+    check_on_error,
     check_parms,
     check_positions,
     check_verify,
@@ -29,8 +32,9 @@ from lazyproc.core.plan import Plan, html_table
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import STATUS_MASK, Output, resolve_outputs, validate_outputs
 from lazyproc.declared import Declared
-from lazyproc.definition import check_definition, check_hook_style, function_of
+from lazyproc.definition import check_definition, check_hook_style, check_recordable, function_of
 from lazyproc.engine.choose import available_cores, default_cores
+from lazyproc.engine.mpi import mpi_attributes
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.place import place_of
 from lazyproc.hdf5.search import Found, examine
@@ -41,6 +45,7 @@ from lazyproc.opening import open_main, target_handle
 from lazyproc.perform import compute_here, perform
 from lazyproc.progress import ProgressBar
 from lazyproc.results import lazy_results, path_of_group
+from lazyproc.retry import retry
 from lazyproc.views import Committed, group_id, lazy_rows
 
 if TYPE_CHECKING:
@@ -83,6 +88,15 @@ class Process(HookContract):
     verify : str
         How changed source data are noticed: ``"sampled"`` (all bytes up to 256 MiB, samples above), ``"full"`` or
         ``"none"``.
+    on_error : str
+        ``"raise"``: the first position whose function fails stops the run. ``"record"``: it gets the fill value of each
+        output, counts as done, and its error is kept with the results, up to `max_failures` of them; `retry_failed`
+        computes such positions again. Makes no difference to what counts as the same work.
+
+    Attributes
+    ----------
+    max_failures : int
+        Of the class or the object: so many positions may fail and be recorded, then the run stops. Default: 1000.
 
     Raises
     ------
@@ -110,6 +124,7 @@ class Process(HookContract):
 
     process_name: Any = None
     outputs: ClassVar[Mapping[str, Output] | None] = None
+    max_failures: int = 1000
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -131,6 +146,7 @@ class Process(HookContract):
         client: Any = None,
         checkpoint_interval: float = 10.0,
         verify: str = "sampled",
+        on_error: str = "raise",
     ) -> None:
         self._declares = type(self).outputs is not None
         main = check_main(h5_main)
@@ -149,10 +165,12 @@ class Process(HookContract):
         self._client = check_client(client)
         self._interval = check_interval(checkpoint_interval)
         self._verify = check_verify(verify)
+        self._on_error = check_on_error(on_error)
         if self._declares:
             self._function, self._vectorized = function_of(type(self))
         else:
             check_hook_style(type(self), Process)
+            check_recordable(type(self), self._on_error)
 
         self._files = Files()
         try:
@@ -167,8 +185,9 @@ class Process(HookContract):
             self._status_dset_name = STATUS_MASK
             self._progress: Listener = ProgressBar()
             self._chosen: str | None = None
+            self._n_failed: dict[str, int] = {}
             self.h5_results_grp: h5py.Group | None = None
-            self.mpi_comm, self.mpi_rank, self.mpi_size = None, 0, 1
+            self.mpi_comm, self.mpi_rank, self.mpi_size = mpi_attributes(self._client)
             with self._logging():
                 if self._declares:
                     self._source = source_of(self.h5_main, self._main_path)
@@ -212,11 +231,13 @@ class Process(HookContract):
             interval=self._interval,
             verify=self._verify,
             status_name=self._status_dset_name,
+            max_failures=check_max_failures(self.max_failures) if self._on_error == "record" else None,
         )
 
     def _look(self, declared: Declared, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look for results of the same work and keep what is found."""
         found = declared.found(declared.work(args, kwargs))
+        self._n_failed = {one.name: one.n_failed for one in found if one.n_failed}
         parent = self._place.group()
         self.duplicate_h5_groups = [parent.file[one.name] for one in found if one.is_complete] if parent else []
         self.partial_h5_groups = [parent.file[one.name] for one in found if one.is_partial] if parent else []
@@ -297,9 +318,12 @@ class Process(HookContract):
         Raises
         ------
         FunctionError
-            If the function raised; says at which positions, and from which exception.
+            If the function raised; says at which positions, and from which exception. With ``on_error="record"`` only
+            if it raised for all of the first positions tried.
         OutputError
             If what it returned does not fit the outputs; nothing is created if that shows on the first positions.
+        FailureLimitError
+            If more than `max_failures` positions failed, where failures are recorded. All is kept.
         MemoryLimitError
             If one position does not fit into `max_mem_mb`.
         FileBusyError
@@ -316,19 +340,49 @@ class Process(HookContract):
         if not self._declares:
             with self._logging():
                 return self._compute_hooks(bool(override), args, kwargs)
+        return self._settle(
+            partial(perform, override=bool(override), chosen=self._chosen, listener=self._progress), args, kwargs
+        )
+
+    def retry_failed(self, *args: Any, **kwargs: Any) -> h5py.Group:
+        """Compute again the positions that failed and were recorded, and only these.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            The arguments of `compute`.
+
+        Returns
+        -------
+        h5py.Group
+            The results group, as `compute` returns it: the finished one of this work, else the partial one that would
+            be resumed. Without failed positions nothing is run.
+
+        Raises
+        ------
+        ResultsError
+            If there are no results of this work.
+        FunctionError, OutputError
+            With ``on_error="raise"``, once all have been tried, if some have failed again.
+        FileBusyError, MemoryLimitError, Interrupted
+            As `compute` does.
+
+        Notes
+        -----
+        Positions that fail again stay recorded, with what they raised now, whatever `on_error` is. Safe to kill at any
+        instant: recorded positions that were not computed again yet are then not done any more, and `compute` or
+        `retry_failed` goes on with them.
+        """
+        return self._settle(partial(retry, chosen=self._chosen, listener=self._progress), args, kwargs)
+
+    def _settle(self, work: Callable[..., str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> h5py.Group:
+        """Let a run do its work, look for results again, and return the group."""
         if self._lazy:
             self._place.check_writable()
         declared = self._declared()
         try:
             with self._logging():
-                name = perform(
-                    self._declared(),
-                    args,
-                    kwargs,
-                    override=bool(override),
-                    chosen=self._chosen,
-                    listener=self._progress,
-                )
+                name = work(self._declared(), args, kwargs)
         except BaseException:
             with contextlib.suppress(Exception):  # what stopped the run is what the user must see
                 self._look(declared, args, kwargs)
@@ -389,7 +443,8 @@ class Process(HookContract):
         Returns
         -------
         xarray.Dataset
-            With coordinates and units. Nothing runs until its ``.compute()``, on whatever Dask scheduler is active
+            With coordinates and units, and with `status` (1 where there is a result, 2 where the function fails) if
+            failures are recorded. Nothing runs until its ``.compute()``, on whatever Dask scheduler is active
             then, and that commits nothing.
 
         Raises
@@ -401,9 +456,18 @@ class Process(HookContract):
         declared.flush_main()
         work = declared.work(args, kwargs)
         kernel = declared.kernel(args, kwargs)
-        committed = self._committed(declared.found(work))
+        found = declared.found(work)
+        committed = self._committed(found)
         return lazy_results(
-            self.h5_main, self._outputs, kernel, committed, declared.process_name, declared.label, self.parms_dict
+            self.h5_main,
+            self._outputs,
+            kernel,
+            committed,
+            declared.process_name,
+            declared.label,
+            self.parms_dict,
+            recorded=self._on_error == "record"
+            or (committed is not None and any(one.n_failed for one in found if one.name == committed.name)),
         )
 
     def _committed(self, found: list[Found]) -> Committed | None:
@@ -481,7 +545,11 @@ class Process(HookContract):
             ("target group", f"{self._place.path}::{self._place.name}"),
             ("finished results", ", ".join(_names(self.duplicate_h5_groups)) or "none"),
             ("partial results", ", ".join(_names(self.partial_h5_groups)) or "none"),
+            *([("failed positions", ", ".join(self._failed_texts()))] if self._n_failed else []),
         ]
+
+    def _failed_texts(self) -> list[str]:
+        return [f"{count:,} in {name.rpartition('/')[2]}" for name, count in self._n_failed.items()]
 
     def _output_texts(self) -> str:
         if not self._declares:

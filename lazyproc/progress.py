@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from lazyproc.core.events import BlockDone, Event, Finished, Started
+from lazyproc.core.events import BlockDone, Event, Finished, Started, Stopping
 
 _PATIENCE = 1.0
 """Seconds before a bar appears: short jobs need none."""
@@ -25,13 +25,16 @@ class ProgressBar:
     def __init__(self, delay: float = _PATIENCE) -> None:
         self._delay = delay
         self._bar: Any = None
+        self._name = ""
 
     def __call__(self, event: Event) -> None:
         """Take an event of the run."""
         if isinstance(event, Started):
-            self._bar = self._open(event)
+            self._bar, self._name = self._open(event), event.process_name
         elif self._bar is not None and isinstance(event, BlockDone):
             self._bar.update(event.n_positions)
+        elif self._bar is not None and isinstance(event, Stopping):
+            self._bar.set_description(f"{self._name}: stopping")
         elif self._bar is not None and isinstance(event, Finished):
             self._bar.close()
             self._bar = None

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 
 from lazyproc.core.errors import ArgumentTypeError, ResultsError
+from lazyproc.core.failed import DONE, STATUS_MEANINGS, FailedPosition
 from lazyproc.core.specs import STATUS_MASK, Output, ResolvedOutput
 from lazyproc.engine.kernel import Kernel
 from lazyproc.hdf5.attributes import MANIFEST, read_parameters
 from lazyproc.hdf5.create import SCALAR_MARK
+from lazyproc.hdf5.damage import members, reading
 from lazyproc.hdf5.extents import real_path
+from lazyproc.hdf5.failures import has_failures, read_failures
 from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.grid import position_grid, spectroscopic_grid
+from lazyproc.hdf5.seal import check_places
 from lazyproc.hdf5.usid import is_main, read_text
 from lazyproc.layout import Axis, axis_of_grid, axis_of_output, block_grid, name_apart, positions_per_view_block
-from lazyproc.views import BlockView, Committed, group_id, lazy_arrays
+from lazyproc.views import BlockView, Committed, StatusView, group_id, lazy_arrays
 
 if TYPE_CHECKING:
     import xarray
 
+_ADVICE = "Compute it again with override=True, or restore the file from a copy."
 _STATUS = "status"
 _SPECTRAL = "spectral"
 _NOTHING = Axis((), (), (), {})
@@ -41,8 +46,9 @@ def open_results(group: h5py.Group | str | os.PathLike[str]) -> xarray.Dataset:
     -------
     xarray.Dataset
         One variable a main dataset in the group, with the coordinates of the source; `status`, which tells for each
-        position whether it is done (1) or not (0), and is called `completed_positions` if an output is called so;
-        parameters and provenance as attributes. Positions that are not done show the fill value.
+        position whether it is done (1), not done (0) or has failed and was recorded (2; see `failures`), and is called
+        `completed_positions` if an output is called so; parameters and provenance as attributes. Positions that are
+        not done, or have failed, show the fill value.
 
     Raises
     ------
@@ -66,7 +72,8 @@ def open_results(group: h5py.Group | str | os.PathLike[str]) -> xarray.Dataset:
     files = Files()
     try:
         path, opened = _open_group(group, files)
-        return _dataset_of_group(opened, path)
+        with reading(f"{path or opened.file.filename}::{opened.name}", _ADVICE):
+            return _dataset_of_group(opened, path)
     finally:
         files.close()
 
@@ -75,7 +82,8 @@ def _open_group(group: Any, files: Files) -> tuple[str | None, h5py.Group]:
     """Open the group; by its path wherever there is one, so that the dataset outlives the caller's handle."""
     if isinstance(group, str | os.PathLike):
         file, name = split_address(group, "group")
-        found = files.open(file).get(name)
+        with reading(f"group: {file}::{name}", _ADVICE):
+            found = files.open(file, "group").get(name)
         if not isinstance(found, h5py.Group):
             raise ArgumentTypeError(f"group: {file}::{name} is not there, or no group; expected a results group.")
         return file, found
@@ -108,7 +116,8 @@ def path_of_group(group: h5py.Group) -> str | None:
 
 
 def _dataset_of_group(group: h5py.Group, path: str | None) -> xarray.Dataset:
-    names = [name for name, item in group.items() if isinstance(item, h5py.Dataset) and is_main(item)]
+    check_places(group)
+    names = [name for name, item in members(group, follow=True) if isinstance(item, h5py.Dataset) and is_main(item)]
     if not names:
         raise ResultsError(
             f"{path or group.file.filename}::{group.name}: holds no main dataset; expected a results group, such as "
@@ -126,15 +135,61 @@ def _dataset_of_group(group: h5py.Group, path: str | None) -> xarray.Dataset:
     dataset = _assemble(outputs, positions, inner, committed, None, str(group.name).rpartition("/")[2], ("", ""))
     dataset.attrs.update(_attributes(group))
     if status_name:
-        dataset[_STATUS if _STATUS not in names else STATUS_MASK] = _status(group, status_name, positions, committed)
+        grid = block_grid(positions.shape, positions_per_view_block(1))
+        (array,) = lazy_arrays(StatusView(grid, committed), positions, [_NOTHING], _STATUS)
+        dataset[_status_variable(names)] = _status(array, positions, recorded=has_failures(group, status_name))
     return dataset
+
+
+def failures(group: h5py.Group | str | os.PathLike[str]) -> list[FailedPosition]:
+    """Tell which positions of a results group have failed, and why.
+
+    Parameters
+    ----------
+    group : h5py.Group or str
+        The results group, or its address: ``"scan.h5::/…/Raw_Data-Fit_000"``.
+
+    Returns
+    -------
+    list of FailedPosition
+        In order; each has `position`, `error` (the type) and `text`. Empty if none has failed, or failures were not
+        recorded. `pandas.DataFrame` takes the list as it is.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is no group, nor an address of one.
+    ResultsError
+        If what was recorded was damaged.
+    FileNotFoundError
+        If there is no such file.
+
+    Examples
+    --------
+    >>> for one in failures("scan.h5::/…/Raw_Data-Fit_000"):  # doctest: +SKIP
+    ...     print(one)
+    position 17: ValueError: array must not contain infs or NaNs
+    """
+    files = Files()
+    try:
+        path, opened = _open_group(group, files)
+        with reading(f"{path or opened.file.filename}::{opened.name}", _ADVICE):
+            return read_failures(opened, read_text(opened.attrs.get("lazyproc_status_mask", STATUS_MASK)))
+    finally:
+        files.close()
 
 
 def _status_name(group: h5py.Group, n_positions: int) -> str:
     name = read_text(group.attrs.get("lazyproc_status_mask", STATUS_MASK))
-    mask = group.get(name)
-    usable = isinstance(mask, h5py.Dataset) and mask.shape == (n_positions,) and mask.dtype == np.uint8
-    return name if usable else ""
+    mask = group.get(name) if name else None
+    if isinstance(mask, h5py.Dataset) and mask.shape == (n_positions,) and mask.dtype == np.uint8:
+        return name
+    if "lazyproc_run_id" in group.attrs:
+        raise ResultsError(
+            f"{group.name}: has no status mask {name!r} of {n_positions} positions, so nothing tells what is done. "
+            f"Another program has changed it, or the file is damaged. {_ADVICE}"
+        )
+    return ""
 
 
 def _stored_output(dataset: h5py.Dataset, by_declaration: bool) -> tuple[ResolvedOutput, Axis]:
@@ -191,15 +246,15 @@ def _listed(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _status(group: h5py.Group, status_name: str, positions: Axis, committed: Committed) -> Any:
+def _status_variable(names: Iterable[str]) -> str:
+    return _STATUS if _STATUS not in names else STATUS_MASK
+
+
+def _status(array: Any, positions: Axis, *, recorded: bool) -> Any:
     import xarray
 
-    width = ResolvedOutput(status_name, np.dtype(np.uint8), (), "status", "", None, Output("u1", fill_value=0))
-    mask_only = Committed(committed.path, committed.handle, committed.name, committed.run_id, (width,), "")
-    grid = block_grid(positions.shape, positions_per_view_block(1))
-    view = BlockView(grid, (width,), mask_only, None)
-    (array,) = lazy_arrays(view, positions, [_NOTHING], "status")
-    attrs = {"flag_values": [0, 1], "flag_meanings": "not_done done"}
+    meanings = STATUS_MEANINGS if recorded else STATUS_MEANINGS[: DONE + 1]
+    attrs = {"flag_values": list(range(len(meanings))), "flag_meanings": " ".join(meanings)}
     return xarray.Variable(positions.dims, array, attrs)
 
 
@@ -212,13 +267,16 @@ def _assemble(
     name: str,
     label: tuple[str, str],
     row_bytes: int = 0,
+    *,
+    recorded: bool = False,
 ) -> xarray.Dataset:
     import xarray
 
     row_bytes += sum(output.row_bytes for output in outputs)
     grid = block_grid(positions.shape, positions_per_view_block(row_bytes))
     view = BlockView(grid, tuple(outputs), committed, kernel, label)
-    arrays = lazy_arrays(view, positions, inner, name)
+    arrays = lazy_arrays(view, positions, [*inner, _NOTHING], name)
+    status = arrays.pop()
     variables = {
         output.name: xarray.Variable(
             positions.dims + axis.dims, array, {"long_name": output.quantity, "units": output.units}
@@ -229,6 +287,8 @@ def _assemble(
     for axis in (positions, *inner):
         for key, (dims, values, attrs) in axis.coordinates.items():
             coordinates[key] = xarray.Variable(dims, values, attrs)
+    if recorded:
+        variables[_status_variable(variables)] = _status(status, positions, recorded=True)
     return xarray.Dataset(variables, coordinates)
 
 
@@ -240,6 +300,8 @@ def lazy_results(
     process_name: str,
     label: str,
     parameters: Mapping[str, Any],
+    *,
+    recorded: bool,
 ) -> xarray.Dataset:
     """Make the dataset of all outputs of a process: committed positions are read, the others computed when asked for.
 
@@ -257,6 +319,8 @@ def lazy_results(
         The process, and the main dataset, for messages.
     parameters : mapping
         Become attributes.
+    recorded : bool
+        Whether failures are recorded, or were: then there is a variable `status`.
     """
     names = {output.name for output in outputs}
     positions = axis_of_grid(position_grid(main), "position", names | {_STATUS})
@@ -264,6 +328,9 @@ def lazy_results(
     columns = axis_of_grid(spectroscopic_grid(main), _SPECTRAL, ()) if keeps_columns else _NOTHING
     inner = _name_inner(outputs, [axis_of_output(output, columns) for output in outputs], positions)
     source_bytes = int(main.shape[1]) * main.dtype.itemsize
-    dataset = _assemble(outputs, positions, inner, committed, kernel, process_name, (process_name, label), source_bytes)
+    who = (process_name, label)
+    dataset = _assemble(
+        outputs, positions, inner, committed, kernel, process_name, who, source_bytes, recorded=recorded
+    )
     dataset.attrs.update(tool=process_name, **{name: _plain(value) for name, value in parameters.items()})
     return dataset

@@ -10,8 +10,11 @@ import h5py
 
 from lazyproc.core.errors import ArgumentTypeError, ResultsError
 from lazyproc.core.specs import STATUS_MASK
+from lazyproc.hdf5.damage import H5_ERRORS, members, reading, walk
+from lazyproc.hdf5.failures import count_failed
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.lock import holder
+from lazyproc.hdf5.seal import check_places, check_seal
 from lazyproc.hdf5.search import count_done
 from lazyproc.hdf5.usid import is_main, read_text
 
@@ -28,6 +31,8 @@ class ResultsStatus:
         The process.
     n_positions, n_done : int
         All positions, and those marked done.
+    n_failed : int
+        Those among the done ones whose function failed.
     started, finished : str
         When; empty if it is not known, or not finished.
     problem : str
@@ -41,6 +46,7 @@ class ResultsStatus:
     started: str
     finished: str
     problem: str = ""
+    n_failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,51 +72,62 @@ def file_status(path: str) -> FileStatus:
     """Return what a file holds; writes nothing and locks nothing."""
     files = Files()
     try:
-        results = tuple(_examine(group) for group in _results_groups(files.open(path)))
+        results = tuple(_examine(name, group) for name, group in _results_groups(files.open(path, "file")))
     finally:
         files.close()
     return FileStatus(path, holder(path), results)
 
 
-def _results_groups(file: h5py.File) -> Iterator[h5py.Group]:
-    found: list[h5py.Group] = []
-
-    def visit(name: str, item: object) -> None:
+def _results_groups(file: h5py.File) -> Iterator[tuple[str, h5py.Group | Exception]]:
+    """Yield name and group of all that look like results; in the place of what cannot be opened, the reason."""
+    for name, item in walk(file["/"]):
         named_so = "-" in name.rpartition("/")[2]
-        if isinstance(item, h5py.Group) and (STATUS_MASK in item or ("tool" in item.attrs and named_so)):
-            found.append(item)
+        if isinstance(item, Exception):
+            yield name, item
+        elif isinstance(item, h5py.Group):
+            try:
+                if STATUS_MASK in item or (named_so and "tool" in item.attrs):
+                    yield name, item
+            except H5_ERRORS as error:
+                yield name, error
 
-    file.visititems(visit)
-    return iter(found)
 
-
-def _examine(group: h5py.Group) -> ResultsStatus:
-    process = _text(group, "tool") or str(group.name).rpartition("-")[2]
+def _examine(name: str, group: h5py.Group | Exception) -> ResultsStatus:
+    if isinstance(group, Exception):
+        return ResultsStatus(name, "", 0, 0, "", "", f"cannot be read ({group}); it is damaged")
+    process = _text(group, "tool") or name.rpartition("-")[2]
     started = _text(group, "lazyproc_started") or _text(group, "timestamp")
-    n_positions = n_done = 0
+    n_positions = n_done = n_failed = 0
     problem = ""
     try:
-        n_positions = _count_positions(group)
-        n_done = count_done(group, n_positions, STATUS_MASK)
+        with reading(name):
+            n_positions = _count_positions(group)
+            n_done = count_done(group, n_positions, STATUS_MASK)
+            n_failed = count_failed(group, STATUS_MASK)
+            check_seal(group)
+            check_places(group)
     except ResultsError as error:
-        problem = str(error).removeprefix(f"{group.name}: ")
+        problem = str(error).removeprefix(f"{name}: ")
     finished = _text(group, "lazyproc_finished")
-    return ResultsStatus(str(group.name), process, n_positions, n_done, started, finished, problem)
+    return ResultsStatus(name, process, n_positions, n_done, started, finished, problem, n_failed)
 
 
 def _text(group: h5py.Group, name: str) -> str:
     """Return an attribute as text; empty if it is not there, or is no text."""
     try:
         return read_text(group.attrs.get(name, "")).strip()
-    except ArgumentTypeError:
+    except (ArgumentTypeError, *H5_ERRORS):
         return ""
 
 
 def _count_positions(group: h5py.Group) -> int:
+    """Return how many positions the results have: main datasets and status mask must agree."""
+    mains = [item for _, item in members(group, follow=True) if isinstance(item, h5py.Dataset) and is_main(item)]
     mask = group.get(STATUS_MASK)
     if isinstance(mask, h5py.Dataset) and mask.ndim == 1:
+        if not mains:
+            raise ResultsError(f"{group.name}: has a status mask, but no main dataset: its results are gone.")
         return int(mask.shape[0])
-    for item in group.values():
-        if isinstance(item, h5py.Dataset) and is_main(item):
-            return int(item.shape[0])
+    if mains:
+        return int(mains[0].shape[0])
     raise ResultsError(f"{group.name}: holds neither a status mask nor a main dataset.")

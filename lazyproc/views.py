@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ from numpy.typing import NDArray
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block, BlockPlan
 from lazyproc.core.errors import StaleViewError
+from lazyproc.core.failed import DONE, FAILED, NOT_DONE, FailedRows
 from lazyproc.core.runs import Runs
-from lazyproc.core.specs import ResolvedOutput
-from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Kernel, pack, unpack
+from lazyproc.core.specs import POSITION_STATUS, Output, ResolvedOutput
+from lazyproc.engine.kernel import Kernel, failure_of, pack, unpack
+from lazyproc.hdf5.damage import reading
+from lazyproc.hdf5.failures import read_status
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.source import Source
 from lazyproc.hdf5.usid import read_text
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     import dask.array
 
 Arrays = tuple[NDArray[Any], ...]
+
+STATUS_OUTPUT = Output("u1", quantity="status", units="", fill_value=NOT_DONE).resolve("status", 1)
+"""The status of a position, as if it were an output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,22 +61,39 @@ class Committed:
     outputs: tuple[ResolvedOutput, ...]
     status_name: str
 
-    def read(self, start: int, stop: int) -> tuple[Arrays, NDArray[np.bool_]]:
-        """Read rows of all outputs, and which of them are done.
+    def read(self, start: int, stop: int) -> tuple[Arrays, NDArray[np.uint8]]:
+        """Read rows of all outputs, and their status: 0 not done, 1 done, 2 failed.
 
         Raises
         ------
         StaleViewError
             If the results are gone, or others stand in their place.
+        ResultsError
+            If they are damaged.
         """
+        with self._opened() as group:
+            status = self._status(group, start, stop)
+            arrays = tuple(self._rows(group, output, start, stop, status != NOT_DONE) for output in self.outputs)
+            if POSITION_STATUS in group:  # failed positions may be taken back at any time, to be computed again
+                taken_back = self._status(group, start, stop) == NOT_DONE
+                status[taken_back] = NOT_DONE
+                for output, rows in zip(self.outputs, arrays, strict=True):
+                    rows[taken_back] = output.fill_value
+        return arrays, status
+
+    def read_status(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Read the status alone; raises as `read` does."""
+        with self._opened() as group:
+            return self._status(group, start, stop)
+
+    @contextmanager
+    def _opened(self) -> Iterator[h5py.Group]:
         files = Files()
         try:
-            group = self._open(files)
-            done = self._done(group, start, stop)
-            arrays = tuple(self._rows(group, output, start, stop, done) for output in self.outputs)
+            with reading(f"{self.path or 'the file'}::{self.name}"):
+                yield self._open(files)
         finally:
             files.close()
-        return arrays, done
 
     def _open(self, files: Files) -> h5py.Group:
         if self.path is None:
@@ -88,10 +111,10 @@ class Committed:
             )
         return group
 
-    def _done(self, group: h5py.Group, start: int, stop: int) -> NDArray[np.bool_]:
+    def _status(self, group: h5py.Group, start: int, stop: int) -> NDArray[np.uint8]:
         if not self.status_name:
-            return np.ones(stop - start, bool)
-        return np.asarray(group[self.status_name][start:stop] == 1)
+            return np.full(stop - start, DONE, np.uint8)
+        return read_status(group, self.status_name, start, stop)
 
     def _rows(
         self, group: h5py.Group, output: ResolvedOutput, start: int, stop: int, done: NDArray[np.bool_]
@@ -140,6 +163,11 @@ class BlockView:
         kernel = pack(self.kernel) if isinstance(self.kernel, Kernel) else self.kernel
         return BlockView, (self.grid, self.outputs, self.committed, kernel, self.label)
 
+    @property
+    def arrays(self) -> tuple[ResolvedOutput, ...]:
+        """What a block holds: the outputs, and the status of each position."""
+        return (*self.outputs, STATUS_OUTPUT)
+
     def __call__(self, block_id: Sequence[int]) -> NDArray[Any]:
         """Return one element, in as many dimensions as the positions have, that holds the arrays of all outputs."""
         start, stop = self.grid.span(block_id)
@@ -149,27 +177,61 @@ class BlockView:
 
     def _arrays(self, start: int, stop: int) -> Arrays:
         if self.committed is None:
-            return self._compute(Runs.from_spans([(start, stop)]))
-        arrays, done = self.committed.read(start, stop)
-        if self.kernel is None or done.all():
-            return arrays
-        missing = Runs.from_mask(done, value=0, offset=start)
+            arrays, status = self._compute(Runs.from_spans([(start, stop)]))
+            return (*arrays, status)
+        arrays, status = self.committed.read(start, stop)
+        if self.kernel is None or status.all():
+            return (*arrays, status)
+        missing = Runs.from_mask(status, value=NOT_DONE, offset=start)
         rows = missing.positions() - start
-        for array, computed in zip(arrays, self._compute(missing), strict=True):
-            array[rows] = computed
-        return arrays
+        computed, status[rows] = self._compute(missing)
+        for array, values in zip(arrays, computed, strict=True):
+            array[rows] = values
+        return (*arrays, status)
 
-    def _compute(self, runs: Runs) -> Arrays:
+    def _compute(self, runs: Runs) -> tuple[Arrays, NDArray[np.uint8]]:
+        """Compute positions, and tell which of them have failed, where that is to be recorded; else it raises."""
         assert self.kernel is not None
         kernel = unpack(self.kernel) if isinstance(self.kernel, bytes) else self.kernel
         block = Block(0, tuple(runs.starts.tolist()), tuple(runs.stops.tolist()))
+        failed = None if kernel.max_failures is None else FailedRows(lambda part: kernel.source.rows(iter(part)), runs)
+        status = np.full(runs.n_positions, DONE, np.uint8)
         try:
-            return kernel.compute(kernel.source.rows(block.runs()))
-        except RowError as error:
-            failure = Failure.of_function(error, block)
-        except OutputMismatch as error:
-            failure = Failure.of_output(error, block)
+            arrays = kernel.compute(kernel.source.rows(block.runs()), failed)
+        except (RowError, OutputMismatch) as error:
+            failure = failure_of(error, block)
+        else:
+            if failed is not None:
+                status[[one.position for one in failed.rows]] = FAILED
+            return arrays, status
         failure.raise_error(*self.label)
+
+
+@dataclass(frozen=True, eq=False)
+class StatusView:
+    """Gives the status of the positions of any block, as far as it is committed.
+
+    Attributes
+    ----------
+    grid : BlockGrid
+        The blocks.
+    committed : Committed
+        What is in the file.
+    """
+
+    grid: BlockGrid
+    committed: Committed
+
+    @property
+    def arrays(self) -> tuple[ResolvedOutput, ...]:
+        """What a block holds."""
+        return (STATUS_OUTPUT,)
+
+    def __call__(self, block_id: Sequence[int]) -> NDArray[Any]:
+        """Return one element, as `BlockView` does, that holds the status alone."""
+        element = np.empty((1,) * len(self.grid.shape), object)
+        element.flat[0] = (self.committed.read_status(*self.grid.span(block_id)),)
+        return element
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,17 +248,19 @@ class _Pick:
         return array.reshape(self.grid.block_shape(block_id[:n_dims]) + self.inner)
 
 
-def lazy_arrays(view: BlockView, positions: Axis, inner: Sequence[Axis], name: str) -> list[dask.array.Array]:
-    """Make one dask array an output, with the dimensions in the order of the file.
+def lazy_arrays(
+    view: BlockView | StatusView, positions: Axis, inner: Sequence[Axis], name: str
+) -> list[dask.array.Array]:
+    """Make one dask array for each that the blocks hold, with the dimensions in the order of the file.
 
     Parameters
     ----------
-    view : BlockView
+    view : BlockView or StatusView
         Gives the blocks; computed together, the outputs share one call of the function a position.
     positions : Axis
         The dimensions of the positions.
     inner : sequence of Axis
-        The dimensions of each output's result.
+        The dimensions of each one's result.
     name : str
         What the tasks are called.
     """
@@ -214,7 +278,7 @@ def lazy_arrays(view: BlockView, positions: Axis, inner: Sequence[Axis], name: s
         name=f"{name}-{token}",
     )
     arrays = []
-    for number, (output, axis) in enumerate(zip(view.outputs, inner, strict=True)):
+    for number, (output, axis) in enumerate(zip(view.arrays, inner, strict=True)):
         new = list(range(n_dims, n_dims + len(axis.shape)))
         picked = da.map_blocks(
             _Pick(number, grid, axis.shape),

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lazyproc.core.blocks import Block, BlockPlan, positions_per_block
+from lazyproc.core.blocks import Block, BlockPlan
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError
 from lazyproc.core.runs import Runs
+from lazyproc.core.sizing import block_seconds, positions_per_block, tail_of
 
 
 def n_runs(positions: set[int]) -> int:
@@ -23,15 +24,25 @@ def n_runs(positions: set[int]) -> int:
     return sum(position - 1 not in positions for position in positions)
 
 
-def verify(blocks: list[Block], remaining: set[int], max_positions: int, align: int, max_runs: int) -> None:
+def verify(
+    blocks: list[Block],
+    remaining: set[int],
+    max_positions: int,
+    align: int,
+    max_runs: int,
+    tail: tuple[tuple[int, int], ...] = (),
+) -> None:
     """Check every promise of a plan on plain sets of positions."""
     holds = [{p for start, stop in block.runs() for p in range(start, stop)} for block in blocks]
     assert [block.index for block in blocks] == list(range(len(blocks)))
     # Disjoint, in order, and covering exactly what remains: laid end to end they are the sorted set.
     in_order = [p for block in blocks for start, stop in block.runs() for p in range(start, stop)]
     assert in_order == sorted(remaining)
+    limits, left = [], len(remaining)
     for block, held in zip(blocks, holds, strict=True):
-        assert 1 <= len(held) <= max_positions
+        limits.append(min([max_positions, *(size for most_left, size in tail if left <= most_left)]))
+        left -= len(held)
+        assert 1 <= len(held) <= limits[-1]
         assert len(block.starts) == len(block.stops) == n_runs(held) <= max_runs  # and its runs do not touch
     # Storage chunks.
     of_chunk, users = defaultdict(set), defaultdict(set)
@@ -42,16 +53,16 @@ def verify(blocks: list[Block], remaining: set[int], max_positions: int, align: 
             users[position // align].add(index)
     divided = {chunk for chunk, indices in users.items() if len(indices) > 1}
     for chunk in divided:
-        assert len(of_chunk[chunk]) > max_positions or n_runs(of_chunk[chunk]) > max_runs  # it had to be
+        assert len(of_chunk[chunk]) > limits[min(users[chunk])] or n_runs(of_chunk[chunk]) > max_runs  # it had to be
         for index in users[chunk]:
             assert {position // align for position in holds[index]} == {chunk}  # and its blocks hold nothing else
     # Economy: a block stops only because what comes next, a whole chunk or in a divided one a position, does not fit.
-    for held, following in pairwise(holds):
+    for limit, (held, following) in zip(limits, pairwise(holds), strict=False):
         chunk, next_chunk = max(held) // align, min(following) // align
         if chunk != next_chunk and {chunk, next_chunk} & divided:
             continue
         more = held | ({min(following)} if chunk == next_chunk else of_chunk[next_chunk])
-        assert len(more) > max_positions or n_runs(more) > max_runs
+        assert len(more) > limit or n_runs(more) > max_runs
 
 
 @st.composite
@@ -77,6 +88,25 @@ def test_blocks_keep_every_promise(remaining, max_positions, align, max_runs):
     assert list(plan) == blocks  # each iteration begins anew
 
 
+@st.composite
+def falling(draw, n_positions: int, max_positions: int) -> tuple[tuple[int, int], ...]:
+    """Any tail that a plan of so many positions may have."""
+    lefts = draw(st.lists(st.integers(1, max(1, n_positions)), max_size=4, unique=True))
+    sizes = draw(st.lists(st.integers(1, max(1, max_positions - 1)), max_size=4, unique=True))
+    if not n_positions or max_positions == 1:
+        return ()
+    return tuple(zip(sorted(lefts, reverse=True), sorted(sizes, reverse=True), strict=False))
+
+
+@given(remaining=remaining_positions(), data=st.data(), **limits)
+def test_blocks_with_a_tail_keep_every_promise(remaining, data, max_positions, align, max_runs):
+    tail = data.draw(falling(len(remaining), max_positions))
+    plan = BlockPlan(Runs.from_positions(sorted(remaining)), max_positions, align, max_runs, tail)
+    blocks = list(plan)
+    verify(blocks, remaining, max_positions, align, max_runs, tail)
+    assert plan.count() == len(blocks)
+
+
 @given(st.lists(st.sampled_from([0, 0, 0, 1]), max_size=150), *limits.values())
 def test_blocks_of_a_mask_full_of_holes(mask, max_positions, align, max_runs):
     blocks = list(BlockPlan(Runs.from_mask(np.array(mask, np.uint8)), max_positions, align, max_runs))
@@ -88,10 +118,12 @@ def test_blocks_of_a_mask_full_of_holes(mask, max_positions, align, max_runs):
     st.integers(1, 300),
     st.integers(1, 300),
     st.integers(1, 4),
+    st.data(),
 )
-def test_count_is_the_number_of_blocks_in_long_runs_too(spans, max_positions, align, max_runs):
+def test_count_is_the_number_of_blocks_in_long_runs_too(spans, max_positions, align, max_runs, data):
     runs = Runs.from_spans((start, start + length) for start, length in spans)
-    plan = BlockPlan(runs, max_positions, align, max_runs)
+    tail = data.draw(falling(runs.n_positions, max_positions))
+    plan = BlockPlan(runs, max_positions, align, max_runs, tail)
     assert plan.count() == sum(1 for _ in plan)
 
 
@@ -120,6 +152,20 @@ def test_count_is_the_number_of_blocks_in_long_runs_too(spans, max_positions, al
             {"max_positions": 99, "align": 10, "max_runs": 2},
             [[(0, 1), (6, 10)], [(10, 14), (15, 16)]],
         ),
+        # Before the third block 4 are left, so it holds 2; before the fifth one 1, which it could hold anyway.
+        (
+            [(0, 10)],
+            {"max_positions": 3, "tail": ((4, 2), (1, 1))},
+            [[(0, 3)], [(3, 6)], [(6, 8)], [(8, 10)]],
+        ),
+        # The tail counts positions, not what lies between them.
+        ([(0, 4), (90, 94)], {"max_positions": 4, "tail": ((4, 2),)}, [[(0, 4)], [(90, 92)], [(92, 94)]]),
+        # A chunk of 4 is not divided as long as it fits; when it does not anymore, its parts hold nothing else.
+        (
+            [(0, 16)],
+            {"max_positions": 8, "align": 4, "tail": ((8, 4), (4, 3))},
+            [[(0, 8)], [(8, 12)], [(12, 15)], [(15, 16)]],
+        ),
     ],
 )  # fmt: skip
 def test_plans_by_hand(spans, limits, expected):
@@ -143,6 +189,12 @@ def test_count_does_not_go_through_the_blocks(max_positions, align):
     if step and n % step and step + n % step <= max_positions:
         expected -= 1  # the last block has room for the rest, since no chunk follows
     assert BlockPlan(Runs.full(n), max_positions, align).count() == expected
+
+
+def test_count_does_not_go_through_the_blocks_of_a_tail_either():
+    tail = ((10**14, 1000), (10**13, 100))
+    counted = BlockPlan(Runs.full(10**15), 10_000, tail=tail).count()
+    assert counted == 9 * 10**14 // 10_000 + 9 * 10**13 // 1000 + 10**13 // 100
 
 
 def test_blocks_are_made_one_by_one():
@@ -219,12 +271,17 @@ def test_a_block_holds_plain_ints():
         ({"max_runs": 0}, ArgumentValueError),
         ({"max_positions": 2.5}, ArgumentTypeError),
         ({"remaining": [(0, 3)]}, ArgumentTypeError),
+        ({"tail": ((4, 1),)}, ArgumentValueError),  # more are never left
+        ({"tail": ((2, 5),)}, ArgumentValueError),  # larger than all others
+        ({"tail": ((1, 2), (2, 1))}, ArgumentValueError),
+        ({"tail": ((2, 0),)}, ArgumentValueError),
+        ({"tail": ((2, 1.5),)}, ArgumentTypeError),
     ],
 )
 def test_impossible_plans_are_refused(changed, error):
     (name,) = changed
     with pytest.raises(error, match=name):
-        BlockPlan(**{"remaining": Runs.full(3), "max_positions": 1} | changed)
+        BlockPlan(**{"remaining": Runs.full(3), "max_positions": 4} | changed)
 
 
 # --- the size of a block ---------------------------------------------------------------------------------------------
@@ -309,3 +366,80 @@ def test_impossible_sizes_are_refused(changed, error):
     (name,) = changed
     with pytest.raises(error, match=name):
         positions_per_block(**AMPLE | changed)
+
+
+# --- smaller blocks toward the end -----------------------------------------------------------------------------------
+
+ENOUGH = {  # blocks of ten seconds, and of a tenth of a second at least
+    "size": 100,
+    "n_remaining": 10**6,
+    "n_workers": 8,
+    "align": 1,
+    "seconds_per_position": 0.1,
+    "least_seconds": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "sizes"),
+    [
+        ({}, [50, 25, 12, 6, 3, 1]),
+        ({"n_workers": 1}, []),  # nobody to wait for
+        ({"least_seconds": 2.0}, [50, 25, 20]),  # 20 positions take two seconds
+        ({"least_seconds": 10.0}, []),  # the usual blocks are not worth more
+        ({"seconds_per_position": None}, [50, 25, 12]),  # not known: three times
+        ({"align": 10}, [50, 20, 10]),  # whole chunks, down to one
+        ({"align": 100}, []),  # one chunk already
+        ({"align": 1000}, [50, 25, 12, 6, 3, 1]),  # chunks are divided anyway
+        ({"n_remaining": 800}, [25, 12, 6, 3, 1]),  # the first would begin before the beginning
+        ({"size": 1}, []),
+    ],
+)
+def test_tails_by_hand(changed, sizes):
+    tail = tail_of(**ENOUGH | changed)
+    assert [size for _, size in tail] == sizes
+
+
+@given(
+    n_remaining=st.integers(1, 3000),
+    n_workers=st.integers(1, 40),
+    align=st.integers(1, 200),
+    seconds=st.none() | st.floats(1e-3, 10),
+    least=st.floats(0.01, 1),
+    rows=st.integers(1, 3000),
+)
+def test_a_tail_leaves_work_for_every_worker(n_remaining, n_workers, align, seconds, least, rows):
+    """Before every block of more than the least size, each worker could get two such blocks of what is left."""
+    size = positions_per_block(
+        memory_rows=rows,
+        n_remaining=n_remaining,
+        n_workers=n_workers,
+        align=align,
+        seconds_per_position=seconds,
+        bytes_per_position=1,
+    )
+    tail = tail_of(
+        size,
+        n_remaining=n_remaining,
+        n_workers=n_workers,
+        align=align,
+        seconds_per_position=seconds,
+        least_seconds=least,
+    )
+    plan = BlockPlan(Runs.full(n_remaining), size, align, tail=tail)
+    verify(list(plan), set(range(n_remaining)), size, align, 512, tail)
+    floor = min([size, *(smaller for _, smaller in tail)])
+    left = n_remaining
+    for block in plan:
+        if n_workers > 1 and block.n_positions > max(floor, align):
+            assert left >= 2 * n_workers * block.n_positions or block.n_positions <= -(-n_remaining // (4 * n_workers))
+        left -= block.n_positions
+
+
+def test_blocks_take_as_long_as_it_takes_to_hand_them_out():
+    """All workers are given their blocks within a quarter of the time that a block takes, in the tail within all."""
+    for n_workers in (1, 8, 100, 10**5):
+        usual, least = block_seconds(n_workers, interval=10.0)
+        assert usual >= max(1.0, 4 * n_workers * 0.001)
+        assert usual >= least >= max(0.05, n_workers * 0.001)
+    assert block_seconds(8, interval=1.0) == (0.25, 0.05)

@@ -36,7 +36,7 @@ class Slow(lazyproc.Process):
     @staticmethod
     def _map_function(spectrum, folder, wait):
         import os, time
-        open(os.path.join(folder, "began"), "a").close()
+        open(os.path.join(folder, f"began_{os.getpid()}"), "a").close()
         if os.path.exists(os.path.join(folder, "go")):
             time.sleep(wait)
             open(os.path.join(folder, "ended"), "a").close()
@@ -77,22 +77,17 @@ def started_driver(tmp_path: Path, address: str, scheduler: str) -> subprocess.P
 def test_workers_of_a_killed_driver_do_not_write(tmp_path, cluster):
     path, name = make_usid_file(tmp_path / "scan.h5", n_rows=4, n_cols=4)
     address = f"{path}::{name}"
-    # The probe runs in the driver and is quick; once blocks are under way each position waits.
+    (tmp_path / "go").touch()  # each position waits from now on
     driver = started_driver(tmp_path, address, cluster)
     group = f"{name}-Slow_000"
     deadline = time.monotonic() + 60
-    while True:
+    while len({*tmp_path.glob("began_*")} - {tmp_path / f"began_{driver.pid}"}) < 2:
         assert time.monotonic() < deadline
         assert driver.poll() is None
-        with open(path, "rb") as raw, h5py.File(raw, "r") as file:
-            if group in file:
-                break
-        (tmp_path / "go").touch()
         time.sleep(0.01)
-    (tmp_path / "ended").unlink(missing_ok=True)
-    time.sleep(1.0)  # blocks are on the workers now, asleep
-    os.kill(driver.pid, signal.SIGKILL)
+    os.kill(driver.pid, signal.SIGKILL)  # blocks are on the workers now, asleep
     driver.wait()
+    (tmp_path / "ended").unlink(missing_ok=True)
     with h5py.File(path, "r") as file:
         results = file[group]
         done = results["completed_positions"][()] == 1

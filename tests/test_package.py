@@ -76,10 +76,10 @@ def test_every_name_of_the_package_is_there():
 FLOORS = [
     {"core"},
     {"hdf5", "engine"},
-    {"arguments", "declared", "definition", "drain", "hooks", "layout", "main_handle", "opening"}
-    | {"perform", "progress", "results", "run", "status", "views"},
+    {"arguments", "clusters", "declared", "definition", "drain", "hook_loop", "hooks", "layout", "main_handle", "opening"}
+    | {"perform", "progress", "recording", "results", "retry", "run", "status", "views", "watch"},
     {"process"},
-    {"compat", "loading", "mapping"},
+    {"compat", "loading", "mapping", "slurm"},
     {"demo"},
     {"cli"},
 ]

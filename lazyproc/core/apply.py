@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.casting import OutputMismatch as OutputMismatch
 from lazyproc.core.casting import describe, store
+from lazyproc.core.failed import FailedRows
 from lazyproc.core.specs import ResolvedOutput
 
 _BATCH_ROWS = 256
@@ -48,6 +49,7 @@ def compute_rows(
     kwargs: Mapping[str, Any] | None = None,
     *,
     vectorized: bool,
+    failed: FailedRows | None = None,
 ) -> Arrays:
     """Compute the results of a block.
 
@@ -64,6 +66,9 @@ def compute_rows(
         Further arguments of the function.
     vectorized : bool
         Whether the function takes the whole block.
+    failed : FailedRows, optional
+        Collects the rows for which the function fails, or what it returns does not fit: they get the fill value, all
+        others their results. Default: the first one raises.
 
     Returns
     -------
@@ -77,6 +82,12 @@ def compute_rows(
     OutputMismatch
         If the number, the names, the shape or the dtype do not fit.
 
+    Notes
+    -----
+    With `failed`, a block for which a function of whole blocks fails is computed again in two halves, and so on until
+    the bad rows are alone: 2 log2(n) + 1 calls for one bad row among n, at most about 2 k log2(n / k) + 2 k for k of
+    them. A function of one position is called once for each row, whatever happens.
+
     Examples
     --------
     >>> from lazyproc.core.specs import Output
@@ -88,28 +99,100 @@ def compute_rows(
     results = tuple(np.empty((len(data), output.width), output.dtype) for output in outputs)
     keywords = dict(kwargs or {})
     if vectorized:
-        try:
-            returned = function(data, *args, **keywords)
-        except Exception as error:
-            raise RowError(0, len(data)) from error
-        columns = _columns_of_block(returned, outputs)
-        for output, column, result in zip(outputs, columns, results, strict=True):
-            store(column, output, result, 0, vectorized=True)
+        _apply_to_block(function, data, outputs, results, args, keywords, failed)
         return results
     batch = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, sum(output.row_bytes for output in outputs))))
     for start in range(0, len(data), batch):
-        returned_rows = _call_rows(function, data[start : start + batch], start, args, keywords)
-        columns = _columns_of_rows(returned_rows, outputs, start)
-        for output, column, result in zip(outputs, columns, results, strict=True):
-            store(column, output, result[start : start + len(returned_rows)], start, vectorized=False)
+        _apply_to_rows(function, data[start : start + batch], start, outputs, results, args, keywords, failed)
     return results
 
 
+def _apply_to_block(
+    function: Callable[..., Any],
+    data: NDArray[Any],
+    outputs: Sequence[ResolvedOutput],
+    results: Arrays,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    failed: FailedRows | None,
+) -> None:
+    """Call the function for the block; where it fails, for halves of it, until the bad rows are alone."""
+    parts = [(0, len(data))]
+    while parts:
+        start, stop = parts.pop()
+        try:
+            _call_block(
+                function, data[start:stop], start, outputs, [result[start:stop] for result in results], args, kwargs
+            )
+        except (RowError, OutputMismatch) as error:
+            if failed is None:
+                raise
+            if stop - start == 1:
+                _give_up(start, error, outputs, results, failed)
+            else:
+                middle = (start + stop) // 2
+                parts += [(middle, stop), (start, middle)]
+        if parts and failed is not None:
+            failed.refill(data, *parts[-1])
+
+
+def _call_block(
+    function: Callable[..., Any],
+    data: NDArray[Any],
+    start: int,
+    outputs: Sequence[ResolvedOutput],
+    results: Sequence[NDArray[Any]],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> None:
+    """Call the function for rows that begin at row `start`, and put what it returns into its place."""
+    try:
+        returned = function(data, *args, **kwargs)
+    except Exception as error:
+        raise RowError(start, start + len(data)) from error
+    columns = _columns_of_block(returned, outputs)
+    for output, column, result in zip(outputs, columns, results, strict=True):
+        store(column, output, result, start, vectorized=True)
+
+
+def _apply_to_rows(
+    function: Callable[..., Any],
+    rows: NDArray[Any],
+    start: int,
+    outputs: Sequence[ResolvedOutput],
+    results: Arrays,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    failed: FailedRows | None,
+) -> None:
+    """Call the function for each row, the first of which is row `start`, and put what it returns into its place."""
+    place = 0
+    while place < len(rows):
+        returned: list[Any] = []
+        failure: RowError | None = None
+        try:
+            _call_rows(function, rows[place:], start + place, args, kwargs, returned)
+        except RowError as error:
+            if failed is None:
+                raise
+            failure = error
+        if returned:
+            _store_rows(returned, start + place, outputs, results, failed)
+        place += len(returned)
+        if failure is not None and failed is not None:
+            _give_up(start + place, failure, outputs, results, failed)
+            place += 1
+
+
 def _call_rows(
-    function: Callable[..., Any], rows: NDArray[Any], start: int, args: Sequence[Any], kwargs: dict[str, Any]
-) -> list[Any]:
-    """Call the function for each row; the hot loop, so nothing else is in it."""
-    returned: list[Any] = []
+    function: Callable[..., Any],
+    rows: NDArray[Any],
+    start: int,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    returned: list[Any],
+) -> None:
+    """Call the function for each row until it fails; the hot loop, so nothing else is in it."""
     keep = returned.append
     try:
         for row in rows:
@@ -118,7 +201,40 @@ def _call_rows(
     except Exception as error:
         failed = start + len(returned)
         raise RowError(failed, failed + 1) from error
-    return returned
+
+
+def _store_rows(
+    returned: list[Any], start: int, outputs: Sequence[ResolvedOutput], results: Arrays, failed: FailedRows | None
+) -> None:
+    """Check what the function returned for the rows from `start` on and put it into its place; else row by row."""
+    stop = start + len(returned)
+    try:
+        columns = _columns_of_rows(returned, outputs, start)
+        for output, column, result in zip(outputs, columns, results, strict=True):
+            store(column, output, result[start:stop], start, vectorized=False)
+    except OutputMismatch as error:
+        if failed is None:
+            raise
+        if len(returned) == 1:
+            _give_up(start, error, outputs, results, failed)
+            return
+        for row, value in enumerate(returned, start):
+            _store_rows([value], row, outputs, results, failed)
+
+
+def _give_up(
+    row: int,
+    error: RowError | OutputMismatch,
+    outputs: Sequence[ResolvedOutput],
+    results: Arrays,
+    failed: FailedRows,
+) -> None:
+    """Give a row the fill value, and keep what went wrong."""
+    for output, result in zip(outputs, results, strict=True):
+        result[row] = output.fill_value
+    if isinstance(error, OutputMismatch):
+        error.row = row
+    failed.add(row, error, error.__cause__ if isinstance(error, RowError) else None)
 
 
 def _held(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The division of the remaining positions into blocks: disjoint, in order, on the edges of storage chunks.
 
 A block is what one task reads, computes and writes. Pure integers: the same positions and limits always give the same
-blocks, and no more of them exist at a time than the caller holds.
+blocks, and no more of them exist at a time than the caller holds. How large they should be: `lazyproc.core.sizing`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError
 from lazyproc.core.runs import Runs
+
+_TAIL = "BlockPlan: tail"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,31 +99,46 @@ class BlockPlan:
         storage that has no chunks.
     max_runs : int, optional
         The most runs that a block may hold: it bounds the reads of a block and the size of its description.
+    tail : tuple of (int, int), optional
+        Smaller blocks toward the end, so that all workers end at about the same time: ``(left, size)`` means that a
+        block before which no more than `left` positions are left holds at most `size` of them. Both fall from pair to
+        pair. See `lazyproc.core.sizing.tail_of`.
 
     Raises
     ------
     ArgumentTypeError
         If `remaining` is not a `Runs`, or a limit is not an integer.
     ArgumentValueError
-        If a limit is less than 1.
+        If a limit is less than 1, or the tail does not fall.
 
     Examples
     --------
     >>> plan = BlockPlan(Runs([10], [200]), max_positions=100, align=64)
     >>> [(block.start, block.stop) for block in plan], plan.count()
     ([(10, 64), (64, 128), (128, 200)], 3)
+    >>> [block.n_positions for block in BlockPlan(Runs.full(20), 8, tail=((12, 4), (4, 1)))]
+    [8, 4, 4, 1, 1, 1, 1]
     """
 
     remaining: Runs
     max_positions: int
     align: int = 1
     max_runs: int = 512
+    tail: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.remaining, Runs):
             raise ArgumentTypeError(f"BlockPlan: remaining is {self.remaining!r}; expected Runs.")
         for name in ("max_positions", "align", "max_runs"):
-            object.__setattr__(self, name, _at_least(1, f"BlockPlan: {name}", getattr(self, name)))
+            object.__setattr__(self, name, at_least(1, f"BlockPlan: {name}", getattr(self, name)))
+        pairs = tuple((at_least(1, _TAIL, left), at_least(1, _TAIL, size)) for left, size in self.tail)
+        before = [(self.remaining.n_positions + 1, self.max_positions), *pairs]
+        if not all(left < more and size < larger for (more, larger), (left, size) in pairwise(before)):
+            raise ArgumentValueError(
+                f"{_TAIL} is {self.tail}, with max_positions {self.max_positions} and {self.remaining.n_positions} "
+                "positions; expected pairs (left, size), both falling, from below these two."
+            )
+        object.__setattr__(self, "tail", pairs)
 
     def __iter__(self) -> Iterator[Block]:
         walk = _Walk(self)
@@ -135,7 +153,7 @@ class BlockPlan:
             index += 1
 
     def count(self) -> int:
-        """How many blocks there are: by arithmetic within a run, so it takes a time that depends on the runs only."""
+        """How many blocks there are: by arithmetic, in a time that depends on the runs and on the tail only."""
         walk = _Walk(self)
         blocks = 0
         while not walk.done:
@@ -153,11 +171,13 @@ class _Walk:
         The run, and the position in it, where the next block begins.
     chunk_stop : int or None
         The end of the storage chunk, while it is being divided among several blocks.
+    size, until : int
+        The most positions of the next block, and of all blocks before which less than `until` positions lie.
     """
 
     __slots__ = (
-        "align", "before", "chunk_stop", "max_positions", "max_runs", "n_positions", "n_runs", "position", "run",
-        "starts", "stops",
+        "align", "before", "chunk_stop", "max_runs", "n_positions", "n_runs", "next_size", "position", "run", "size",
+        "starts", "stops", "tail", "until",
     )  # fmt: skip
 
     def __init__(self, plan: BlockPlan) -> None:
@@ -166,7 +186,10 @@ class _Walk:
         self.stops = plan.remaining.stops.data
         self.before = plan.remaining.before.data
         self.n_runs, self.n_positions = len(plan.remaining), plan.remaining.n_positions
-        self.max_positions, self.max_runs, self.align = plan.max_positions, plan.max_runs, plan.align
+        self.max_runs, self.align = plan.max_runs, plan.align
+        self.size = plan.max_positions
+        self.tail = iter([*((self.n_positions - left, size) for left, size in plan.tail), (self.n_positions, 0)])
+        self.until, self.next_size = next(self.tail)
         self.run = 0
         self.position: int = self.starts[0] if self.n_runs else 0
         self.chunk_stop: int | None = None
@@ -175,6 +198,11 @@ class _Walk:
     def done(self) -> bool:
         """Whether nothing remains."""
         return self.run >= self.n_runs
+
+    def rank(self) -> int:
+        """Return how many positions lie before the next block."""
+        rank: int = self.before[self.run] + (self.position - self.starts[self.run])
+        return rank
 
     def cut(self) -> tuple[int, int]:
         """Go to the end of the block that begins here; return its last run, and where it stops in that run.
@@ -190,8 +218,11 @@ class _Walk:
         """
         run, position = self.run, self.position
         beyond = min(run + self.max_runs, self.n_runs)
-        rank = self.before[run] + (position - self.starts[run]) + self.max_positions
-        rank = min(rank, self.before[beyond])
+        rank = self.rank()
+        while rank >= self.until:
+            self.size = self.next_size
+            self.until, self.next_size = next(self.tail)
+        rank = min(rank + self.size, self.before[beyond])
         if rank < self.n_positions:
             holder = bisect_right(self.before, rank, run, beyond + 1) - 1
             unfit = self.starts[holder] + (rank - self.before[holder])
@@ -220,117 +251,34 @@ class _Walk:
     def skip(self) -> int:
         """Leap over blocks that lie wholly within the current run and are all alike; return how many.
 
-        At least one position of the run is left, so that what happens at its end is up to `cut`.
+        At least one position of the run is left, so that what happens at its end is up to `cut`; and so is a block
+        that begins where the size of blocks changes.
         """
-        size, align, stop = self.max_positions, self.align, self.stops[self.run]
-        left = stop - self.position
+        size, align = self.size, self.align
+        alike = self.until - self.rank()
+        if alike <= 0:
+            return 0
+        left = self.stops[self.run] - self.position
         if self.chunk_stop is not None:
             # Within a divided chunk: full blocks, but for the last one.
-            blocks = (min(stop, self.chunk_stop) - self.position - 1) // size
+            blocks = min((min(left, self.chunk_stop - self.position) - 1) // size, -(-alike // size))
             self.position += blocks * size
         elif self.position % align:
             return 0
         elif size < align:
             # Whole chunks, each divided in the same way.
-            chunks = (left - 1) // align
+            chunks = min(left - 1, alike) // align
             blocks = chunks * -(-align // size)
             self.position += chunks * align
         else:
             # As many whole chunks as fit, as long as something in the run does not fit.
             step = size - size % align
-            blocks = max(0, -(-(left - size) // step))
+            blocks = max(0, min(-(-(left - size) // step), -(-alike // step)))
             self.position += blocks * step
         return blocks
 
 
-def positions_per_block(
-    *,
-    memory_rows: int,
-    n_remaining: int,
-    n_workers: int,
-    align: int,
-    seconds_per_position: float | None,
-    bytes_per_position: int,
-    target_seconds: float = 1.0,
-    preferred_bytes: int = 16 * 2**20,
-    least_blocks_per_worker: int = 4,
-) -> int:
-    """Choose how many positions a block may hold.
-
-    The smallest of these limits counts, and each has its reason:
-
-    - `memory_rows`: the promise about memory. Nothing below may exceed it.
-    - `preferred_bytes`: larger reads are not faster, and leave the processor's caches.
-    - `target_seconds`: what is lost when a worker dies is a block, and progress is seen block by block. Much shorter
-      blocks would be dominated by the cost of scheduling them.
-    - `least_blocks_per_worker`: with one block a worker all would wait for the slowest one.
-
-    Then the storage chunks, which are read and decoded as a whole: a size of a chunk or more is rounded down to whole
-    chunks, which is what a block could use anyway. A smaller one is raised to one chunk, since each block of a divided
-    chunk decodes all of it again; but not above `memory_rows`, and not if the chunk is known to take more than
-    four times `target_seconds`: then decoding is the small part of the work.
-
-    Parameters
-    ----------
-    memory_rows : int
-        The most positions for which a worker has memory.
-    n_remaining : int
-        How many positions are to be computed.
-    n_workers : int
-        How many blocks are computed at the same time.
-    align : int
-        The rows of a storage chunk; 1 if there are no chunks.
-    seconds_per_position : float or None
-        As measured by a probe, on one worker; None if not known.
-    bytes_per_position : int
-        Bytes that a position has in the main dataset.
-    target_seconds : float, optional
-        How long a block should take at most.
-    preferred_bytes : int, optional
-        How many bytes of the main dataset a block should have at most.
-    least_blocks_per_worker : int, optional
-        How many blocks each worker should get at least.
-
-    Returns
-    -------
-    int
-        From 1 to `memory_rows`: the ``max_positions`` of a `BlockPlan`.
-
-    Raises
-    ------
-    ArgumentTypeError, ArgumentValueError
-        If a number is not an integer, or is less than it can be. `memory_rows` of 0 is refused too: a
-        block of one position would break the promise about memory.
-
-    Examples
-    --------
-    >>> positions_per_block(memory_rows=100_000, n_remaining=10**6, n_workers=2, align=64,
-    ...                     seconds_per_position=0.001, bytes_per_position=2048)
-    960
-    """
-    memory_rows = _at_least(1, "positions_per_block: memory_rows", memory_rows)
-    n_remaining = _at_least(0, "positions_per_block: n_remaining", n_remaining)
-    n_workers = _at_least(1, "positions_per_block: n_workers", n_workers)
-    align = _at_least(1, "positions_per_block: align", align)
-    bytes_per_position = _at_least(1, "positions_per_block: bytes_per_position", bytes_per_position)
-    least = _at_least(1, "positions_per_block: least_blocks_per_worker", least_blocks_per_worker)
-    seconds = 0.0 if seconds_per_position is None else seconds_per_position
-    if not seconds >= 0 or not target_seconds > 0:
-        raise ArgumentValueError(
-            f"positions_per_block: seconds_per_position is {seconds_per_position} and target_seconds {target_seconds}; "
-            "expected times above 0, or None for a time that is not known."
-        )
-    size = max(1, min(memory_rows, preferred_bytes // bytes_per_position, -(-n_remaining // (n_workers * least))))
-    if size * seconds > target_seconds:
-        size = max(1, int(target_seconds / seconds))
-    if size >= align:
-        return size - size % align
-    if align <= memory_rows and align * seconds <= 4 * target_seconds:
-        return align
-    return size
-
-
-def _at_least(least: int, name: str, value: int) -> int:
+def at_least(least: int, name: str, value: int) -> int:
     """Return a value as a plain int, if it is an integer and not less than it can be."""
     try:
         plain = operator.index(value)

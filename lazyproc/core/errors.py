@@ -7,6 +7,8 @@ written against either keeps working.
 
 from __future__ import annotations
 
+import errno
+
 
 class LazyprocError(Exception):
     """The root of all errors raised by lazyproc on purpose."""
@@ -36,6 +38,35 @@ class FileBusyError(LazyprocError, OSError):
     """The file, or the results in it, are in use by another program or another run."""
 
 
+class MissingFileError(LazyprocError, FileNotFoundError):
+    """There is no file of this name; `errno` is ENOENT."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.ENOENT
+
+
+class NoRoomError(LazyprocError, OSError):
+    """The disk is full, or a quota or a limit of a file's size is reached; `errno` tells which.
+
+    What was committed is kept. Once there is room the same call goes on.
+
+    Parameters
+    ----------
+    message : str
+        Which file, how much was needed, and how much room there is.
+    code : int
+        ENOSPC, EDQUOT or EFBIG.
+    """
+
+    def __init__(self, message: str, code: int = errno.ENOSPC) -> None:
+        super().__init__(message)
+        self.errno = code
+
+    def __reduce__(self) -> tuple[type[NoRoomError], tuple[str, int]]:
+        return type(self), (str(self), int(self.errno or errno.ENOSPC))
+
+
 class MemoryLimitError(ArgumentValueError):
     """Not even one position fits into the memory allowed."""
 
@@ -52,12 +83,24 @@ class ResultsError(LazyprocError, ValueError):
     """A results group or its status mask is not what it should be."""
 
 
+class FileChangedError(ResultsError, OSError):
+    """A file that is being read or written is gone, was replaced or cut off, or its disk cannot read it anymore."""
+
+
 class StaleViewError(LazyprocError, RuntimeError):
     """A lazy view points to results that are no longer those it was made from."""
 
 
 class WorkerError(LazyprocError, RuntimeError):
     """A worker was lost, or could not do its block, more often than is allowed."""
+
+
+class BlockTakenError(LazyprocError, RuntimeError):
+    """A worker came too late: its block was given to another one, or is done. Nothing was written."""
+
+
+class LaunchError(LazyprocError, RuntimeError):
+    """The processes of an MPI job do not find together, or the launcher and the MPI library do not belong together."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -84,3 +127,10 @@ class FunctionError(LazyprocError, RuntimeError):
 
     def __reduce__(self) -> tuple[type[FunctionError], tuple[str, tuple[int, int]]]:
         return type(self), (str(self), self.positions)
+
+
+class FailureLimitError(FunctionError):
+    """More positions failed than `max_failures` allows; `positions` is the first of them.
+
+    All that was done before is kept, and the failed positions with their errors.
+    """

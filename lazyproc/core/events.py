@@ -41,11 +41,18 @@ class Committed:
 
 
 @dataclass(frozen=True)
+class Stopping:
+    """A signal asked to stop: nothing new is started, what is under way has `grace_seconds` to end."""
+
+    grace_seconds: float
+
+
+@dataclass(frozen=True)
 class Finished:
     """The loop is over, for whatever reason; `n_done` positions are committed."""
 
     n_done: int
 
 
-Event = Started | BlockDone | Committed | Finished
+Event = Started | BlockDone | Committed | Stopping | Finished
 Listener = Callable[[Event], None]

@@ -25,6 +25,8 @@ class Plan:
         All results groups of the same work, finished and not.
     n_positions, n_done, n_remaining : int
         Positions of the main dataset, done in `group`, and left to compute.
+    n_failed : int
+        Those among the done ones whose function failed: they hold the fill value.
     n_blocks, block_positions : int
         How many blocks, and how many positions each has at most. A run measures the function first and may choose
         smaller ones.
@@ -53,6 +55,7 @@ class Plan:
     n_positions: int
     n_done: int
     n_remaining: int
+    n_failed: int
     n_blocks: int
     block_positions: int
     chunk_positions: int
@@ -84,6 +87,8 @@ class Plan:
             ("compute() would", actions[self.action]),
             ("positions", f"{self.n_remaining:,} to compute of {self.n_positions:,}"),
         ]
+        if self.n_failed:
+            rows.append(("failed", f"{self.n_failed:,} of those done; retry_failed() computes them again"))
         if self.n_remaining:
             rows += [
                 ("blocks", f"{self.n_blocks:,} of up to {self.block_positions:,} positions"),

@@ -13,19 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.apply import Arrays
+from lazyproc.core.failed import FailedPosition, FailedRows
 from lazyproc.core.runs import Runs
 
 _ENOUGH_SECONDS = 0.01
 """A measurement that lasted so long is believed."""
-_SLOW_SECONDS = 0.5
+_LONG_SECONDS = 0.05
+"""Positions that take so long are measured in two or three calls: hundreds of workers may be waiting."""
+_SLOW_SECONDS = 2.0
 """A function this slow is not called for measurements alone."""
+_WATCHED_SECONDS = 0.5
+_ALIKE = 2.0
+"""Two positions that differ less in time need no third one to tell how long they take."""
+_SPREAD_ROWS = 8
+"""So many positions are taken from all over the dataset: more could each need a storage chunk of their own."""
 _THREAD_TRIALS = 3
 _CLEAR_GAIN = 1.7
 """Two threads that are so much faster than one need no further trial."""
 _MOST_ROWS = 4096
 _MOST_BYTES = 8 * 2**20
+_TRIED_BEFORE_GIVING_UP = 10
+"""So many spread-out positions are tried before a function that fails for all of them is called broken."""
 
-Compute = Callable[[NDArray[Any]], Arrays]
+Compute = Callable[..., Arrays]
 Read = Callable[[Runs], NDArray[Any]]
 
 
@@ -45,6 +55,10 @@ class Probe:
         How many times faster two threads are than one; 1.0 where that was not tried.
     computed : list of (Runs, tuple of ndarray)
         The positions computed on the way, with their results: they need not be computed again.
+    failed : list of FailedPosition
+        Those among them whose function failed.
+    first : Exception or None
+        What the first of these raised; its attribute `runs` holds the positions that were tried.
     """
 
     seconds_per_position: float
@@ -52,6 +66,13 @@ class Probe:
     fixed_bytes: int = 0
     thread_gain: float = 1.0
     computed: list[tuple[Runs, Arrays]] = field(default_factory=list, repr=False)
+    failed: list[FailedPosition] = field(default_factory=list, repr=False)
+    first: Exception | None = field(default=None, repr=False)
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether the function failed wherever it was tried."""
+        return len(self.failed) == sum(runs.n_positions for runs, _ in self.computed) > 0
 
 
 def run_probe(
@@ -63,13 +84,15 @@ def run_probe(
     result_bytes: int,
     vectorized: bool,
     try_threads: bool,
+    record: bool = False,
 ) -> Probe:
     """Measure a function on a few of the remaining positions.
 
     Parameters
     ----------
     compute : callable
-        Rows `(n_positions, n_spectral)` to the checked results of these positions.
+        Rows `(n_positions, n_spectral)` to the checked results of these positions; with `record` its second argument
+        is the `FailedRows` that collects rows whose function fails.
     read : callable
         Runs of positions to their rows.
     remaining : Runs
@@ -80,62 +103,89 @@ def run_probe(
         Whether the function takes many positions at once.
     try_threads : bool
         Whether to find out if two threads are faster than one.
+    record : bool
+        Go on where the function fails, and keep that. If it fails for the first ten positions tried, which are spread
+        over all that remain, nothing is measured: see `Probe.all_failed`.
 
     Raises
     ------
     RowError, OutputMismatch
         From `compute`; the attribute `runs` of the exception holds the positions that were tried.
     """
-    probing = _Probing(compute, read, remaining)
+    probing = _Probing(compute, read, remaining, record=record)
     row_bytes = source_bytes + result_bytes
     most_rows = max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, row_bytes)))
     # The first, the last and the middle position differ most: a function that fails on some is found early. Large ones
     # are tried one at a time, since nothing is known yet of the memory that the function takes.
     together = vectorized and most_rows >= 3
     first = probing.call(remaining.spread(3 if together else 1))
-    if not together and first < _SLOW_SECONDS:
+    if not together and first < _LONG_SECONDS:
         for position in remaining.spread(3):
             first = probing.call(np.array([position])) or first
+    if probing.all_failed:
+        for position in remaining.spread(_TRIED_BEFORE_GIVING_UP):
+            first = probing.call(np.array([position])) or first
+        if probing.all_failed:
+            return probing.measured(first)
     temporary, fixed = _measure_memory(probing, first, most_rows, row_bytes, vectorized=vectorized)
     seconds, rows = _measure_time(probing, first, most_rows)
     gain = 1.0
     if try_threads and vectorized and seconds * remaining.n_positions > 20 * _ENOUGH_SECONDS:
         gain = _measure_threads(probing, seconds, min(most_rows, max(rows, int(3 * _ENOUGH_SECONDS / seconds))))
-    return Probe(seconds, temporary, fixed, gain, probing.computed)
+    return probing.measured(seconds, temporary, fixed, gain)
 
 
 class _Probing:
     """The positions still unused, and the results so far."""
 
-    def __init__(self, compute: Compute, read: Read, remaining: Runs) -> None:
+    def __init__(self, compute: Compute, read: Read, remaining: Runs, *, record: bool) -> None:
         self._compute = compute
         self._read = read
+        self._record = record
         self.left = remaining
-        self.computed: list[tuple[Runs, Arrays]] = []
+        self._computed: list[tuple[Runs, Arrays]] = []
+        self._failed: list[FailedPosition] = []
+        self._first: Exception | None = None
+        self.seconds: list[float] = []
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether the function failed wherever it was tried so far."""
+        return self.measured(0.0).all_failed
+
+    def measured(self, seconds: float, temporary: float = 0.0, fixed: int = 0, gain: float = 1.0) -> Probe:
+        """Return what was measured, with all that was computed on the way."""
+        return Probe(seconds, temporary, fixed, gain, self._computed, self._failed, self._first)
 
     def call(self, positions: NDArray[np.int64] | Runs) -> float:
-        """Compute these positions and return the seconds a position that it took."""
+        """Compute these positions and return the seconds a position that it took; 0.0 if there are none left."""
         runs = positions if isinstance(positions, Runs) else Runs.from_positions(positions)
         runs = runs.intersection(self.left)
         if not runs:
             return 0.0
         rows = self._read(runs)
         begin = time.perf_counter()
-        results = self._try(rows, runs)
+        results, failed = self._try(rows, runs)
         seconds = (time.perf_counter() - begin) / len(rows)
-        self._keep(runs, results)
+        self._keep(runs, results, failed)
+        self.seconds.append(seconds)
         return seconds
 
-    def _try(self, rows: NDArray[Any], runs: Runs) -> Arrays:
+    def _try(self, rows: NDArray[Any], runs: Runs) -> tuple[Arrays, FailedRows]:
+        failed = FailedRows(self._read, runs)
         try:
-            return self._compute(rows)
+            return self._compute(rows, failed) if self._record else self._compute(rows), failed
         except Exception as error:
             error.runs = runs  # type: ignore[attr-defined]
             raise
 
-    def _keep(self, runs: Runs, results: Arrays) -> None:
-        self.computed.append((runs, results))
+    def _keep(self, runs: Runs, results: Arrays, failed: FailedRows) -> None:
+        self._computed.append((runs, results))
         self.left = self.left.difference(runs)
+        if failed.first is not None:
+            failed.first.runs = runs  # type: ignore[attr-defined]
+            self._failed += failed.positions()
+            self._first = self._first or failed.first
 
     def call_in_threads(self, n_rows: int) -> float | None:
         """Compute twice `n_rows` positions in two threads at once and return the seconds; None if too few are left."""
@@ -150,8 +200,8 @@ class _Probing:
             begin = time.perf_counter()
             results = list(pool.map(self._try, blocks, halves))
             seconds = time.perf_counter() - begin
-        for half, result in zip(halves, results, strict=True):
-            self._keep(half, result)
+        for half, (arrays, failed) in zip(halves, results, strict=True):
+            self._keep(half, arrays, failed)
         return seconds
 
 
@@ -159,12 +209,11 @@ def _measure_memory(
     probing: _Probing, first: float, most_rows: int, row_bytes: int, *, vectorized: bool
 ) -> tuple[float, int]:
     """Return temporaries a position, and of a call; zero where the function is too slow to be watched."""
-    n_rows = min(most_rows, 64, int(_SLOW_SECONDS / first) if first else 64) if vectorized else 1
-    if first > _SLOW_SECONDS or tracemalloc.is_tracing() or n_rows < 1:
+    n_rows = max(1, min(most_rows, 64, int(_WATCHED_SECONDS / first) if first else 64)) if vectorized else 1
+    if first > _SLOW_SECONDS or tracemalloc.is_tracing() or not probing.left:
         return 0.0, 0
-    runs = probing.left.take(n_rows)
-    if not runs:
-        return 0.0, 0
+    # The last position, and not the one beside the first: it may be the second and last that is tried.
+    runs = probing.left.take(n_rows) if n_rows > 1 else Runs.from_positions(probing.left.spread(2)[-1:])
     tracemalloc.start()
     try:
         base = tracemalloc.get_traced_memory()[0]
@@ -179,16 +228,29 @@ def _measure_memory(
 
 def _measure_time(probing: _Probing, first: float, most_rows: int) -> tuple[float, int]:
     """Return seconds a position, and of how many positions: more and more until it can be believed."""
-    if first > _SLOW_SECONDS:
-        return first, 1
+    if first > _LONG_SECONDS:
+        return _mean_of_long(probing), 1
     seconds, rows = first, 1
     for n_rows in _growing(most_rows):
-        if probing.left.n_positions < n_rows:
+        left = probing.left
+        if left.n_positions < n_rows:
             break
-        seconds, rows = probing.call(probing.left.take(n_rows)), n_rows
+        runs = Runs.from_positions(left.spread(n_rows)) if n_rows <= _SPREAD_ROWS else left.take(n_rows)
+        seconds, rows = probing.call(runs), n_rows
         if seconds * rows > _ENOUGH_SECONDS:
             break
     return seconds, rows
+
+
+def _mean_of_long(probing: _Probing) -> float:
+    """Return seconds a position, for positions that take long: the mean of two calls, or of three that differ."""
+    first, *others = probing.seconds
+    if others and not 1 / _ALIKE < others[0] / first < _ALIKE and probing.left:
+        middle = probing.left.spread(3)
+        others.append(probing.call(middle[len(middle) // 2 :][:1]))
+    if others and first > _ALIKE * max(others):
+        return sum(others) / len(others)  # the first call has loaded or compiled something
+    return (first + sum(others)) / (1 + len(others))
 
 
 def _growing(most: int) -> Iterator[int]:

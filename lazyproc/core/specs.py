@@ -15,7 +15,18 @@ from lazyproc.core.errors import DefinitionError
 STATUS_MASK = "completed_positions"
 """Name of the status mask, a dataset of 0 and 1 in the results group (pyUSID's convention)."""
 
-_RESERVED_NAMES = (STATUS_MASK, "Position_Indices", "Position_Values", "Spectroscopic_Indices", "Spectroscopic_Values")
+POSITION_STATUS, FAILED_POSITIONS = "position_status", "failed_positions"
+"""Names of the richer status and of the table of errors, where failures are recorded."""
+
+_RESERVED_NAMES = (
+    STATUS_MASK,
+    POSITION_STATUS,
+    FAILED_POSITIONS,
+    "Position_Indices",
+    "Position_Values",
+    "Spectroscopic_Indices",
+    "Spectroscopic_Values",
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.probe import Probe
-from lazyproc.engine.cluster import run_client
+from lazyproc.engine import mpi
+from lazyproc.engine.cluster import count_threads, most_on_machine
+from lazyproc.engine.distant import run_client
 from lazyproc.engine.kernel import Kernel, pack
-from lazyproc.engine.local import Receipts, Stopping, run_processes, run_serial, run_threads
+from lazyproc.engine.local import Interruptible, Receipts, Stopping, never, run_processes, run_serial, run_threads
 
 _POOL_PAYS = 1.5
 """Seconds of computing from which worker processes are worth their start."""
@@ -35,11 +38,32 @@ class Scheduler:
         Blocks computed at the same time.
     client : Client or None
         The cluster's client.
+    n_beside : int or None
+        So many of them at most on one machine; None: all.
+    worker_threads : int
+        Threads of BLAS and OpenMP in a worker process.
+    most : int or None
+        So many blocks at most are under way on a cluster; None: what keeps all its workers busy.
     """
 
     kind: str
     n_workers: int
     client: Any = None
+    n_beside: int | None = None
+    worker_threads: int = 1
+    most: int | None = None
+
+    @classmethod
+    def on_cluster(cls, client: Any) -> Scheduler:
+        """Return the scheduler of a cluster as it is now."""
+        own = mpi.job()
+        threads = own.native_threads if own is not None and own.owns(client) else 1
+        return cls("client", count_threads(client), client, most_on_machine(client), threads)
+
+    @property
+    def n_on_machine(self) -> int:
+        """Blocks computed at the same time on the machine that computes the most."""
+        return self.n_workers if self.n_beside is None else self.n_beside
 
     def __str__(self) -> str:
         names = {
@@ -53,23 +77,45 @@ class Scheduler:
     @property
     def native_threads(self) -> int | None:
         """How many threads BLAS and OpenMP get in a worker; None where that is not for the worker to say."""
-        return 1 if self.kind in ("processes", "client") else None
+        return self.worker_threads if self.kind in ("processes", "client") else None
 
     def with_workers(self, n_workers: int) -> Scheduler:
-        """Return the scheduler with as many workers as the memory allows; a cluster keeps its own."""
+        """Return the scheduler with as many workers as the memory allows; a cluster gets only so many blocks then."""
         if self.kind == "client":
-            return self
+            return replace(self, most=n_workers) if n_workers < self.n_workers else self
         return replace(self, n_workers=n_workers)
 
-    def run(self, kernel: Kernel, blocks: Iterable[Block], stopping: Stopping, name: str) -> Receipts:
-        """Run the blocks."""
+    def run(
+        self,
+        kernel: Kernel,
+        blocks: Iterable[Block],
+        stopping: Stopping,
+        name: str,
+        dropping: Stopping = never,
+        interruptible: Interruptible = nullcontext,
+    ) -> Receipts:
+        """Run the blocks.
+
+        Parameters
+        ----------
+        kernel : Kernel
+            What is done with a block.
+        blocks : iterable of Block
+            The blocks.
+        stopping, dropping : callable
+            Tell whether nothing new shall be started, and whether what is under way shall be dropped.
+        name : str
+            Of the process.
+        interruptible : callable
+            Returns a context that surrounds a block in the driver's own thread, which may be taken out of it.
+        """
         if self.kind == "client":
-            return run_client(self.client, kernel, blocks, stopping, name)
+            return run_client(self.client, kernel, blocks, stopping, name, dropping, self.most)
         if self.kind == "processes":
-            return run_processes(kernel, blocks, self.n_workers, stopping, name)
+            return run_processes(kernel, blocks, self.n_workers, stopping, name, dropping)
         if self.kind == "threads":
-            return run_threads(kernel, blocks, self.n_workers, stopping)
-        return run_serial(kernel, blocks, stopping)
+            return run_threads(kernel, blocks, self.n_workers, stopping, dropping)
+        return run_serial(kernel, blocks, stopping, interruptible)
 
 
 def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int) -> Scheduler:

@@ -82,13 +82,18 @@ def raise_failures(failures: Sequence[Failure], process_name: str, dataset: str)
     stopping = [one for one in failures if one.kind != "lost"]
     if stopping:
         stopping[0].raise_error(process_name, dataset)
-    spans = ", ".join(f"{first} to {last - 1}" for first, last in (one.positions for one in failures[:_NAMED_BLOCKS]))
-    more = f" and {len(failures) - _NAMED_BLOCKS} more blocks" if len(failures) > _NAMED_BLOCKS else ""
+    blocks = sorted(one.positions for one in failures)
+    spans = ", ".join(_span(*positions) for positions in blocks[:_NAMED_BLOCKS])
+    more = f" and {len(blocks) - _NAMED_BLOCKS} more blocks" if len(blocks) > _NAMED_BLOCKS else ""
     raise WorkerError(
-        f"{process_name}: workers died each time they had the block of positions {spans}{more} of {dataset}: a crash "
-        "in native code, or too little memory. Try test() on these positions, or a smaller max_mem_mb. All other "
-        "blocks are done and kept."
+        f"{process_name}: workers died each time they had {spans}{more} of {dataset}: a crash in native code, or too "
+        "little memory. Try test() on these positions, or a smaller max_mem_mb. All other blocks are done and kept; "
+        "the same call tries these again."
     ) from failures[0].error
+
+
+def _span(first: int, stop: int) -> str:
+    return f"position {first}" if stop - first == 1 else f"the block of positions {first} to {stop - 1}"
 
 
 def positions_of(block: Block, first: int, last: int) -> tuple[int, int]:

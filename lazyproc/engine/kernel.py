@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 
 from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
 from lazyproc.core.blocks import Block
+from lazyproc.core.failed import FailedPosition, FailedRows
+from lazyproc.core.runs import Runs
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.engine.failure import Failure
+from lazyproc.engine.native import limits
 
 
 class BlockSource(Protocol):
@@ -34,6 +37,25 @@ class BlockSink(Protocol):
 
     def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> tuple[int, int]:
         """Write the rows; return the bytes written and a checksum."""
+
+    def claims(self) -> BlockClaims:
+        """Return what tells attempts at a block apart."""
+
+
+class BlockClaims(Protocol):
+    """What tells two attempts at a block apart, so that only the last one writes, and none after it is settled."""
+
+    def begin(self) -> None:
+        """Get ready, in the driver."""
+
+    def take(self, block: Block) -> Any:
+        """Begin an attempt, in the worker; return the sink of this attempt, with its `number`."""
+
+    def settle(self, block: Block, number: bytes) -> bool:
+        """Let nobody write the block anymore, in the driver; False if that attempt is not the last one."""
+
+    def end(self) -> None:
+        """Let nobody write anything anymore, in the driver."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,10 @@ class Kernel:
         Where workers write; None sends the results to the driver.
     native_threads : int or None
         How many threads BLAS and OpenMP may use in a worker; None leaves them alone.
+    max_failures : int or None
+        So many positions of a block may fail and get the fill value; None: a failure fails the block.
+    claims : BlockClaims or None
+        Tells attempts at a block apart, where a block can be under way twice.
     """
 
     function: Callable[..., Any]
@@ -66,14 +92,32 @@ class Kernel:
     source: BlockSource
     sink: BlockSink | None
     native_threads: int | None = None
+    max_failures: int | None = None
+    claims: BlockClaims | None = None
 
     def for_run(self, sink: BlockSink | None, native_threads: int | None) -> Kernel:
         """Return the kernel with the way its results go, and its threads."""
         return replace(self, sink=sink, native_threads=native_threads)
 
-    def compute(self, data: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-        """Compute the results of positions that were read already, `(n_positions, n_spectral)`."""
-        return compute_rows(self.function, data, self.outputs, self.args, self.kwargs, vectorized=self.vectorized)
+    def compute(self, data: NDArray[Any], failed: FailedRows | None = None) -> tuple[NDArray[Any], ...]:
+        """Compute the results of positions that were read already, `(n_positions, n_spectral)`.
+
+        Parameters
+        ----------
+        data : ndarray
+            The positions.
+        failed : FailedRows, optional
+            Collects rows that fail. Default: the first one raises.
+        """
+        return compute_rows(
+            self.function, data, self.outputs, self.args, self.kwargs, vectorized=self.vectorized, failed=failed
+        )
+
+    def collector(self, spans: Iterable[tuple[int, int]]) -> FailedRows | None:
+        """Return what collects the positions of a block that fail; None where a failure fails the block."""
+        if self.max_failures is None:
+            return None
+        return FailedRows(lambda runs: self.source.rows(iter(runs)), Runs.from_spans(spans), self.max_failures)
 
 
 @dataclass
@@ -96,6 +140,12 @@ class Receipt:
         The results, where the driver writes; taken away once they are written.
     failure : Failure or None
         Why there are no results.
+    failed : tuple of FailedPosition
+        Positions whose function failed; they have the fill value.
+    example : Failure or None
+        What the first of these raised.
+    attempt : bytes
+        The number of the attempt, where these are told apart.
     """
 
     block: Block
@@ -106,40 +156,57 @@ class Receipt:
     checksum: int = 0
     arrays: tuple[NDArray[Any], ...] | None = field(default=None, repr=False)
     failure: Failure | None = None
+    failed: tuple[FailedPosition, ...] = ()
+    example: Failure | None = None
+    attempt: bytes = b""
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the block, or a position of it, failed for lack of memory: elsewhere, or later, it may not."""
+        failures = (self.failure, self.example)
+        return any(isinstance(one.error, MemoryError) for one in failures if one is not None)
 
 
 def run_block(kernel: Kernel, block: Block) -> Receipt:
     """Do one block. Never raises for what goes wrong with the block itself: the receipt says so."""
     begin = time.perf_counter()
     receipt = Receipt(block, f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}")
+    failed = kernel.collector(block.runs())
+    sink: Any = kernel.sink
     try:
+        if kernel.claims is not None:
+            sink = kernel.claims.take(block)
+            receipt.attempt = sink.number
         with _native_threads(kernel.native_threads):
             data = kernel.source.rows(block.runs())
             receipt.bytes_read = data.nbytes
-            arrays = kernel.compute(data)
+            arrays = kernel.compute(data, failed)
             del data
-        if kernel.sink is None:
+        if sink is None:
             receipt.arrays = arrays
         else:
-            receipt.bytes_written, receipt.checksum = kernel.sink.write(block, arrays)
-    except RowError as error:
-        receipt.failure = Failure.of_function(error, block)
-    except OutputMismatch as error:
-        receipt.failure = Failure.of_output(error, block)
+            receipt.bytes_written, receipt.checksum = sink.write(block, arrays)
     except Exception as error:
-        receipt.failure = Failure.of_worker(error, block)
+        receipt.failure = failure_of(error, block)
+    if failed is not None and failed.first is not None:
+        receipt.failed = failed.positions()
+        receipt.example = failure_of(failed.first, block)
     receipt.seconds = time.perf_counter() - begin
     return receipt
 
 
-def _native_threads(limit: int | None) -> AbstractContextManager[Any]:
-    """Limit the threads of BLAS and OpenMP; where threads of one process share them, the first one decides."""
-    if limit is None:
-        return nullcontext()
-    from threadpoolctl import threadpool_limits
+def failure_of(error: Exception, block: Block) -> Failure:
+    """Return what went wrong with a block as a `Failure`: of the function, of what it returned, or of the worker."""
+    if isinstance(error, RowError):
+        return Failure.of_function(error, block)
+    if isinstance(error, OutputMismatch):
+        return Failure.of_output(error, block)
+    return Failure.of_worker(error, block)
 
-    limited: AbstractContextManager[Any] = threadpool_limits(limit)
-    return limited
+
+def _native_threads(limit: int | None) -> AbstractContextManager[None]:
+    """Limit the threads of BLAS and OpenMP."""
+    return nullcontext() if limit is None else limits.held(limit)
 
 
 def pack(kernel: Kernel) -> bytes:

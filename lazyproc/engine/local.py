@@ -2,238 +2,220 @@
 
 Each engine is a generator: blocks go in, receipts come out as they are ready; None comes out now and then while nothing
 is ready, so that the driver can keep its checkpoint interval. Once `stopping()` is true nothing new is started and
-what is under way is waited for. How much is under way is bounded by a window of two blocks a worker.
+what is under way is waited for; once `dropping()` is true it is not waited for any longer. How much is under way, or
+finished and not yet taken, is bounded by a window of two blocks a worker, however slow one of them is.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-import os
 import queue
-import signal
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lazyproc.core.blocks import Block
-from lazyproc.core.errors import WorkerError
-from lazyproc.engine.kernel import Kernel, Receipt, pack, run_block, run_packed
+from lazyproc.engine.kernel import Kernel, Receipt, pack, run_block
+from lazyproc.engine.lane import Lanes
+from lazyproc.engine.threads import BlockThreads
 
 TICK = 0.25
 """Seconds: how often an engine gives the driver a turn while nothing is ready."""
-_LOOK_SECONDS = 0.5
-"""How often a worker process looks whether its driver is still there."""
 _GRAPH_BLOCKS = 128
-"""Blocks a worker in one Dask graph: the end of a graph leaves workers idle for a moment, its size costs memory."""
-_ATTEMPTS = 3
-"""How often a block may be under way when a worker process is lost."""
+"""Blocks a worker in one Dask graph: its size costs memory."""
+_ATTEMPTS = 2
+"""How often a block is tried, while others are, if its worker process dies; then once more, with nothing beside it."""
 
 Receipts = Iterator[Receipt | None]
 Stopping = Callable[[], bool]
+Interruptible = Callable[[], AbstractContextManager[None]]
 
-log = logging.getLogger("lazyproc")
+
+def never() -> bool:
+    """Return False: neither stop nor drop anything."""
+    return False
 
 
-def run_serial(kernel: Kernel, blocks: Iterable[Block], stopping: Stopping) -> Receipts:
-    """Do the blocks one after the other in this thread; nothing is pickled."""
+def run_serial(
+    kernel: Kernel, blocks: Iterable[Block], stopping: Stopping, interruptible: Interruptible = nullcontext
+) -> Receipts:
+    """Do the blocks one after the other in this thread, which `interruptible` lets out of one; nothing is pickled."""
     for block in blocks:
         if stopping():
             return
-        yield run_block(kernel, block)
+        with interruptible():
+            receipt = run_block(kernel, block)
+        yield receipt
 
 
-def run_threads(kernel: Kernel, blocks: Iterable[Block], n_workers: int, stopping: Stopping) -> Receipts:
+def run_threads(
+    kernel: Kernel, blocks: Iterable[Block], n_workers: int, stopping: Stopping, dropping: Stopping = never
+) -> Receipts:
     """Do the blocks in threads of this process; for functions that let other threads run (NumPy on whole blocks)."""
     from threadpoolctl import threadpool_limits
 
     waiting = iter(blocks)
-    pending: set[Future[Receipt]] = set()
-    # BLAS knows one limit for the whole process, which the driver sets and restores; OpenMP one for each thread.
-    one_each = ThreadPoolExecutor(n_workers, "lazyproc", initializer=threadpool_limits, initargs=(1,))
-    with threadpool_limits(1), one_each as pool:
+    with threadpool_limits(1):  # BLAS knows one limit for the whole process, which the driver sets and restores
+        threads = BlockThreads(kernel, n_workers)
         try:
-            while True:
-                free = 0 if stopping() else 2 * n_workers - len(pending)
-                pending |= {pool.submit(run_block, kernel, block) for block in itertools.islice(waiting, free)}
-                if not pending:
+            while not dropping():
+                if stopping():
+                    threads.take_back()
+                else:
+                    for block in itertools.islice(waiting, 2 * n_workers - threads.n_pending):
+                        threads.submit(block)
+                if not threads.n_pending:
                     return
-                done, pending = wait(pending, timeout=TICK, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-                if not done:
-                    yield None
+                yield threads.next(TICK)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            threads.close()
 
 
 def run_processes(
-    kernel: Kernel, blocks: Iterable[Block], n_workers: int, stopping: Stopping, name: str = "lazyproc"
+    kernel: Kernel,
+    blocks: Iterable[Block],
+    n_workers: int,
+    stopping: Stopping,
+    name: str = "lazyproc",
+    dropping: Stopping = never,
 ) -> Receipts:
-    """Do the blocks in worker processes: Dask graphs on Dask's local scheduler, over a pool of light processes.
+    """Do the blocks in worker processes: Dask graphs on Dask's local scheduler, whose threads have a process each.
 
     Raises
     ------
     WorkerError
-        If worker processes are lost again and again with the same blocks under way.
+        If worker processes die whatever they do, or do not start.
 
     Notes
     -----
+    A worker process that dies takes its own block with it and nothing else. The block is tried again at once, and if
+    that process dies, too, once more when all other blocks are done, with nothing beside it: so neither a neighbour
+    that needs much memory nor the choice of the system's memory killer makes an innocent block fail. Then it comes out
+    as a receipt with a failure of the kind ``"lost"``. If the run stops before that, the block remains to be done.
+
+    A block that runs out of memory (MemoryError) is tried once more in a fresh process, and then fails as it did.
+
     The workers never import the caller's script, so it needs no ``if __name__ == "__main__"``.
     """
     packed = pack(kernel)
-    attempts: dict[int, int] = {}
+    lost: list[Block] = []
+    window = _Window(Lanes(packed, n_workers, _ATTEMPTS), 2 * n_workers, stopping)
+    for receipt in _run_graphs(window, blocks, _GRAPH_BLOCKS * n_workers, name, dropping):
+        if receipt is not None and receipt.failure is not None and receipt.failure.kind == "lost":
+            lost.append(receipt.block)
+            yield None
+        else:
+            yield receipt
+    for block in lost:
+        yield from _run_graphs(_Window(Lanes(packed, 1, 1), 1, stopping), [block], 1, name, dropping)
+
+
+def _run_graphs(window: _Window, blocks: Iterable[Block], size: int, name: str, dropping: Stopping) -> Receipts:
+    """Do the blocks in graphs; the next one begins as soon as what is left of those before does not fill the window."""
     waiting = iter(blocks)
-    pool = _Pool(packed, n_workers, stopping)
+    graphs: list[_Graph] = []
     try:
-        while batch := list(itertools.islice(waiting, _GRAPH_BLOCKS * n_workers)):
-            while batch:
-                graph = _GraphRun(pool, batch, name)
-                yield from graph.receipts()
-                if graph.error is None:
-                    break
-                pool.close(kill=True)
-                batch = _still_to_do(graph, attempts)
-                pool = _Pool(packed, n_workers, stopping)
-            if stopping():
-                return
-    except BaseException:
-        pool.close(kill=True)
-        raise
+        while not dropping():
+            graphs = [graph for graph in graphs if graph.is_alive()]
+            if window.wanted() and sum(graph.n_left for graph in graphs) < window.size:
+                if batch := list(itertools.islice(waiting, size)):
+                    graphs.append(_Graph(window, batch, name))
+            if not graphs and window.is_over():
+                return window.close()
+            yield window.next_receipt()
     finally:
-        pool.close()
+        window.close(kill=True)
 
 
-def _still_to_do(graph: _GraphRun, attempts: dict[int, int]) -> list[Block]:
-    """Return the blocks to try again after a worker was lost; give up on one that was under way too often."""
-    for block in graph.under_way():
-        attempts[block.index] = attempts.get(block.index, 0) + 1
-        if attempts[block.index] >= _ATTEMPTS:
-            raise WorkerError(
-                f"Worker processes died {_ATTEMPTS} times while the block of positions {block.start} to "
-                f"{block.stop - 1} was under way. A crash in native code, or too little memory: try test() on these "
-                "positions, or a smaller max_mem_mb. Finished blocks are kept."
-            ) from graph.error
-    log.warning("a worker process was lost; its blocks are tried again")
-    return [block for block in graph.blocks if block.index not in graph.finished]
+class _Window:
+    """What is under way in lanes, or finished and not yet taken: never more than `size` blocks.
 
+    A slow block holds back its own place only; a slow driver, which does not take receipts, holds back everything.
+    """
 
-_installed: dict[str, bytes] = {}
-"""In a worker process: the kernels it was started with. Always empty in the driver."""
-
-
-def set_up_worker() -> None:
-    """Set up a worker process: Ctrl-C is the driver's affair, and without a driver there is nothing to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(os.getppid(),), name="lazyproc-driver", daemon=True).start()
-
-
-def _leave_with(driver: int) -> None:
-    """End this process soon after the driver has gone: a driver that is killed cannot send its workers home."""
-    while os.getppid() == driver:
-        time.sleep(_LOOK_SECONDS)
-    os._exit(1)
-
-
-def _install(run: str, packed: bytes) -> None:
-    """Set up a worker process, and keep the kernel there."""
-    set_up_worker()
-    _installed[run] = packed
-
-
-def _run_installed(run: str, block: Block) -> Receipt | None:
-    """Do a block with the installed kernel; None where there is none, as in a driver that is stopping."""
-    packed = _installed.get(run)
-    return None if packed is None else run_packed(packed, block)
-
-
-class _Pool:
-    """Worker processes of one kernel."""
-
-    def __init__(self, packed: bytes, n_workers: int, stopping: Stopping) -> None:
-        from loky.process_executor import ProcessPoolExecutor
-
-        self.run = uuid.uuid4().hex
-        self.n_workers = n_workers
+    def __init__(self, lanes: Lanes, size: int, stopping: Stopping) -> None:
+        self.size = size
+        self.threads = ThreadPoolExecutor(size, "lazyproc")
+        self._lanes = lanes
         self._stopping = stopping
-        one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR")}
-        self._executor: Any = ProcessPoolExecutor(
-            n_workers, timeout=None, initializer=_install, initargs=(self.run, packed), env=one_thread
-        )
+        self._closed = False
+        self._places = threading.Semaphore(size)
+        self._ready: queue.SimpleQueue[Receipt] = queue.SimpleQueue()
+        self._error: Exception | None = None
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Submit to the pool; once the run is stopping, call it here, where no kernel is installed: it is skipped."""
-        if not self._stopping():
-            future: Future[Any] = self._executor.submit(function, *args)
-            return future
-        skipped: Future[Any] = Future()
-        skipped.set_result(function(*args))
-        return skipped
+    def wanted(self) -> bool:
+        """Tell whether another block may begin."""
+        return not (self._closed or self._stopping())
+
+    def do(self, block: Block) -> None:
+        """Do a block in a lane and keep its receipt until it is taken: a task of Dask's local scheduler."""
+        while not self._places.acquire(timeout=TICK):
+            if not self.wanted():
+                return
+        receipt = self._lanes.do(block, self.wanted)
+        if receipt is None:
+            self._places.release()
+        else:
+            self._ready.put(receipt)
+
+    def is_over(self) -> bool:
+        """Tell whether all receipts are taken, and no error is to be raised."""
+        return self._ready.empty() and self._error is None and self._lanes.error is None
+
+    def next_receipt(self) -> Receipt | None:
+        """Take a receipt, or None after a tick.
+
+        Raises
+        ------
+        WorkerError
+            If nothing can be done in the lanes anymore.
+        """
+        try:
+            receipt = self._ready.get(timeout=TICK)
+        except queue.Empty:
+            error = self._error or self._lanes.error
+            if error is not None:
+                raise error from None
+            return None
+        self._places.release()
+        return receipt
+
+    def fail(self, error: Exception) -> None:
+        """Let the driver raise an error."""
+        self._error = error
 
     def close(self, *, kill: bool = False) -> None:
-        """End the processes; with `kill` whatever they are doing."""
-        self._executor.shutdown(wait=True, kill_workers=kill)
+        """End the worker processes; with `kill` whatever they are doing."""
+        self._closed = True
+        self._lanes.close(kill=kill)
+        self.threads.shutdown()
 
 
-class _GraphRun:
-    """One Dask graph, run by Dask's local scheduler in a thread of its own, its receipts handed on one by one."""
+class _Graph(threading.Thread):
+    """One Dask graph, run by Dask's local scheduler in a thread of its own, at once."""
 
-    def __init__(self, pool: _Pool, blocks: list[Block], name: str) -> None:
-        self.blocks = blocks
-        self.finished: set[int] = set()
-        self.error: BaseException | None = None
-        self._pool = pool
-        self._name = f"{name}-{uuid.uuid4().hex}"
-        self._started: set[int] = set()
-        self._abandoned = False
-        self._ready: queue.Queue[Receipt | None] = queue.Queue(maxsize=2 * pool.n_workers)
+    def __init__(self, window: _Window, blocks: list[Block], name: str) -> None:
+        super().__init__(name="lazyproc-graph", daemon=True)
+        self.n_left = len(blocks)
+        self._window = window
+        run = f"{name}-{uuid.uuid4().hex}"
+        self._graph = {(run, block.index): (window.do, block) for block in blocks}
+        self.start()
 
-    def receipts(self) -> Receipts:
-        """Run the graph and yield its receipts; `error` tells afterwards whether a worker was lost."""
-        thread = threading.Thread(target=self._run, name="lazyproc-graph", daemon=True)
-        thread.start()
-        try:
-            while thread.is_alive() or not self._ready.empty():
-                try:
-                    receipt = self._ready.get(timeout=TICK)
-                except queue.Empty:
-                    yield None
-                    continue
-                if receipt is not None:
-                    self.finished.add(receipt.block.index)
-                    yield receipt
-        finally:
-            self._abandoned = True
-
-    def under_way(self) -> list[Block]:
-        """Return the blocks that were started and are not finished."""
-        return [block for block in self.blocks if block.index in self._started - self.finished]
-
-    def _run(self) -> None:
-        from dask.callbacks import Callback
+    def run(self) -> None:
+        """Run the graph; called by the thread."""
         from dask.local import get_async
 
-        keys = {(self._name, block.index): block for block in self.blocks}
-        graph = {key: (_run_installed, self._pool.run, block) for key, block in keys.items()}
+        def finished(key: Any, result: Any, dsk: Any, state: Any, worker: Any) -> None:
+            self.n_left -= 1
 
-        def started(key: Any, dsk: Any, state: Any) -> None:
-            self._started.add(keys[key].index)
-
-        def finished(key: Any, receipt: Receipt | None, dsk: Any, state: Any, worker: Any) -> None:
-            self._hand_on(receipt)
-
+        callbacks = [(None, None, None, finished, None)]
         try:
-            with Callback(pretask=started, posttask=finished):
-                get_async(self._pool.submit, 2 * self._pool.n_workers, graph, list(graph))
-        except Exception as error:
-            self.error = error
-
-    def _hand_on(self, receipt: Receipt | None) -> None:
-        """Wait until the driver takes it: a slow driver holds the graph back."""
-        while not self._abandoned:
-            try:
-                return self._ready.put(receipt, timeout=TICK)
-            except queue.Full:
-                continue
+            get_async(
+                self._window.threads.submit, self._window.size, self._graph, list(self._graph), callbacks=callbacks
+            )
+        except Exception as error:  # not of a block: these are told by its receipt
+            self._window.fail(error)

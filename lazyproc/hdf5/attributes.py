@@ -19,6 +19,7 @@ import numpy as np
 
 from lazyproc.core.errors import ParameterError, ResultsError
 from lazyproc.core.parameters import Encoded, decode, encode, is_bookkeeping
+from lazyproc.hdf5.damage import reading
 
 MANIFEST = "lazyproc_parameter_kinds"
 """The attribute (or, when it is large, the dataset) that names all parameters and their kinds, as JSON."""
@@ -102,6 +103,11 @@ def read_parameters(group: h5py.Group) -> dict[str, Any]:
     ResultsError
         If a parameter named in the manifest is missing, or one cannot be read.
     """
+    with reading(f"Results group {group.name!r}"):
+        return _read_parameters(group)
+
+
+def _read_parameters(group: h5py.Group) -> dict[str, Any]:
     if not has_manifest(group):
         names = [name for name in group.attrs if not is_bookkeeping(name)]
         return {name: _read_natural(group, name) for name in names if not _is_reference(group, name)}
@@ -116,6 +122,22 @@ def read_parameters(group: h5py.Group) -> dict[str, Any]:
     return parameters
 
 
+def parameter_names(group: h5py.Group) -> list[str]:
+    """Return the names in the manifest; none without one."""
+    return list(_kinds(group)) if has_manifest(group) else []
+
+
+def stored_parameter(group: h5py.Group, name: str) -> Any:
+    """Return a parameter in the form in which HDF5 stores it.
+
+    Raises
+    ------
+    ResultsError
+        If it is missing.
+    """
+    return _load(group, name)
+
+
 def has_manifest(group: h5py.Group) -> bool:
     """Tell whether lazyproc wrote parameters into this group, and finished doing so."""
     return MANIFEST in group.attrs or f"{LARGE_GROUP}/{MANIFEST}" in group
@@ -127,7 +149,7 @@ def _kinds(group: h5py.Group) -> dict[str, str]:
         kinds = json.loads(text)
         if all(isinstance(kind, str) for kind in kinds.values()):
             return dict(kinds)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise _damaged(group, text) from error
     raise _damaged(group, text)
 

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.errors import ResultsError
-from lazyproc.hdf5.extents import check_same_file, plain_type
+from lazyproc.hdf5.extents import check_same_file, plain_type, using
+from lazyproc.hdf5.file_id import FileId
 
 _GZIP, _SHUFFLE, _FLETCHER32 = 1, 2, 3
 _MOST_CHUNKS = 2**21
@@ -38,7 +39,7 @@ class ChunkSource:
     ----------
     path, name : str
         The file, absolute, and the dataset.
-    inode : tuple of int
+    inode : FileId
         Device and inode of the file: another one put in its place is noticed.
     shape : tuple of int
         `(n_positions, n_spectral)`.
@@ -65,7 +66,7 @@ class ChunkSource:
 
     path: str
     name: str
-    inode: tuple[int, int]
+    inode: FileId
     shape: tuple[int, int]
     dtype: np.dtype[Any]
     chunks: tuple[int, int]
@@ -96,7 +97,8 @@ class ChunkSource:
         """
         spans = list(runs)
         rows = np.empty((sum(stop - start for start, stop in spans), self.shape[1]), self.dtype)
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        with using(self.path, self.name):
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             check_same_file(descriptor, self.path, self.inode, self.name)
             place = 0
@@ -173,7 +175,7 @@ def chunked_source(dataset: h5py.Dataset, path: str | None) -> ChunkSource | Non
     source = ChunkSource(
         path=os.path.abspath(path),
         name=str(dataset.name),
-        inode=(status.st_dev, status.st_ino),
+        inode=FileId.of(status),
         shape=(int(dataset.shape[0]), int(dataset.shape[1])),
         dtype=dataset.dtype,
         chunks=(int(high), int(wide)),

@@ -152,7 +152,7 @@ def create_output(group: h5py.Group, h5_main: h5py.Dataset, output: ResolvedOutp
         attrs[SCALAR_MARK] = True
     shape = (int(h5_main.shape[0]), output.width)
     filled = shape[0] * output.row_bytes <= LARGEST_FILLED
-    return _create_contiguous(group, output.name, shape, output.dtype, attrs, output.fill_value, filled)
+    return create_contiguous(group, output.name, shape, output.dtype, attrs, output.fill_value, filled)
 
 
 def create_status_mask(group: h5py.Group, n_positions: int, name: str) -> h5py.Dataset:
@@ -164,7 +164,7 @@ def create_status_mask(group: h5py.Group, n_positions: int, name: str) -> h5py.D
         If the group has something of this name already.
     """
     # HDF5 may place it where something was deleted, and it would start out with that; hence zeros are written.
-    mask = _create_contiguous(group, name, (n_positions,), np.dtype(np.uint8), {}, np.uint8(0), filled=False)
+    mask = create_contiguous(group, name, (n_positions,), np.dtype(np.uint8), {}, np.uint8(0), filled=False)
     for start in range(0, n_positions, _ZEROS):
         mask[start : start + _ZEROS] = 0
     return mask
@@ -181,7 +181,7 @@ def _tool(process_name: str) -> str:
     return process_name.replace("-", "_")
 
 
-def _create_contiguous(
+def create_contiguous(
     group: h5py.Group,
     name: str,
     shape: Shape,
@@ -190,7 +190,28 @@ def _create_contiguous(
     fill_value: Any = None,
     filled: bool = False,
 ) -> h5py.Dataset:
-    """Create a dataset whose bytes have their place at once; it gets its name last, when it is complete."""
+    """Create a dataset whose bytes have their place at once; it gets its name last, when it is complete.
+
+    Parameters
+    ----------
+    group : h5py.Group
+        Where, writable.
+    name : str
+        Its name.
+    shape, dtype
+        Its form.
+    attrs : mapping
+        Its attributes.
+    fill_value : scalar, optional
+        What HDF5 tells as its fill value.
+    filled : bool
+        Write that value; else the dataset shows whatever the file holds there.
+
+    Raises
+    ------
+    ResultsError
+        If the group has something of this name already.
+    """
     if name in group:
         raise ResultsError(
             f"{group.name}: there is a {name!r} already; expected a new results group. Choose another name for the "
@@ -220,8 +241,8 @@ def _create_spectroscopic(group: h5py.Group, output: ResolvedOutput) -> tuple[h5
     attrs = {"labels": [dim.name for dim in dims], "units": [dim.units for dim in dims]}
     shape = (len(dims), output.width)
     name = f"{output.name}_Spectroscopic_"
-    indices = _create_contiguous(group, f"{name}Indices", shape, np.dtype(np.uint32), attrs)
-    values = _create_contiguous(group, f"{name}Values", shape, np.dtype(np.float64), attrs)
+    indices = create_contiguous(group, f"{name}Indices", shape, np.dtype(np.uint32), attrs)
+    values = create_contiguous(group, f"{name}Values", shape, np.dtype(np.float64), attrs)
     faster = output.width
     for row, dim in enumerate(dims):
         faster //= dim.size
@@ -246,7 +267,7 @@ def _copy(group: h5py.Group, source: h5py.Dataset, name: str, along: int) -> h5p
     """Copy an ancillary dataset in pieces, with its attributes but for references: they hold in their own file only."""
     attrs = {key: source.attrs[key] for key in source.attrs if _is_plain(source.attrs, key)}
     attrs.update((key, read_texts(source.attrs[key])) for key in ("labels", "units"))
-    copy = _create_contiguous(group, name, source.shape, source.dtype, attrs)
+    copy = create_contiguous(group, name, source.shape, source.dtype, attrs)
     for start, stop in spans(source, along):
         piece = np.s_[:, start:stop] if along else np.s_[start:stop, :]
         copy[piece] = source[piece]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.errors import ResultsError
+from lazyproc.core.errors import FileChangedError, LazyprocError
+from lazyproc.hdf5.file_id import FileId
+from lazyproc.hdf5.room import writing
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -29,7 +32,7 @@ class Extent:
     ----------
     path : str
         The file, absolute.
-    inode : tuple of int
+    inode : FileId
         Device and inode: a file put in its place later is noticed.
     name : str
         The dataset, for messages.
@@ -42,7 +45,7 @@ class Extent:
     """
 
     path: str
-    inode: tuple[int, int]
+    inode: FileId
     name: str
     offset: int
     shape: tuple[int, ...]
@@ -53,26 +56,49 @@ class Extent:
         """Bytes a position."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
+    @property
+    def stop(self) -> int:
+        """Where the last row ends, bytes from the start of the file."""
+        return self.offset + self.shape[0] * self.row_bytes
+
     def open(self, flags: int) -> int:
         """Open the file and make sure that it is still the same one.
 
         Raises
         ------
-        ResultsError
-            If the file was replaced, or is too short.
+        FileChangedError
+            If the file is gone, was replaced, or is too short.
         """
-        descriptor = os.open(self.path, flags | os.O_CLOEXEC)
+        with using(self.path, self.name):
+            descriptor = os.open(self.path, flags | os.O_CLOEXEC)
         try:
-            status = check_same_file(descriptor, self.path, self.inode, self.name)
-            if status.st_size < self.offset + self.shape[0] * self.row_bytes:
-                raise ResultsError(
-                    f"{self.path}: the file has {status.st_size} bytes, but {self.name} needs "
-                    f"{self.offset + self.shape[0] * self.row_bytes}: it was truncated. Restore it from a copy."
-                )
+            self.check(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
+
+    def check(self, descriptor: int) -> None:
+        """Make sure that an open file is still the same one, and holds all of the dataset.
+
+        Raises
+        ------
+        FileChangedError
+            If it was replaced, or is too short.
+        """
+        size = check_same_file(descriptor, self.path, self.inode, self.name).st_size
+        if size < self.stop:
+            raise FileChangedError(
+                f"{self.path}: the file has {size} bytes, but {self.name} needs {self.stop}: it was truncated. Restore "
+                "it from a copy."
+            )
+
+    def check_path(self) -> None:
+        """Make sure that the file still lies under its name, and holds all of the dataset; raises as `check`."""
+        with using(self.path, self.name):
+            status = os.stat(self.path)
+        if not self.inode.fits(status) or status.st_size < self.stop:
+            os.close(self.open(os.O_RDONLY))
 
     def read(self, runs: Iterable[tuple[int, int]]) -> NDArray[Any]:
         """Read runs of rows, one after the other, into a new array `(n_rows, …)`."""
@@ -93,32 +119,79 @@ class Extent:
     def _read_into(self, descriptor: int, buffer: memoryview, offset: int) -> None:
         done = 0
         while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            with using(self.path, self.name, offset + done):
+                count = os.preadv(descriptor, [buffer[done:]], offset + done)
             if count == 0:
-                raise ResultsError(f"{self.path}: the file ends inside {self.name}; it was truncated.")
+                raise FileChangedError(
+                    f"{self.path}: the file ends inside {self.name}, at byte {offset + done}; it was truncated. "
+                    "Restore it from a copy."
+                )
             done += count
 
     def write(self, descriptor: int, start: int, rows: NDArray[Any]) -> int:
-        """Write rows from row `start` on, through a descriptor from `open`; return the bytes written."""
+        """Write rows from row `start` on, through a descriptor from `open`; return the bytes written.
+
+        Raises
+        ------
+        NoRoomError
+            If the disk is full. What was written of the rows is not marked, so it does not count.
+        FileChangedError
+            If the file is too short by now, or the disk does not take what is written.
+        """
         buffer = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
         offset = self.offset + start * self.row_bytes
         done = 0
-        while done < len(buffer):
-            done += os.pwrite(descriptor, buffer[done:], offset + done)
+        self.check(descriptor)  # a write beyond the end of a file that was cut off would make it longer again
+        with using(self.path, self.name, offset), writing(self.path, self.name, len(buffer)):
+            while done < len(buffer):
+                done += os.pwrite(descriptor, buffer[done:], offset + done)
         return done
 
 
-def check_same_file(descriptor: int, path: str, inode: tuple[int, int], name: str) -> os.stat_result:
+@contextmanager
+def using(path: str, name: str, offset: int | None = None) -> Iterator[None]:
+    """Turn the system's errors about a file into one that names it and the dataset.
+
+    Parameters
+    ----------
+    path, name : str
+        The file and the dataset.
+    offset : int, optional
+        The byte that is read or written.
+
+    Raises
+    ------
+    FileChangedError
+        If the file is gone, may not be used anymore, or the disk fails.
+    """
+    try:
+        yield
+    except LazyprocError:
+        raise
+    except FileNotFoundError as error:
+        raise FileChangedError(
+            f"{path}: the file is gone, with {name} in it: it was moved, renamed or deleted. Put it back and run the "
+            "same again."
+        ) from error
+    except OSError as error:
+        place = "" if offset is None else f" at byte {offset}"
+        raise FileChangedError(
+            f"{path}: {name} cannot be read or written{place}: {error.strerror or error}. If it is not a matter of "
+            "permissions, look for faults of the disk or the network; then run the same again."
+        ) from error
+
+
+def check_same_file(descriptor: int, path: str, inode: FileId, name: str) -> os.stat_result:
     """Make sure that an open file is the one in which a dataset was found, and return its status.
 
     Raises
     ------
-    ResultsError
+    FileChangedError
         If another file has been put in its place.
     """
     status = os.fstat(descriptor)
-    if (status.st_dev, status.st_ino) != inode:
-        raise ResultsError(
+    if not inode.fits(status):
+        raise FileChangedError(
             f"{path}: the file was replaced by another one since {name} was found in it. "
             "Open it again and start again; nothing was written into the new file."
         )
@@ -153,9 +226,7 @@ def find_extent(dataset: h5py.Dataset, path: str | None = None) -> Extent | None
             return None
         status = os.fstat(file.fileno())
     shape = tuple(int(n) for n in dataset.shape)
-    return Extent(
-        os.path.abspath(path), (status.st_dev, status.st_ino), str(dataset.name), int(offset), shape, dataset.dtype
-    )
+    return Extent(os.path.abspath(path), FileId.of(status), str(dataset.name), int(offset), shape, dataset.dtype)
 
 
 def real_path(file: h5py.File) -> str | None:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from typing import Any
 
 import h5py
 
-from lazyproc.core.errors import ArgumentValueError, FileBusyError, ReadOnlyFileError
+from lazyproc.core.errors import ArgumentValueError, FileBusyError, MissingFileError, ReadOnlyFileError
+from lazyproc.hdf5.damage import H5_ERRORS
+from lazyproc.hdf5.heap import is_endless_heap
 from lazyproc.hdf5.overlay import Overlay
-from lazyproc.hdf5.transaction import read_journal
+from lazyproc.hdf5.transaction import read_journal, recover_locked
+
+_LARGEST_PLACE = 2**63 - 1 - 2**32
+"""Bytes: no file reaches so far, and a read from here does not leave the numbers that the system has for places."""
+
+log = logging.getLogger("lazyproc")
 
 
 def split_address(address: str | os.PathLike[str], name: str) -> tuple[str, str]:
@@ -48,29 +56,44 @@ class Files:
     def __init__(self) -> None:
         self._opened: list[tuple[h5py.File, Any]] = []
 
-    def open(self, path: str) -> h5py.File:
+    def open(self, path: str, argument: str = "") -> h5py.File:
         """Open a file for reading.
+
+        Parameters
+        ----------
+        path : str
+            The file.
+        argument : str, optional
+            The name of the argument that it came by, for messages.
 
         Raises
         ------
-        FileNotFoundError
-            If there is none.
+        MissingFileError
+            If there is none; it is a FileNotFoundError, too.
         ArgumentValueError
-            If it is no HDF5 file.
+            If it is no HDF5 file, a folder, or may not be read.
         """
-        raw = _open_raw(path)
+        named = f"{argument}: {path}" if argument else path
+        try:
+            raw = _open_raw(path)
+        except FileNotFoundError as error:
+            raise MissingFileError(f"{named}: there is no such file. Expected one that h5py can open.") from error
+        except OSError as error:
+            raise ArgumentValueError(
+                f"{named}: cannot be opened ({error.strerror}). Expected an HDF5 file that may be read."
+            ) from error
         try:
             file = h5py.File(raw, "r")
-        except OSError as error:
+        except H5_ERRORS as error:
             raw.close()
             raise ArgumentValueError(
-                f"{path}: not an HDF5 file, or a damaged one ({error}). Expected a file that h5py can open."
+                f"{named}: not an HDF5 file, or a damaged one ({error}). Expected a file that h5py can open."
             ) from error
         self._opened.append((file, raw))
         return file
 
     def open_for_writing(self, path: str) -> h5py.File:
-        """Open a file for writing, with HDF5's own lock.
+        """Open a file for writing, with HDF5's own lock; a change that was cut off by a death is settled before.
 
         Raises
         ------
@@ -79,6 +102,8 @@ class Files:
         ReadOnlyFileError
             If it cannot be written.
         """
+        if recover_locked(path):
+            log.warning("%s: a change that was cut off has been settled", path)
         try:
             file = h5py.File(path, "r+")
         except PermissionError as error:
@@ -137,8 +162,18 @@ class _FreshFile(io.RawIOBase):
         return self._place
 
     def readinto(self, buffer: Any) -> int:
-        """Read as much as the system gives at once."""
+        """Read as much as the system gives at once.
+
+        Raises
+        ------
+        OSError
+            Also instead of showing HDF5 something that it would not return from.
+        """
+        if self._place < 0 or self._place > _LARGEST_PLACE:
+            raise OSError(f"{self._path}: a damaged address leads to byte {self._place}")
         count = os.preadv(self._descriptor, [buffer], self._place)
+        if is_endless_heap(memoryview(buffer).cast("B")[:count]):
+            raise OSError(f"{self._path}: the heap of texts at byte {self._place} is damaged")
         self._place += count
         return count
 
@@ -148,8 +183,7 @@ class _FreshFile(io.RawIOBase):
 
 def _open_raw(path: str) -> Any:
     """Open the file as bytes, with the changes of an unfinished transaction laid over it."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: there is no such file.")
+    os.stat(path)  # before a journal is looked for
     patches = read_journal(path)
     if not patches:
         return _FreshFile(path)

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from lazyproc.hdf5.extents import real_path
-from lazyproc.hdf5.source import ExtentSource, Source
+from lazyproc.hdf5.source import ExtentSource, Source, readable
 
 FULL_UP_TO = 256 * 2**20
 """Bytes stored: up to this size ``verify="sampled"`` hashes everything."""
@@ -40,6 +40,11 @@ def fingerprint(dataset: h5py.Dataset, source: Source, verify: str, path: str | 
     path : str, optional
         The file, where lazyproc opened it as a Python file object.
 
+    Raises
+    ------
+    FileChangedError
+        If the values cannot be read.
+
     Notes
     -----
     Contiguous and chunked data are hashed as they are stored (so a repacked file counts as changed), data in other
@@ -50,8 +55,9 @@ def fingerprint(dataset: h5py.Dataset, source: Source, verify: str, path: str | 
     stored = dataset.id.get_storage_size() or dataset.nbytes
     everything = verify == "full" or stored <= FULL_UP_TO
     digest = xxhash.xxh3_128(f"{dataset.shape} {dataset.dtype.descr}".encode())
-    for piece in _pieces(dataset, source, everything, path or real_path(dataset.file)):
-        digest.update(piece)
+    with readable(f"{path or dataset.file.filename}::{dataset.name}"):
+        for piece in _pieces(dataset, source, everything, path or real_path(dataset.file)):
+            digest.update(piece)
     return f"{'all' if everything else 'spread'}:{digest.hexdigest()}"
 
 
@@ -100,8 +106,8 @@ def _raw(path: str, spans: list[tuple[int, int]], everything: bool) -> Iterator[
             end = offset + size
             while offset < end:
                 piece = os.pread(descriptor, min(_PIECE, end - offset), offset)
-                if not piece:  # a truncated file
-                    break
+                if not piece:
+                    raise OSError(f"the file ends at byte {offset}, inside the data: it was truncated")
                 yield piece
                 offset += len(piece)
     finally:

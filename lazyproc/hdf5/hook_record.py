@@ -107,6 +107,11 @@ def _record(group: h5py.Group, status_name: str) -> Mapping[str, Any]:
     return mask.attrs if isinstance(mask, h5py.Dataset) else {}
 
 
+def has_record(group: h5py.Group, status_name: str) -> bool:
+    """Tell whether the phase with this status mask was computed here, not by pyUSID."""
+    return _PHASE in _record(group, status_name)
+
+
 def _same_source(group: h5py.Group, work: HookWork) -> bool:
     record = _record(group, work.status_name)
     stored = read_text(record.get(_FINGERPRINT, ""))

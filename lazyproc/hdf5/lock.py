@@ -8,12 +8,15 @@ Two small files lie beside the HDF5 file while a run goes on::
 A new driver changes the fence while it holds it exclusively, so it waits for writes under way and no later write of an
 older run gets through. A worker whose driver has died sees that the first file is no longer locked, and does not write.
 A kill frees both locks at once, since flock belongs to the open file; the files may stay, and do no harm.
+A worker that is stopped, or hangs, in the middle of a write holds the fence for as long as it does: a new driver is
+refused then, after half a minute, since that write may still go on at any time.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -23,6 +26,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazyproc.core.errors import FileBusyError, LazyprocError, ReadOnlyFileError
+
+_WRITE_SECONDS = 30.0
+"""How long to wait for writes under way, before the fence is changed."""
+
+log = logging.getLogger("lazyproc")
 
 
 class FencedError(LazyprocError):
@@ -73,6 +81,8 @@ class Fence:
                 raise FencedError(f"The run {self.run_id} is over: its driver is gone.")
             yield
         finally:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # by itself: a process forked meanwhile may keep the file open
             os.close(descriptor)
 
 
@@ -135,7 +145,8 @@ class RunLock:
         Raises
         ------
         FileBusyError
-            If another run has it; says who, where and since when.
+            If another run has it; says who, where and since when. If a worker of an earlier run does not get done
+            with its write.
         ReadOnlyFileError
             If the sidecar files cannot be made.
         """
@@ -188,7 +199,19 @@ class RunLock:
     def _set_fence(self, text: str) -> None:
         descriptor = os.open(self.fence.fence_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            deadline = time.monotonic() + _WRITE_SECONDS
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > deadline:
+                        raise FileBusyError(
+                            f"{self._path}: a worker has been writing for more than {_WRITE_SECONDS:g} s: it is "
+                            f"stopped, or its file system hangs, and may go on at any time. End it; `fuser -v "
+                            f"{self.fence.fence_path}` shows its process."
+                        ) from error
+                    time.sleep(0.005)
             _overwrite(descriptor, text)
         finally:
             os.close(descriptor)
@@ -203,6 +226,8 @@ class RunLock:
             os.unlink(self.fence.lock_path)
         except FileNotFoundError:
             pass
+        except FileBusyError as error:  # the files stay, so that the next run waits at the fence, too
+            log.warning(str(error))
         finally:
             os.close(self._descriptor)
             self._descriptor = None

@@ -7,6 +7,8 @@ import os
 
 import numpy as np
 
+from lazyproc.hdf5.heap import is_endless_heap
+
 _PAGE = 4096
 Patch = tuple[int, bytes, bytes]
 """Where in the file, what stood there, what shall stand there."""
@@ -89,6 +91,8 @@ class Overlay(io.RawIOBase):
             part = min(_PAGE - within, count - done)
             view[done : done + part] = self._page(page)[within : within + part]
             done += part
+        if is_endless_heap(view[:count]):
+            raise OSError(f"{self._path}: the heap of texts at byte {self._place} is damaged")
         self._place += count
         return count
 

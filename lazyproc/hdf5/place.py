@@ -12,9 +12,12 @@ from typing import Any
 import h5py
 
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, ReadOnlyFileError
+from lazyproc.hdf5.durable import sync_folder
 from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.files import Files, split_address
-from lazyproc.hdf5.transaction import sync_folder, transaction
+from lazyproc.hdf5.guard import guarded
+from lazyproc.hdf5.transaction import transaction
+from lazyproc.hdf5.undo import refuse_pending
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +118,9 @@ class HandlePlace:
 
     @contextmanager
     def edit(self) -> Iterator[h5py.Group]:
-        """Give the handle for changes and flush them at the end."""
-        yield self.handle
-        self.handle.file.flush()
+        """Give the handle for changes; a death before the end of the context can be undone (`lazyproc recover`)."""
+        with guarded([self.handle.file]):
+            yield self.handle
 
     def check_writable(self) -> None:
         """Raise ReadOnlyFileError if the handle is open for reading only."""
@@ -149,7 +152,11 @@ def place_of(target: Any, main: h5py.Dataset, main_path: str | None, files: File
     ------
     ArgumentTypeError, ArgumentValueError
         If it is neither, or a handle that is closed.
+    JournalError
+        If a change of a file that is open here was cut off by a death, and has not been undone.
     """
+    if main_path is None:
+        refuse_pending(real_path(main.file))
     if target is None:
         if main_path is not None:
             return PathPlace(main_path, str(main.parent.name), files)
@@ -163,6 +170,7 @@ def place_of(target: Any, main: h5py.Dataset, main_path: str | None, files: File
         )
     if not target:
         raise ArgumentValueError("h5_target_group: the group's file is closed. Open it again.")
+    refuse_pending(real_path(target.file))
     return HandlePlace(target)
 
 

@@ -14,15 +14,19 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lazyproc.core.specs import ResolvedOutput
+from lazyproc.core.specs import FAILED_POSITIONS, POSITION_STATUS, ResolvedOutput
 from lazyproc.hdf5.attributes import write_parameters
 from lazyproc.hdf5.create import create_output, create_results_group, create_status_mask
-from lazyproc.hdf5.extents import find_extent
+from lazyproc.hdf5.extents import Extent, find_extent
+from lazyproc.hdf5.failure_log import ExtentRows, FailureLog
+from lazyproc.hdf5.failures import Rows, capacity_of, create_failures, has_failures
+from lazyproc.hdf5.handle_target import HandleTarget, TransactionTarget
 from lazyproc.hdf5.lock import Fence
 from lazyproc.hdf5.place import HandlePlace, Place
+from lazyproc.hdf5.seal import PLACES, write_places, write_seal
 from lazyproc.hdf5.search import Work, remaining_positions
 from lazyproc.hdf5.sink import Sink
-from lazyproc.hdf5.target import HandleTarget, InPlaceTarget, Target
+from lazyproc.hdf5.target import InPlaceTarget, Target
 
 _TIME = "%Y-%m-%d %H:%M:%S"
 
@@ -49,7 +53,9 @@ class Provenance:
     probe: dict[str, float]
 
 
-def create_group(parent: h5py.Group, main: h5py.Dataset, work: Work, provenance: Provenance) -> str:
+def create_group(
+    parent: h5py.Group, main: h5py.Dataset, work: Work, provenance: Provenance, max_failures: int | None
+) -> str:
     """Create the results group with all its datasets below `parent` and return its name.
 
     Parameters
@@ -62,6 +68,8 @@ def create_group(parent: h5py.Group, main: h5py.Dataset, work: Work, provenance:
         What shall be computed.
     provenance : Provenance
         What is recorded beside.
+    max_failures : int or None
+        Make room for so many failed positions; None if failures are not recorded.
     """
     same_file = main.file == parent.file
     attrs = {
@@ -87,7 +95,16 @@ def create_group(parent: h5py.Group, main: h5py.Dataset, work: Work, provenance:
     for output in work.outputs:
         create_output(group, main, output, same_file=same_file)
     create_status_mask(group, work.n_positions, work.status_name)
+    if max_failures is not None:
+        create_failures(group, work.status_name, min(max_failures, work.n_positions))
+    write_places(group, _written(work))
+    write_seal(group)
     return str(group.name)
+
+
+def _written(work: Work) -> list[str]:
+    """Return the names of the datasets that runs write to."""
+    return [*(output.name for output in work.outputs), work.status_name, POSITION_STATUS, FAILED_POSITIONS]
 
 
 def ensure_mask(parent: h5py.Group, name: str, work: Work) -> None:
@@ -97,6 +114,27 @@ def ensure_mask(parent: h5py.Group, name: str, work: Work) -> None:
     mask = create_status_mask(group, work.n_positions, work.status_name)
     start = remaining.starts[0] if remaining else work.n_positions
     mask[:start] = 1
+
+
+def lacks_room(group: h5py.Group, work: Work, max_failures: int) -> bool:
+    """Tell whether a results group has no room for so many failed positions yet."""
+    return capacity_of(group) < min(max_failures, work.n_positions)
+
+
+def ensure_room(parent: h5py.Group, name: str, work: Work, max_failures: int) -> None:
+    """Make room for failed positions in a results group, whatever it was begun with."""
+    group = parent.file[name]
+    create_failures(group, work.status_name, min(max_failures, work.n_positions))
+    if PLACES in group.attrs:
+        write_places(group, _written(work))
+
+
+def note_reopened(parent: h5py.Group, name: str, first: int) -> None:
+    """Record, for older readers, that only the positions before `first` can be taken for done."""
+    group = parent.file[name]
+    group.attrs["last_pixel"] = np.int64(min(first, int(np.ravel(group.attrs.get("last_pixel", first))[0])))
+    if "lazyproc_run_id" in group.attrs:
+        group.attrs["lazyproc_finished"] = "".ljust(19)
 
 
 def note_end(parent: h5py.Group, name: str, work: Work, workers: str) -> None:
@@ -109,9 +147,14 @@ def note_end(parent: h5py.Group, name: str, work: Work, workers: str) -> None:
 
 
 def open_target(
-    place: Place, name: str, outputs: Sequence[ResolvedOutput], status_name: str, fence: Fence | None
-) -> Target:
-    """Choose how blocks are committed: in place where the results are plain bytes of a file, else through a handle.
+    place: Place,
+    name: str,
+    outputs: Sequence[ResolvedOutput],
+    status_name: str,
+    fence: Fence | None,
+    max_failures: int | None,
+) -> tuple[Target, FailureLog | None]:
+    """Choose how blocks are committed: in place where the results are plain bytes of a file, else through HDF5.
 
     Parameters
     ----------
@@ -125,20 +168,41 @@ def open_target(
         The name of the status mask.
     fence : Fence or None
         Of the run's lock; None where there is no file on disk.
+    max_failures : int or None
+        So many failed positions are allowed; None: as many as there is room for.
+
+    Returns
+    -------
+    Target
+        Commits results.
+    FailureLog or None
+        Keeps what is recorded of failed positions, written the same way; None if the group has no such datasets.
     """
     parent = place.group()
     assert parent is not None
     group = parent.file[name]
+    logged = (status_name, POSITION_STATUS, FAILED_POSITIONS) if has_failures(group, status_name) else (status_name,)
+    capacity = capacity_of(group)
+    limit = capacity if max_failures is None else max_failures
     if fence is not None and not (isinstance(place, HandlePlace) and _has_open_datasets(group)):
-        extents = [find_extent(group[output.name], place.disk_path) for output in outputs]
-        mask = find_extent(group[status_name], place.disk_path)
-        if mask is not None and all(extent is not None for extent in extents):
-            sink = Sink(tuple(e for e in extents if e is not None), fence, shares_lock=not place.by_handle)
-            return InPlaceTarget(sink, mask)
+        names = [*(output.name for output in outputs), *logged]
+        extents = {one: find_extent(group[one], place.disk_path) for one in names}
+        found: dict[str, Extent] = {one: extent for one, extent in extents.items() if extent is not None}
+        if len(found) == len(names):
+            sink = Sink(tuple(found[output.name] for output in outputs), fence, shares_lock=not place.by_handle)
+            target = InPlaceTarget(sink, found[status_name])
+            return target, _failure_log([ExtentRows(found[one]) for one in logged], capacity, limit)
+    wanted = [output.name for output in outputs]
+    through: HandleTarget | TransactionTarget
     if isinstance(place, HandlePlace):
-        return HandleTarget(group, [output.name for output in outputs], status_name)
-    file = place.files.open_for_writing(place.path)
-    return HandleTarget(file[name], [output.name for output in outputs], status_name, owns_file=True)
+        through = HandleTarget(group, wanted, status_name)
+    else:
+        through = TransactionTarget(place.path, name, wanted, status_name, lambda: place.files.open(place.path)[name])
+    return through, _failure_log([through.rows(one) for one in logged], capacity, limit)
+
+
+def _failure_log(rows: Sequence[Rows], capacity: int, limit: int) -> FailureLog | None:
+    return None if len(rows) == 1 else FailureLog(rows[0], rows[1], rows[2], capacity, limit)
 
 
 def _has_open_datasets(group: h5py.Group) -> bool:

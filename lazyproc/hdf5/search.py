@@ -6,6 +6,7 @@ same values, and results of the declared form. What differs is told in words.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,14 +16,19 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lazyproc.core.errors import ArgumentTypeError, ResultsError
+from lazyproc.core.errors import ArgumentTypeError, FileChangedError, ResultsError
 from lazyproc.core.identity import code_changed
 from lazyproc.core.parameters import differences, same_arguments
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.hdf5.attributes import has_manifest, read_parameters
+from lazyproc.hdf5.damage import H5_ERRORS, reading
+from lazyproc.hdf5.failures import count_failed
+from lazyproc.hdf5.seal import check_places, check_seal
 from lazyproc.hdf5.target import read_mask_pieces
 from lazyproc.hdf5.usid import read_text
+
+log = logging.getLogger("lazyproc")
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class Found:
         Positions that are marked done.
     n_positions : int
         Of how many.
+    n_failed : int
+        Those among the done ones that failed, and hold the fill value.
     """
 
     name: str
@@ -88,6 +96,7 @@ class Found:
     remarks: tuple[str, ...]
     n_done: int
     n_positions: int
+    n_failed: int = 0
 
     @property
     def is_complete(self) -> bool:
@@ -109,14 +118,30 @@ def search(target: h5py.Group | None, work: Work) -> list[Found]:
 
 
 def named_groups(target: h5py.Group, main_name: str, process_name: str) -> list[h5py.Group]:
-    """Return the groups below `target` named ``<main>-<process>_<number>``, exactly, in the order of their numbers."""
+    """Return the groups below `target` named ``<main>-<process>_<number>``, exactly, in the order of their numbers.
+
+    One that cannot be opened is passed over: nothing can be taken from it, and others may be sound.
+
+    Raises
+    ------
+    ResultsError
+        If `target` itself cannot be listed.
+    """
     prefix = re.escape(f"{main_name.rpartition('/')[2]}-{process_name}_")
-    numbered: list[tuple[int, str]] = []
-    for name in target:
-        match = re.fullmatch(prefix + r"(\d+)", name)
-        if match and target.get(name, getclass=True) is h5py.Group:
-            numbered.append((int(match.group(1)), name))
-    return [target[name] for _, name in sorted(numbered)]
+    with reading(f"{target.file.filename}::{target.name}", "Give h5_target_group in another file."):
+        matches = [re.fullmatch(prefix + r"(\d+)", name) for name in target if isinstance(name, str)]
+    numbered = sorted((int(match[1]), match[0]) for match in matches if match)
+    found = [(name, _opened(target, name)) for _, name in numbered]
+    return [group for _, group in found if isinstance(group, h5py.Group)]
+
+
+def _opened(parent: h5py.Group, name: str) -> Any:
+    """Return what has the name; None if there is nothing, or it cannot be opened."""
+    try:
+        return parent.get(name)
+    except H5_ERRORS as error:
+        log.warning("%s/%s cannot be opened (%s) and is passed over", parent.name, name, error)
+        return None
 
 
 def examine(group: h5py.Group, work: Work, *, thorough: bool = True) -> Found:
@@ -134,19 +159,25 @@ def examine(group: h5py.Group, work: Work, *, thorough: bool = True) -> Found:
     """
     lines: list[str] = []
     remarks: tuple[str, ...] = ()
-    n_done = 0
+    n_done = n_failed = 0
     try:
-        lines += _name_differences(group, work)
-        lines += differences(read_parameters(group), work.parameters)
-        lines += _argument_differences(group, work)
-        lines += _output_differences(group, work)
-        lines += _source_differences(group, work, verify=thorough or not lines)
-        remarks = tuple(_remarks(group, work))
-        if not lines:
-            n_done = count_done(group, work.n_positions, work.status_name)
+        with reading(f"Results group {group.name!r}"):
+            lines += _name_differences(group, work)
+            lines += differences(read_parameters(group), work.parameters)
+            lines += _argument_differences(group, work)
+            lines += _output_differences(group, work)
+            lines += _source_differences(group, work, verify=thorough or not lines)
+            remarks = tuple(_remarks(group, work))
+            if not lines:
+                n_done = count_done(group, work.n_positions, work.status_name)
+                n_failed = count_failed(group, work.status_name)
+                check_seal(group)
+                check_places(group)
+    except FileChangedError:  # of the source
+        raise
     except ResultsError as error:  # one damaged group must not stand in the way of all others
         lines.append(str(error))
-    return Found(str(group.name), tuple(lines), remarks, n_done, work.n_positions)
+    return Found(str(group.name), tuple(lines), remarks, n_done, work.n_positions, n_failed)
 
 
 def count_done(group: h5py.Group, n_positions: int, status_name: str) -> int:
@@ -163,13 +194,15 @@ def remaining_positions(group: h5py.Group, n_positions: int, status_name: str) -
         If there is neither a status mask nor ``last_pixel``, or the mask is not what it should be.
     """
     label = f"{group.name}/{status_name}"
-    if status_name in group:
-        return Runs.from_mask_pieces(read_mask_pieces(group[status_name], n_positions, label))
-    if "last_pixel" not in group.attrs:
+    with reading(label):
+        if status_name in group:
+            return Runs.from_mask_pieces(read_mask_pieces(group[status_name], n_positions, label))
+        has_last_pixel = "last_pixel" in group.attrs
+    if not has_last_pixel:
         raise ResultsError(f"{label}: there is no status mask, nor the attribute last_pixel of older results.")
     try:
         last = int(np.asarray(group.attrs["last_pixel"]).ravel()[0])
-    except (TypeError, ValueError, IndexError, OSError) as error:
+    except H5_ERRORS as error:
         raise ResultsError(
             f"{group.name}: there is no status mask, and the attribute last_pixel is no number ({error}); expected how "
             "many positions are done. Compute with override=True."

@@ -12,8 +12,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block
+from lazyproc.hdf5.claims import Claims
 from lazyproc.hdf5.extents import Extent
-from lazyproc.hdf5.lock import Fence, FencedError
+from lazyproc.hdf5.lock import Fence, FencedError, sidecar
+from lazyproc.hdf5.shared_file import Trial
 
 _CHECKED_BYTES = 4096
 
@@ -69,9 +71,19 @@ class Sink:
                 for extent, rows in zip(self.extents, arrays, strict=True):
                     for start, stop, place in block.offsets():
                         written += extent.write(descriptor, start, rows[place : place + stop - start])
+                if not self.extents[0].inode.is_local:
+                    os.fdatasync(descriptor)  # the driver can only sync what is on its own machine
         finally:
             os.close(descriptor)
         return written, _checksum(rows[:1].tobytes()[:_CHECKED_BYTES] for rows in arrays)
+
+    def trial(self) -> Trial:
+        """Return what shows whether workers on other machines may write here."""
+        return Trial.of(self.extents[0].path, self.extents[0].inode, self.fence)
+
+    def claims(self) -> Claims:
+        """Return this sink for workers of which two may have the same block."""
+        return Claims(self, self.fence, sidecar(self.extents[0].path, "claims"))
 
     def checksum(self, block: Block) -> int:
         """Read back what `write` returned the checksum of: shows that a worker's bytes are seen here."""

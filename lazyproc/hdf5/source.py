@@ -22,9 +22,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.errors import ResultsError
+from lazyproc.core.errors import FileChangedError, LazyprocError
 from lazyproc.hdf5.chunks import ChunkSource
-from lazyproc.hdf5.extents import Extent, find_extent, real_path
+from lazyproc.hdf5.damage import H5_ERRORS
+from lazyproc.hdf5.extents import Extent, find_extent, real_path, using
+from lazyproc.hdf5.file_id import FileId
 
 Spans = Iterable[tuple[int, int]]
 
@@ -67,7 +69,7 @@ class FileSource:
     ----------
     path, name : str
         The file and the dataset.
-    inode : tuple of int
+    inode : FileId
         Device and inode of the file when it was found.
     shape, dtype
         Of the dataset, `(n_positions, n_spectral)`.
@@ -81,7 +83,7 @@ class FileSource:
 
     path: str
     name: str
-    inode: tuple[int, int]
+    inode: FileId
     shape: tuple[int, int]
     dtype: np.dtype[Any]
     chunk_rows: int
@@ -146,7 +148,7 @@ def source_of(dataset: h5py.Dataset, path: str | None = None) -> Source:
         return HandleSource(dataset, chunk_rows, chunk_bytes)
     status = os.stat(path)
     shape = int(dataset.shape[0]), int(dataset.shape[1])
-    inode = (status.st_dev, status.st_ino)
+    inode = FileId.of(status)
     many = dataset.is_virtual or bool(dataset.external)
     return FileSource(path, str(dataset.name), inode, shape, dataset.dtype, chunk_rows, chunk_bytes, many)
 
@@ -166,9 +168,19 @@ def _opened_unlocked(source: FileSource) -> Iterator[h5py.File]:
 
     Opening costs about a millisecond; a file kept open would keep this process from opening it for writing later.
     """
-    status = os.stat(source.path)
-    if (status.st_dev, status.st_ino) != source.inode:
-        raise ResultsError(f"{source.path}: the file was replaced by another one since {source.name} was found in it.")
+    with using(source.path, source.name):
+        status = os.stat(source.path)
+    if not source.inode.fits(status):
+        raise FileChangedError(
+            f"{source.path}: the file was replaced by another one since {source.name} was found in it. Open it again "
+            "and start again."
+        )
+    with readable(f"{source.path}::{source.name}"), _opened(source) as file:
+        yield file
+
+
+@contextmanager
+def _opened(source: FileSource) -> Iterator[h5py.File]:
     try:
         file = h5py.File(source.path, "r", locking=False)
     except OSError:
@@ -183,6 +195,26 @@ def _opened_unlocked(source: FileSource) -> Iterator[h5py.File]:
         yield file
 
 
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Turn what HDF5, or the system, raises into an error that names what was being read.
+
+    Raises
+    ------
+    FileChangedError
+        In the place of what cannot be read. Errors of lazyproc itself pass.
+    """
+    try:
+        yield
+    except LazyprocError:
+        raise
+    except H5_ERRORS as error:
+        raise FileChangedError(
+            f"{what}: cannot be read ({error}). The file is damaged or was cut off, parts of it in other files are "
+            "missing, or the disk fails. Restore it from a copy and run the same again."
+        ) from error
+
+
 def _read_slices(dataset: h5py.Dataset, runs: Spans) -> NDArray[Any]:
     spans = list(runs)
     rows = np.empty((sum(stop - start for start, stop in spans), dataset.shape[1]), dataset.dtype)
@@ -190,6 +222,7 @@ def _read_slices(dataset: h5py.Dataset, runs: Spans) -> NDArray[Any]:
     for start, stop in spans:
         count = stop - start
         if count and dataset.shape[1]:
-            dataset.read_direct(rows, np.s_[start:stop, :], np.s_[place : place + count, :])
+            with readable(f"{dataset.file.filename}::{dataset.name}, positions {start} to {stop - 1}"):
+                dataset.read_direct(rows, np.s_[start:stop, :], np.s_[place : place + count, :])
         place += count
     return rows

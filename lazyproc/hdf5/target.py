@@ -1,8 +1,8 @@
 """The commit layer: results become durable first, then the status mask tells of them.
 
-One face, two back-ends. `InPlaceTarget`: workers have written their rows into the results' extents, the driver syncs
-the file and sets the mask's bytes; HDF5 is not used at all during the loop. `HandleTarget`: the driver writes rows and
-mask through an open handle, for files or layouts that cannot be written as bytes.
+One face, two ways. Here, `InPlaceTarget`: workers have written their rows into the results' extents, the driver syncs
+the file and sets the mask's bytes; HDF5 is not used at all during the loop. For files and layouts that cannot be
+written as bytes, the driver writes rows and mask through HDF5: see `lazyproc.hdf5.handle_target`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import ResultsError
 from lazyproc.core.runs import Runs
-from lazyproc.hdf5.extents import Extent, real_path
+from lazyproc.hdf5.extents import Extent
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.transaction import share_lock
 
@@ -36,6 +36,9 @@ class Target(Protocol):
 
     def commit(self, done: Runs) -> None:
         """Make everything written durable, then mark the positions done, and make that durable."""
+
+    def unmark(self, positions: Runs) -> None:
+        """Take positions back: they are not done any more, and that is durable before anything else is written."""
 
     def close(self) -> None:
         """Give back what the target itself opened."""
@@ -78,72 +81,23 @@ class InPlaceTarget:
         if not done:
             return
         os.fdatasync(self._descriptor)
-        ones = np.ones(min(_PIECE, int((done.stops - done.starts).max())), np.uint8)
-        for start, stop in done:
+        self._mark(done, 1)
+
+    def unmark(self, positions: Runs) -> None:
+        """Clear the mask there, then sync."""
+        if positions:
+            self._mark(positions, 0)
+
+    def _mark(self, positions: Runs, value: int) -> None:
+        values = np.full(min(_PIECE, int((positions.stops - positions.starts).max())), value, np.uint8)
+        for start, stop in positions:
             for piece in range(start, stop, _PIECE):
-                self._mask.write(self._descriptor, piece, ones[: min(_PIECE, stop - piece)])
+                self._mask.write(self._descriptor, piece, values[: min(_PIECE, stop - piece)])
         os.fdatasync(self._descriptor)
 
     def close(self) -> None:
         """Close the file; the lock on it goes with that."""
         os.close(self._descriptor)
-
-
-class HandleTarget:
-    """Commit through an open, writable h5py group; every call from the driver.
-
-    Parameters
-    ----------
-    group : h5py.Group
-        The results group.
-    outputs : sequence of str
-        The names of the outputs, in their order.
-    status_name : str
-        The name of the status mask.
-    owns_file : bool
-        Whether `close` closes the file, which lazyproc then opened for this run.
-
-    Notes
-    -----
-    HDF5 orders its own writes as it likes between two flushes: after a kill the file opens if nothing but the
-    contents of early-allocated contiguous datasets was changed, which is what lazyproc creates.
-    """
-
-    sink: Sink | None = None
-
-    def __init__(self, group: h5py.Group, outputs: Sequence[str], status_name: str, *, owns_file: bool = False) -> None:
-        self._group = group
-        self._owns_file = owns_file
-        self._outputs = tuple(outputs)
-        self._status_name = status_name
-
-    def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> None:
-        """Write the rows of a block as slices."""
-        for name, rows in zip(self._outputs, arrays, strict=True):
-            dataset = self._group[name]
-            for start, stop, place in block.offsets():
-                dataset[start:stop] = rows[place : place + stop - start].reshape(stop - start, *dataset.shape[1:])
-
-    def commit(self, done: Runs) -> None:
-        """Flush the file that the results are in, then set the mask, then flush again."""
-        if not done:
-            return
-        self._flush()
-        mask = self._group[self._status_name]
-        for start, stop in done:
-            mask[start:stop] = 1
-        self._flush()
-
-    def _flush(self) -> None:
-        file = self._group.file
-        file.flush()
-        if real_path(file) is not None:
-            os.fdatasync(file.id.get_vfd_handle())
-
-    def close(self) -> None:
-        """Close the file if it was opened for this run; else the handle belongs to whoever opened it."""
-        if self._owns_file:
-            self._group.file.close()
 
 
 def read_mask_pieces(mask: h5py.Dataset, n_positions: int, name: str) -> Any:

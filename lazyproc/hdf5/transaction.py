@@ -19,19 +19,18 @@ import base64
 import fcntl
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import h5py
 
-from lazyproc.core.errors import FileBusyError, LazyprocError, ReadOnlyFileError
-from lazyproc.hdf5.lock import sidecar
+from lazyproc.core.errors import FileBusyError, ReadOnlyFileError
+from lazyproc.hdf5.durable import JournalError, sync_folder, write_all
+from lazyproc.hdf5.lock import RunLock, sidecar
 from lazyproc.hdf5.overlay import Overlay, Patch
-
-
-class JournalError(LazyprocError, RuntimeError):
-    """A journal does not belong to the file as it is now."""
+from lazyproc.hdf5.undo import read_undo, roll_back
 
 
 @contextmanager
@@ -107,7 +106,7 @@ def _apply(path: str, descriptor: int, overlay: Overlay) -> None:
     journal = sidecar(path, "journal")
     try:
         for offset, data in added:
-            _write_all(descriptor, data, offset)
+            write_all(descriptor, data, offset)
         if overlay.size > overlay.old_size:
             os.ftruncate(descriptor, overlay.size)
         os.fdatasync(descriptor)
@@ -129,17 +128,11 @@ def _apply(path: str, descriptor: int, overlay: Overlay) -> None:
 def _finish(descriptor: int, journal: str, patches: list[Patch]) -> None:
     """Apply the changes of a complete journal, as often as need be, and remove it for good."""
     for offset, _, new in patches:
-        _write_all(descriptor, new, offset)
+        write_all(descriptor, new, offset)
     os.fdatasync(descriptor)
     with suppress(FileNotFoundError):
         os.unlink(journal)
     sync_folder(journal)  # a journal that came back after a power cut would undo what is written from now on
-
-
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], offset + done)
 
 
 def _write_journal(journal: str, status: os.stat_result, patches: list[Patch]) -> None:
@@ -153,31 +146,29 @@ def _write_journal(journal: str, status: os.stat_result, patches: list[Patch]) -
     ).encode()
     descriptor = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        _write_all(descriptor, b"%08x\n" % zlib.crc32(body) + body, 0)
+        write_all(descriptor, b"%08x\n" % zlib.crc32(body) + body, 0)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     sync_folder(journal)
 
 
-def sync_folder(path: str) -> None:
-    """Make the names in the folder of `path` durable."""
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def read_journal(path: str) -> list[Patch] | None:
-    """Return the changes that a killed transaction left beside the file; None without a complete journal.
+    """Return what a killed change left to be done beside the file; None without a complete journal.
+
+    Of a transaction these are its changes; of a change through an open handle, the bytes that stood there before.
 
     Raises
     ------
     JournalError
-        If the journal belongs to another file, or the file was changed by somebody else since: neither the old nor
-        the new bytes stand in it.
+        If the journal belongs to another file, or the file was changed by somebody else since.
     """
+    redo = _read_redo(path)
+    return read_undo(path) if redo is None else redo
+
+
+def _read_redo(path: str) -> list[Patch] | None:
+    """Return the changes of a killed transaction; somebody else's bytes in their place are refused."""
     journal = sidecar(path, "journal")
     while (content := _load_journal(journal)) is not None:
         inode, patches = content
@@ -220,8 +211,15 @@ def _between(now: bytes, old: bytes, new: bytes) -> bool:
     return len(now) == len(old) and all(n in (a, b) for n, a, b in zip(now, old, new, strict=True))
 
 
-def recover(path: str) -> bool:
-    """Finish, or drop, a transaction that was killed.
+def recover(path: str, *, force: bool = False) -> bool:
+    """Finish, or drop, a transaction that was killed; take back a change through an open handle that was.
+
+    Parameters
+    ----------
+    path : str
+        The HDF5 file.
+    force : bool
+        Take it back although the file has been changed since; that is lost then.
 
     Returns
     -------
@@ -235,9 +233,30 @@ def recover(path: str) -> bool:
     FileBusyError
         If somebody has the file open for writing.
     """
-    journal = sidecar(path, "journal")
-    if not os.path.exists(journal):
+    journal, undo = sidecar(path, "journal"), sidecar(path, "undo")
+    if not os.path.exists(journal) and not os.path.exists(undo):
         return False
     with _held(path) as descriptor:
-        _finish(descriptor, journal, read_journal(path) or [])
+        if os.path.exists(journal):
+            _finish(descriptor, journal, _read_redo(path) or [])
+        if os.path.exists(undo):
+            roll_back(descriptor, path, force=force)
     return True
+
+
+def recover_locked(path: str, *, force: bool = False) -> bool:
+    """Do as `recover`, for a caller who does not hold the run's lock; it is taken only if there is something to do.
+
+    Raises
+    ------
+    FileBusyError
+        If another run has the file: what lies beside it may be of a change that is just being made.
+    """
+    if not any(os.path.exists(sidecar(path, kind)) for kind in ("journal", "undo")):
+        return False
+    lock = RunLock(path, uuid.uuid4().hex)
+    lock.acquire()
+    try:
+        return recover(path, force=force)
+    finally:
+        lock.release()

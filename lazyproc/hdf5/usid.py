@@ -19,13 +19,11 @@ from typing import Any, NoReturn
 import h5py
 import numpy as np
 
-from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, NotMainDatasetError
+from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, NotMainDatasetError, ResultsError
+from lazyproc.hdf5.damage import H5_ERRORS, address_of, reading, walk
 
 REFERENCES = ("Position_Indices", "Position_Values", "Spectroscopic_Indices", "Spectroscopic_Values")
 """The attributes of a main dataset that refer to its ancillary datasets, in the order of `ancillary_handles`."""
-
-_H5_ERRORS = (KeyError, OSError, RuntimeError, TypeError, ValueError)
-"""What h5py raises for an attribute or a reference that cannot be read, depending on what is wrong with it."""
 
 Handles = tuple[h5py.Dataset, h5py.Dataset, h5py.Dataset, h5py.Dataset]
 Texts = tuple[str, ...]
@@ -112,7 +110,7 @@ def is_main(h5: object) -> bool:
 def _is_valid(h5: object, linked: set[int] | None = None) -> bool:
     try:
         validated(h5, linked)
-    except (ArgumentTypeError, ArgumentValueError):
+    except (ArgumentTypeError, ArgumentValueError, ResultsError):
         return False
     return True
 
@@ -129,21 +127,12 @@ def ancillary_handles(h5: h5py.Dataset) -> Handles:
 
 
 def find_main_datasets(group: h5py.Group) -> list[str]:
-    """Return the full names of all main datasets below a group; soft and external links are not followed."""
-    base = str(group.name).rstrip("/")
-    found: list[str] = []
-    linked: set[int] = set()
+    """Return the full names of all main datasets below a group; soft and external links are not followed.
 
-    def note(name: bytes, info: Any) -> None:
-        linked.add(info.addr)
-
-    def visit(name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset) and _is_valid(item, linked):
-            found.append(f"{base}/{name}")
-
-    h5py.h5o.visit(group.file["/"].id, note, info=True)
-    group.visititems(visit)
-    return found
+    What is damaged is passed over.
+    """
+    linked = {address_of(item) for _, item in walk(group.file["/"]) if not isinstance(item, Exception)}
+    return [name for name, item in walk(group) if isinstance(item, h5py.Dataset) and _is_valid(item, linked)]
 
 
 def read_text(value: object) -> str:
@@ -192,13 +181,17 @@ def read_texts(value: object) -> Texts:
 def validated(h5: Any, linked: set[int] | None = None) -> tuple[str, str, Handles, list[tuple[Texts, Texts]]]:
     """Return quantity, units, the four handles, and labels and units of both axes.
 
-    `linked` holds the addresses of all objects that have a name. To ask for the name of what a reference points to
-    makes HDF5 search the whole file, so this is done only without `linked`.
+    `linked` holds the addresses of all objects that have a name; without it, the names are looked for.
     """
     if not isinstance(h5, h5py.Dataset):
         raise ArgumentTypeError(f"h5_main is {h5!r} ({type(h5).__name__}); expected an open h5py.Dataset.")
     if not h5.id.valid:
         raise ArgumentValueError("h5_main is a dataset of a file that is closed. Open the file and get it again.")
+    with reading(f"{h5.file.filename}::{h5.name}", "Restore the file from a copy."):
+        return _validated(h5, linked)
+
+
+def _validated(h5: h5py.Dataset, linked: set[int] | None) -> tuple[str, str, Handles, list[tuple[Texts, Texts]]]:
     if h5.shape is None or len(h5.shape) != 2:
         _refuse(
             h5,
@@ -238,7 +231,7 @@ def _referred(h5: h5py.Dataset, name: str, linked: set[int] | None) -> h5py.Data
     advice = f"Write the reference again: h5.attrs[{name!r}] = dataset.ref."
     try:
         reference = h5.attrs[name]
-    except _H5_ERRORS as error:
+    except H5_ERRORS as error:
         _refuse(h5, f"its attribute {name} cannot be read ({error}). {advice}")
     if not isinstance(reference, h5py.Reference):
         _refuse(h5, f"its attribute {name} is {reference!r}; expected a reference to a dataset. {advice}")
@@ -246,14 +239,53 @@ def _referred(h5: h5py.Dataset, name: str, linked: set[int] | None) -> h5py.Data
         _refuse(h5, f"its attribute {name} is a null reference; expected one to a dataset. {advice}")
     try:
         item = h5.file[reference]
-        deleted = item.name is None if linked is None else h5py.h5o.get_info(item.id).addr not in linked
-    except _H5_ERRORS as error:
+    except H5_ERRORS as error:
         _refuse(h5, f"its attribute {name} refers to nothing ({error}); the dataset was deleted. {advice}")
     if not isinstance(item, h5py.Dataset):
         _refuse(h5, f"its attribute {name} refers to {item!r}; expected a dataset. {advice}")
-    if deleted:
+    named = _by_name(h5, item, name) if linked is None else item if address_of(item) in linked else None
+    if named is None:
         _refuse(h5, f"its attribute {name} refers to a dataset that was deleted. {advice}")
-    return item
+    return named
+
+
+def _by_name(h5: h5py.Dataset, item: h5py.Dataset, likely: str) -> h5py.Dataset | None:
+    """Return a dataset under a name that leads to it; None if there is none.
+
+    HDF5 finds the name of what a reference points to by a search through the whole file, which ends in vain at the
+    first thing that is damaged. So the groups above the main dataset are looked through before.
+    """
+    wanted = _identity(item)
+    group = h5
+    while group.name != "/":
+        group = group.parent
+        for name in (likely, *_names(group)):
+            if wanted == _identity(group, name):
+                return group[name]
+    try:
+        if item.name is not None:
+            return h5.file[item.name]
+    except H5_ERRORS:
+        pass
+    everywhere = (other for _, other in walk(h5.file["/"]) if isinstance(other, h5py.Dataset))
+    return next((other for other in everywhere if _identity(other) == wanted), None)
+
+
+def _names(group: h5py.Group) -> list[str]:
+    """Return the names in a group; none if it is damaged."""
+    try:
+        return [name for name in group if isinstance(name, str)]
+    except H5_ERRORS:
+        return []
+
+
+def _identity(item: h5py.Group | h5py.Dataset, name: str = ".") -> tuple[int, int] | None:
+    """Return the file and the address of an object, or of what has a name in a group; None if it cannot be opened."""
+    try:
+        about = h5py.h5o.get_info(item.id, name.encode())
+    except H5_ERRORS:
+        return None
+    return int(about.fileno), int(about.addr)
 
 
 def _checked_pair(h5: h5py.Dataset, axis: int, indices: h5py.Dataset, values: h5py.Dataset) -> tuple[Texts, Texts]:
@@ -298,7 +330,7 @@ def _texts(h5: h5py.Dataset, item: h5py.Dataset, name: str, count: int) -> Texts
         problem = "is missing" if value is None else f"is {texts}, {len(texts)} text(s)"
     except ArgumentTypeError:
         texts, problem = (), f"is {value!r}"
-    except _H5_ERRORS as error:
+    except H5_ERRORS as error:
         texts, problem = (), f"cannot be read ({error})"
     if len(texts) != count:
         owner = "its attribute" if item is h5 else f"{item.name}: the attribute"

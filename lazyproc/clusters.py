@@ -1,0 +1,166 @@
+"""`cluster()`: one line at the top of a script, the same on a laptop, on a cluster, and under mpiexec or srun."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from lazyproc.arguments import check_cores, check_memory
+from lazyproc.engine.choose import available_cores, default_cores
+from lazyproc.engine.cluster import active_client
+from lazyproc.engine.launch import Launch, detect
+
+_DASHBOARD = "127.0.0.1:0"
+_WORKERS_SECONDS = 60.0
+
+log = logging.getLogger("lazyproc")
+
+
+@contextmanager
+def cluster(
+    cores: int | None = None,
+    *,
+    max_mem_mb: int | None = None,
+    dashboard_address: str = _DASHBOARD,
+    interface: str | None = None,
+    timeout: float | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Iterator[Any]:
+    """Give a Dask client for as long as the context lasts; what it is connected to depends on how the script was begun.
+
+    - Launched by MPI (``mpiexec -n 64 python script.py``, ``srun --mpi=…``): the ranks of the job. Rank 0 goes on with
+      the script; in all others this call never returns: they serve as workers, one core each, and leave with the
+      script's exit code. With one rank all is done in its process.
+    - Else the client that is active already; else the scheduler that Dask's configuration names (``scheduler-address``,
+      or the variable ``DASK_SCHEDULER_ADDRESS``); else worker processes of this machine. Neither needs
+      ``if __name__ == "__main__"``.
+
+    Parameters
+    ----------
+    cores : int, optional
+        Worker processes on this machine. Default: all cores but two (all but one of four or fewer). MPI and existing
+        clusters have their own.
+    max_mem_mb : int, optional
+        MiB at which Dask lets the workers of a machine, all together, pause. Default: what the machine has. What a run
+        may take is bounded by `Process`.
+    dashboard_address : str
+        Where the dashboard listens. By default only on the driver's machine, at a free port.
+    interface : str, optional
+        The network interface between machines, under MPI: such as ``"ib0"``.
+    timeout : float, optional
+        Seconds until all workers must have joined. Default: a minute, and under MPI half a second more for each rank.
+    say : callable, optional
+        Gets the line that tells where the dashboard is. Default: it goes to standard output.
+
+    Yields
+    ------
+    distributed.Client
+        The active client within the context, so that `Process` uses it by itself.
+
+    Raises
+    ------
+    LaunchError
+        If the launcher and the MPI library do not belong together.
+    TimeoutError, OSError
+        If the workers do not join, or the scheduler cannot be reached.
+
+    Notes
+    -----
+    Under MPI, put it near the top of the script: what stands above it runs in every rank. Ranks serve until the script
+    ends, also between two such contexts. A rank that dies ends the job.
+
+    Examples
+    --------
+    >>> import lazyproc
+    >>> with lazyproc.cluster() as client:  # doctest: +SKIP
+    ...     group = PeakFinder("scan.h5::/Measurement_000/Channel_000/Raw_Data").compute()
+    """
+    wanted = check_cores(cores)
+    n_workers = min(wanted, available_cores()) if wanted else default_cores()
+    memory = check_memory(max_mem_mb)
+    client, launch = active_client(), detect()
+    if client is not None:
+        yield client
+        return
+    if say is None:
+        say = _to_standard_output
+    with ExitStack() as opened:
+        if launch is not None and launch.size != 1:
+            yield from _of_mpi(opened, launch, dashboard_address, interface, memory, timeout, say)
+        else:
+            if launch is None:
+                client = _of_configuration(opened, timeout)
+            client = client or _of_this_machine(opened, launch, n_workers, memory, dashboard_address, timeout)
+            say(f"lazyproc: {_dashboard(client)}")
+            yield client
+
+
+def _of_mpi(
+    opened: ExitStack,
+    launch: Launch,
+    dashboard_address: str,
+    interface: str | None,
+    memory: int | None,
+    timeout: float | None,
+    say: Callable[[str], None],
+) -> Iterator[Any]:
+    from lazyproc.engine import mpi
+
+    job = mpi.join(launch, dashboard_address=dashboard_address, interface=interface, memory=memory, limit=timeout)
+    opened.push(lambda kind, error, trace: job.leaves_with(error))
+    client = _connect(opened, job.cluster, timeout)
+    job.wait_for_workers(client)
+    machines = "1 machine" if job.n_machines == 1 else f"{job.n_machines} machines"
+    say(f"lazyproc: {job.size} MPI ranks on {machines}, {_dashboard(client)}")
+    yield client
+
+
+def _of_configuration(opened: ExitStack, timeout: float | None) -> Any | None:
+    """Connect to the scheduler that Dask's configuration names, if it does."""
+    import dask
+
+    address = dask.config.get("scheduler-address", None)
+    return _connect(opened, address, timeout) if address else None
+
+
+def _of_this_machine(
+    opened: ExitStack,
+    launch: Launch | None,
+    n_workers: int,
+    memory: int | None,
+    dashboard_address: str,
+    timeout: float | None,
+) -> Any:
+    """Start worker processes; for a single rank of MPI, which has one core, a worker in this process."""
+    from lazyproc.engine.processes import start_in_process, start_processes
+    from lazyproc.engine.scheduler import stop_scheduler
+
+    if launch is not None:
+        n_workers, local = 1, start_in_process(dashboard_address)
+    else:
+        local = start_processes(n_workers, memory, dashboard_address)
+    opened.callback(stop_scheduler, local)
+    client = _connect(opened, local, timeout)
+    client.wait_for_workers(n_workers, timeout=_WORKERS_SECONDS if timeout is None else timeout)
+    return client
+
+
+def _connect(opened: ExitStack, to: Any, timeout: float | None) -> Any:
+    from distributed import Client
+
+    return opened.enter_context(Client(to, timeout=_WORKERS_SECONDS if timeout is None else timeout))
+
+
+def _dashboard(client: Any) -> str:
+    if importlib.util.find_spec("bokeh") is None:
+        return "no dashboard (Dask's needs bokeh: pip install bokeh)"
+    return f"dashboard at {client.dashboard_link}"
+
+
+def _to_standard_output(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,274 @@
+"""Blocks on a Dask distributed cluster: one task a block, named after the process.
+
+The window is three blocks a worker thread, refilled as blocks finish; a block's future is released as soon as its
+receipt is taken. Workers and the scheduler may die, the connection may break: what can be done again is done again, a
+bounded number of times, and nothing is waited for without end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from lazyproc.core.blocks import Block
+from lazyproc.core.errors import BlockTakenError, WorkerError
+from lazyproc.engine.cluster import block_graph, count_threads
+from lazyproc.engine.failure import Failure
+from lazyproc.engine.kernel import Kernel, Receipt, pack
+from lazyproc.engine.local import TICK, Receipts, Stopping, never
+from lazyproc.engine.pulse import PATIENCE_SECONDS, Pulse, ask
+
+_WINDOW = 3
+_INLINE_BYTES = 2**14
+"""A kernel up to this size goes along with each task; a larger one is a task of its own, done once."""
+_ATTEMPTS = 5
+"""How often a block is tried that is cancelled, runs out of memory, or is taken away from its worker."""
+_DEATHS_IN_A_ROW = 50
+"""So many blocks may be given up with their workers dead, without one being finished in between."""
+_FETCHES = 4
+"""So many requests for receipts are under way at a time; where results travel in them, one receipt each."""
+
+log = logging.getLogger("lazyproc")
+
+
+def run_client(
+    client: Any,
+    kernel: Kernel,
+    blocks: Iterable[Block],
+    stopping: Stopping,
+    name: str = "lazyproc",
+    dropping: Stopping = never,
+    most: int | None = None,
+) -> Receipts:
+    """Do the blocks on a cluster, of which `most` blocks at most are given at a time.
+
+    Raises
+    ------
+    WorkerError
+        If the function cannot be sent; if the connection to the scheduler is lost and does not come back, the scheduler
+        does not answer, or there are no workers, for about a minute; if workers die whatever they do.
+
+    Notes
+    -----
+    When a worker is lost, the scheduler has its blocks done by others, ``distributed.scheduler.allowed-failures`` times
+    (3). A block that it then gives up (`KilledWorker`) may only have stood in the queue of workers that others killed:
+    it is submitted once more when all other blocks are done, alone, and if its workers die again it comes out as a
+    receipt with a failure of the kind ``"lost"``. Blocks that are cancelled, because the connection broke or the
+    cluster was restarted, are submitted again, five times at most, then they are lost, too; so are blocks that run out
+    of memory (MemoryError), which then fail as they did. If the run stops before, such blocks remain to be done.
+
+    The scheduler takes a worker for lost that it does not hear of, though it may be alive. Where workers write in
+    place, only the attempt that took the block last can do so (`BlockClaims`), and none once its receipt was accepted.
+    """
+    run = _ClusterRun(client, kernel, blocks, stopping, name, most)
+    try:
+        yield from run.receipts(dropping)
+    finally:
+        run.close()
+
+
+class _ClusterRun:
+    """The blocks of one run on a cluster: which of them are under way, which are to be tried again."""
+
+    def __init__(
+        self,
+        client: Any,
+        kernel: Kernel,
+        blocks: Iterable[Block],
+        stopping: Stopping,
+        name: str,
+        most: int | None = None,
+    ) -> None:
+        from distributed import as_completed
+
+        self._client = client
+        self._stopping = stopping
+        self._most = most
+        self._claims = None if kernel.sink is None else kernel.sink.claims()
+        self._packed = _pack(replace(kernel, claims=self._claims), name)
+        self._sent: Any = None
+        self._name = f"{name}-{uuid.uuid4().hex}"
+        self._number = itertools.count()
+        self._waiting = iter(blocks)
+        self._again: deque[Block] = deque()
+        self._given_up: deque[Block] = deque()
+        self._alone = False
+        self._attempts: Counter[int] = Counter()
+        self._deaths = 0
+        self._pending: dict[Any, Block] = {}
+        self._done = as_completed([], loop=client.loop, raise_errors=False)
+        self._finished: deque[Any] = deque()
+        self._fetches: dict[Future[Any], list[Any]] = {}
+        self._pulse = Pulse(client, count_threads(client))
+
+    # -- starting blocks ---------------------------------------------------------------------------------------------
+
+    def receipts(self, dropping: Stopping) -> Receipts:
+        """Do all blocks, and those that can be tried again, again."""
+        if self._claims is not None:
+            self._claims.begin()
+        while not dropping():
+            self._pulse.check()
+            if self._pulse.is_connected():
+                if not self._stopping():
+                    self._start_more()
+                if not self._pending:
+                    return
+            yield from self._turn()
+
+    def _start_more(self) -> None:
+        """Fill the window, half of it at a time: sending a graph costs more than a task."""
+        room = _WINDOW * max(1, self._pulse.n_threads)
+        if self._most is not None:
+            room = min(room, self._most)
+        if len(self._pending) > room // 2 and self._most is None:
+            return
+        window = [self._again.popleft() for _ in range(min(len(self._again), room - len(self._pending)))]
+        window += itertools.islice(self._waiting, room - len(self._pending) - len(window))
+        if not window and not self._pending and self._given_up:
+            self._alone = True
+            window.append(self._given_up.popleft())
+        if window:
+            graph = block_graph(self._name, self._number, window, self._payload())
+            futures = self._client.get(graph, list(graph), sync=False)
+            self._pending.update(zip(futures, window, strict=True))
+            self._done.update(futures)
+
+    def _payload(self) -> Any:
+        """Return what a task gets: the packed kernel, or a task that yields it, which outlives a worker's death."""
+        if len(self._packed) <= _INLINE_BYTES:
+            return self._packed
+        if self._sent is None or self._sent.status in ("cancelled", "error"):
+            import dask
+
+            key = (f"kernel-{self._name}", next(self._number))
+            with dask.config.set({"distributed.admin.large-graph-warning-threshold": 2 * len(self._packed) + 10**7}):
+                self._sent = self._client.submit(bytes, self._packed, key=key, pure=False)
+        return self._sent
+
+    # -- taking receipts ---------------------------------------------------------------------------------------------
+
+    def _turn(self) -> Receipts:
+        """Yield the receipts of what has finished, or None after a tick."""
+        deadline = time.monotonic() + TICK
+        while not (receipts := [one for one in self._take() if one is not None]):
+            if time.monotonic() > deadline:
+                yield None
+                return
+            time.sleep(0.005)
+        yield from receipts
+
+    def _take(self) -> Iterator[Receipt | None]:
+        """Look what has finished or failed, have its receipts fetched, yield those that came; None for "again"."""
+        for future in self._done.next_batch(block=False):
+            if future.status == "finished":
+                self._finished.append(future)
+            elif future.status in ("error", "cancelled"):
+                yield self._failed(future)
+            else:  # the worker with the receipt was lost: it is done again
+                self._done.add(future)
+        self._fetch()
+        for fetch in [one for one in self._fetches if one.done()]:
+            futures = self._fetches.pop(fetch)
+            error = fetch.exception()
+            for number, future in enumerate(futures):
+                if error is not None:
+                    yield self._try_again(self._let_go(future), error)
+                elif (receipt := fetch.result()[str(number)]) is None:
+                    self._done.add(future)  # lost, or cancelled, meanwhile
+                else:
+                    self._pulse.beat()
+                    yield self._accept(self._let_go(future), receipt)
+
+    def _fetch(self) -> None:
+        """Ask for the receipts of blocks that have finished."""
+        size = 1 if self._claims is None else len(self._finished)
+        while self._finished and len(self._fetches) < _FETCHES:
+            batch = [self._finished.popleft() for _ in range(min(size, len(self._finished)))]
+            wanted = {str(number): future for number, future in enumerate(batch)}
+            self._fetches[ask(self._client, self._client.gather(wanted, errors="skip", asynchronous=True))] = batch
+
+    def _let_go(self, future: Any) -> Block:
+        block = self._pending.pop(future)
+        future.release()
+        return block
+
+    def _accept(self, block: Block, receipt: Receipt) -> Receipt | None:
+        """Return a receipt that counts; have the block tried again if it does not."""
+        failure = receipt.failure
+        if failure is not None and isinstance(failure.error, BlockTakenError):
+            return self._try_again(block, failure.error)
+        if receipt.out_of_memory and self._may_try_again(block):
+            log.warning("block of positions %d to %d: out of memory, tried again", block.start, block.stop - 1)
+            return None
+        if failure is None and self._claims is not None and not self._claims.settle(block, receipt.attempt):
+            return self._try_again(block, BlockTakenError("Another worker was given the block meanwhile."))
+        self._deaths = 0
+        return receipt
+
+    def _failed(self, future: Any) -> Receipt | None:
+        """Return the receipt of a block whose task was cancelled or failed without one."""
+        from distributed import KilledWorker
+
+        if future.status == "cancelled":
+            error = WorkerError("The task was cancelled: the connection was lost, or the cluster restarted.")
+            return self._try_again(self._let_go(future), error)
+        error = future.exception(timeout=PATIENCE_SECONDS)
+        block = self._let_go(future)
+        if not isinstance(error, KilledWorker):
+            return self._accept(block, Receipt(block, failure=Failure.of_worker(error, block)))
+        log.warning("the workers that had the block of positions %d to %d died", block.start, block.stop - 1)
+        if self._alone:
+            return Receipt(block, failure=Failure.of_lost(error, block))
+        self._deaths += 1
+        if self._deaths >= _DEATHS_IN_A_ROW:
+            raise WorkerError(
+                f"The workers of {_DEATHS_IN_A_ROW} blocks died without one block being finished in between. A crash "
+                "in native code, or too little memory: try test(), or blocks of less memory (max_mem_mb). Finished "
+                "blocks are kept."
+            ) from error
+        self._given_up.append(block)
+        return None
+
+    def _try_again(self, block: Block, error: BaseException) -> Receipt | None:
+        """Have a block tried again, or return the receipt of one that is lost."""
+        if self._stopping() or self._may_try_again(block):
+            return None
+        return Receipt(block, failure=Failure.of_lost(error, block))
+
+    def _may_try_again(self, block: Block) -> bool:
+        self._attempts[block.index] += 1
+        if self._stopping() or self._attempts[block.index] >= _ATTEMPTS:
+            return False
+        self._again.append(block)
+        return True
+
+    def close(self) -> None:
+        """Drop what is under way, and let nothing of it be written anymore."""
+        self._pulse.close()
+        for fetch in self._fetches:
+            fetch.cancel()
+        if self._claims is not None:
+            self._claims.end()
+        if self._pending and self._client.status == "running":
+            with suppress(Exception):  # the connection may break just now: then the scheduler drops it all itself
+                self._client.cancel(list(self._pending))
+
+
+def _pack(kernel: Kernel, name: str) -> bytes:
+    try:
+        return pack(kernel)
+    except Exception as error:
+        raise WorkerError(
+            f"{name}: the function, or an argument of it, cannot be sent to the workers of the cluster "
+            f"({type(error).__name__}: {error}). Define the function at the top level of a module, and keep open files "
+            "and locks out of its arguments."
+        ) from error

@@ -1,0 +1,273 @@
+"""Worker processes that do one block at a time each, and whose death concerns nobody but that block.
+
+A lane is a process and a socket to it: a block goes there, a receipt comes back. Nothing is shared between lanes, no
+queue and no lock, so a process that dies (a crash in native code, the system's memory killer) leaves all others at
+their work, and which block it had is known. A new process then takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+from lazyproc.core.blocks import Block
+from lazyproc.core.errors import WorkerError
+from lazyproc.engine.failure import Failure
+from lazyproc.engine.kernel import Receipt, run_packed
+
+_LOOK_SECONDS = 0.5
+"""How often a worker process looks whether its driver is still there, and the driver whether a worker is."""
+_LEAVE_SECONDS = 5.0
+"""How long a worker process that has nothing more to do may take to end."""
+_DEATHS_IN_A_ROW = 100
+"""So many processes may die without one block being finished in between."""
+_STARTS = 3
+"""So many processes may die, one after the other, before they are ready for a block."""
+_MAIN = (
+    "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = json.loads(sys.argv[2]); "
+    "from lazyproc.engine.lane import serve; serve(int(sys.argv[1]))"
+)
+
+log = logging.getLogger("lazyproc")
+
+
+# -- in a worker process ---------------------------------------------------------------------------------------------
+
+
+def set_up_worker() -> None:
+    """Set up a worker process: Ctrl-C is the driver's affair, and without a driver there is nothing to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with, args=(os.getppid(),), name="lazyproc-driver", daemon=True).start()
+
+
+def _go_on(number: int, frame: Any) -> None:
+    """Do nothing."""
+
+
+def _leave_with(driver: int) -> None:
+    """End this process soon after the driver has gone: a driver that is killed cannot send its workers home."""
+    while os.getppid() == driver:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)
+
+
+def serve(descriptor: int) -> None:
+    """Do blocks until the driver hangs up; the first message is the packed kernel."""
+    set_up_worker()
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm sends them to each process of a job; the driver drains
+        signal.signal(number, _go_on)  # unlike SIG_IGN not inherited by programs that the function starts
+    driver = Connection(descriptor)
+    try:
+        packed = driver.recv_bytes()
+        driver.send_bytes(b"ready")
+        while True:
+            driver.send_bytes(_dump(run_packed(packed, driver.recv())))
+    except (EOFError, OSError):
+        return  # the driver has hung up
+
+
+def _dump(receipt: Receipt) -> bytes:
+    try:
+        return pickle.dumps(receipt, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # out of memory, most likely
+        return pickle.dumps(Receipt(receipt.block, failure=Failure.of_worker(error, receipt.block)))
+
+
+# -- in the driver ---------------------------------------------------------------------------------------------------
+
+
+class _Died(Exception):
+    """The process has died; tells how, and whether it had a block."""
+
+    def __init__(self, how: str, *, was_ready: bool) -> None:
+        super().__init__(how)
+        self.was_ready = was_ready
+
+
+class _Lane:
+    """One worker process, started when there is a first block for it, and again after it died."""
+
+    def __init__(self, packed: bytes) -> None:
+        self._packed = packed
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: Any = None
+
+    def do(self, block: Block) -> bytes:
+        """Do a block, and return the pickled receipt; raises `_Died`."""
+        ready = self._process is not None
+        try:
+            if not ready:
+                self._start()
+                self._receive()
+                ready = True
+            self._socket.send(block)
+            return self._receive()
+        except (EOFError, OSError) as error:
+            how = self._how_it_died(error)
+            self.end()
+            raise _Died(how, was_ready=ready) from error
+
+    def _start(self) -> None:
+        self._socket, theirs = Pipe()
+        one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR")}
+        folders = json.dumps([str(folder) for folder in sys.path])
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _MAIN, str(theirs.fileno()), folders],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | one_thread,
+            )
+        self._socket.send_bytes(self._packed)
+
+    def _receive(self) -> bytes:
+        while not self._socket.poll(_LOOK_SECONDS):
+            # Most often the socket tells at once; not if a process that the function has forked holds its other end.
+            if self._process is not None and self._process.poll() is not None and not self._socket.poll():
+                raise EOFError
+        received: bytes = self._socket.recv_bytes()
+        return received
+
+    def _how_it_died(self, error: Exception) -> str:
+        process = self._process
+        if process is None:
+            return f"could not be started ({error})"
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_LEAVE_SECONDS)
+        code = process.returncode
+        if code is None or code >= 0:
+            return f"ended with exit code {code}"
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"was killed by {name}"
+
+    def hang_up(self) -> None:
+        """Tell the process to end; when no thread uses the lane."""
+        if self._socket is not None:
+            self._socket.close()
+
+    def kill(self) -> None:
+        """Kill the process; from any thread."""
+        if self._process is not None:
+            self._process.kill()
+
+    def end(self, seconds: float = 0.0) -> None:
+        """Wait so long for the process to end, then kill it; when no other thread uses the lane."""
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                if seconds:
+                    self._process.wait(seconds)
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+class Lanes:
+    """Worker processes of one kernel; `do` may be called from as many threads as there are.
+
+    Parameters
+    ----------
+    packed : bytes
+        The kernel.
+    n_workers : int
+        How many processes.
+    attempts : int
+        How often a block may be tried whose process dies.
+
+    Attributes
+    ----------
+    error : WorkerError or None
+        Why no more blocks are done: processes die whatever they do.
+    """
+
+    def __init__(self, packed: bytes, n_workers: int, attempts: int) -> None:
+        self.error: WorkerError | None = None
+        self._attempts = attempts
+        self._lanes = [_Lane(packed) for _ in range(n_workers)]
+        self._free: queue.LifoQueue[_Lane] = queue.LifoQueue()  # the last one's process is running
+        for lane in reversed(self._lanes):
+            self._free.put(lane)
+        self._closed = False
+        self._deaths = self._bad_starts = 0
+
+    def do(self, block: Block, wanted: Callable[[], bool]) -> Receipt | None:
+        """Do a block as soon as a lane is free.
+
+        Returns
+        -------
+        Receipt or None
+            With a failure of the kind ``"lost"`` if its process died each time; a block that ran out of memory was
+            tried again in a fresh process. None if it is not `wanted` anymore before it began, or all is being closed.
+        """
+        for attempt in range(1, self._attempts + 1):
+            lane = self._free.get()
+            try:
+                if self._closed or self.error is not None or not wanted():
+                    return None
+                receipt: Receipt = pickle.loads(lane.do(block))
+                self._deaths = self._bad_starts = 0
+                if not receipt.out_of_memory or attempt == self._attempts:
+                    return receipt
+                lane.end()  # what the system, or a fragmented heap, refuses to this process it may give to a new one
+                log.warning("block of positions %d to %d: out of memory, tried again", block.start, block.stop - 1)
+            except _Died as died:
+                if self._closed:
+                    return None
+                self._count(died)
+                error = WorkerError(f"The worker process {died}.")
+                log.warning(
+                    "a worker process was lost: it %s with the block of positions %d to %d under way%s",
+                    died,
+                    block.start,
+                    block.stop - 1,
+                    "; the block is tried again" if attempt < self._attempts else "",
+                )
+            finally:
+                self._free.put(lane)
+        return Receipt(block, failure=Failure.of_lost(error, block))
+
+    def _count(self, died: _Died) -> None:
+        """Give up where dying has nothing to do with the blocks."""
+        self._deaths += 1
+        self._bad_starts = 0 if died.was_ready else self._bad_starts + 1
+        if self._bad_starts >= _STARTS:
+            self.error = WorkerError(
+                f"Worker processes do not start: the last one {died}. See what it wrote to standard error; too little "
+                "memory, or too many processes? With cores=1 all is done in this process. Finished blocks are kept."
+            )
+        elif self._deaths >= _DEATHS_IN_A_ROW:
+            self.error = WorkerError(
+                f"{_DEATHS_IN_A_ROW} worker processes died without one block being finished in between; the last one "
+                f"{died}. A crash in native code, or too little memory: try test(), or a smaller max_mem_mb. Finished "
+                "blocks are kept."
+            )
+
+    def close(self, *, kill: bool = False) -> None:
+        """End the processes; with `kill` whatever they are doing. None is left when this returns."""
+        self._closed = True
+        mine: list[_Lane] = []
+        while len(mine) < len(self._lanes):  # a thread gives its lane back as soon as its process has died
+            for lane in self._lanes if kill else ():
+                lane.kill()
+            with suppress(queue.Empty):
+                mine.append(self._free.get(timeout=_LOOK_SECONDS))
+        for lane in mine:
+            lane.hang_up()
+        for lane in mine:
+            lane.end(0.0 if kill else _LEAVE_SECONDS)
+            self._free.put(lane)  # for threads that still wait for one, to see that all is closed

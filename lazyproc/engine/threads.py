@@ -1,0 +1,87 @@
+"""Threads of this process for blocks, which can be left behind: a thread that hangs cannot be ended, only ignored."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+from lazyproc.core.blocks import Block
+from lazyproc.engine.kernel import Kernel, Receipt, run_block
+
+
+class BlockThreads:
+    """Threads that do blocks of one kernel.
+
+    Parameters
+    ----------
+    kernel : Kernel
+        What is done with a block.
+    n_threads : int
+        How many threads.
+
+    Notes
+    -----
+    Used by one thread, the driver's. A thread that is still busy at `close` ends with its block; what it writes in
+    place then does not pass the fence of a run that is over. It keeps neither the driver nor the interpreter waiting.
+    """
+
+    def __init__(self, kernel: Kernel, n_threads: int) -> None:
+        self._kernel = kernel
+        self._tasks: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Receipt | BaseException] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"lazyproc-{number}", daemon=True) for number in range(n_threads)
+        ]
+        self.n_pending = 0
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, block: Block) -> None:
+        """Have a block done."""
+        self._tasks.put(block)
+        self.n_pending += 1
+
+    def take_back(self) -> None:
+        """Forget the blocks that no thread has begun."""
+        while True:
+            try:
+                self._tasks.get_nowait()
+            except queue.Empty:
+                return
+            self.n_pending -= 1
+
+    def next(self, seconds: float) -> Receipt | None:
+        """Return the receipt of a block that is done; None if there is none within the time.
+
+        Raises
+        ------
+        BaseException
+            What the function raised to end its thread, such as SystemExit.
+        """
+        try:
+            done = self._done.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        self.n_pending -= 1
+        if isinstance(done, BaseException):
+            raise done
+        return done
+
+    def close(self) -> None:
+        """Let the threads end; waits for those that are not busy."""
+        self.take_back()
+        for _ in self._threads:
+            self._tasks.put(None)
+        if not self.n_pending:
+            for thread in self._threads:
+                thread.join()
+
+    def _work(self) -> None:
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(1)  # OpenMP knows a limit for each thread
+        while (block := self._tasks.get()) is not None:
+            try:
+                self._done.put(run_block(self._kernel, block))
+            except BaseException as error:
+                self._done.put(error)

@@ -1,0 +1,27 @@
+"""Bytes and names that are to outlive a power cut, and the error of a journal that does not fit."""
+
+from __future__ import annotations
+
+import os
+
+from lazyproc.core.errors import LazyprocError
+
+
+class JournalError(LazyprocError, RuntimeError):
+    """A journal does not belong to the file as it is now, or stands in the way until the file is recovered."""
+
+
+def write_all(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of the bytes at a place, in as many calls as it takes."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in the folder of `path` durable."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,249 @@
+"""Change the structure of a file through an open handle so that a death in the middle can be undone.
+
+While a guard lasts, an undo journal lies beside the file (see `lazyproc.hdf5.undo`). Guards may lie within each other,
+as when a hook runs another process on the same file: what the inner one has finished is then kept, whatever becomes of
+the outer one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+
+import h5py
+
+from lazyproc.core.runs import Runs
+from lazyproc.hdf5.extents import real_path
+from lazyproc.hdf5.raw_bytes import Ranges, RawBytes, Rewritten
+from lazyproc.hdf5.settled import address_of, datasets_below, is_settled
+from lazyproc.hdf5.undo import drop_undo, kept_fresh, read_ranges, refuse_pending, write_undo
+
+LARGEST = 256 * 2**20
+"""Bytes of metadata: of more no journal is kept."""
+
+log = logging.getLogger("lazyproc")
+
+_GUARDED: ContextVar[Mapping[str, _Guard]] = ContextVar("lazyproc_guarded", default={})  # noqa: B039
+"""The files that are guarded in this thread, by their paths."""
+
+
+@contextmanager
+def guarded(
+    files: Iterable[h5py.File],
+    results: Iterable[h5py.Group | h5py.Dataset] = (),
+    rows: Runs | None = None,
+    n_rows: int = -1,
+) -> Iterator[None]:
+    """Change open files so that a death before the end of the context can be undone; flushed and synced at the end.
+
+    Parameters
+    ----------
+    files : iterable of h5py.File
+        Those that may be changed. The ones open for reading only are passed over.
+    results : iterable of h5py.Group and h5py.Dataset
+        Datasets that were there before and are written to, and groups with such datasets: compressed chunks of theirs
+        are kept, too.
+    rows : Runs, optional
+        The rows that are written, of those datasets that have `n_rows` rows. Default: any.
+    n_rows : int
+        See `rows`.
+
+    Raises
+    ------
+    JournalError
+        If a change of one of them, by a process that died, has not been undone yet. Nothing was written.
+
+    Notes
+    -----
+    The caller holds the run's lock. Raw data of datasets that were there before are not undone, but for those that a
+    death would leave unreadable; so a status mask that tells of what is written here is to be set afterwards. What
+    other threads write through the same handles meanwhile may be undone, too. An error in the context undoes nothing:
+    HDF5 still knows what it has in memory, and writes that. Without a file on disk, or with more than 256 MiB of
+    metadata, nothing can be promised; the log says so.
+    """
+    datasets = _below(results)
+    with ExitStack() as stack:
+        for file in _writable(files):
+            path = real_path(file)
+            if path is None:
+                stack.enter_context(_unguarded(file))
+            else:
+                rewritten = _rewritten(file, datasets, rows, n_rows)
+                stack.enter_context(_guard_of(_Guard(file, path, RawBytes(), rewritten, logging.WARNING)))
+        yield
+
+
+def _below(results: Iterable[h5py.Group | h5py.Dataset]) -> list[h5py.Dataset]:
+    return [dataset for one in results for dataset in datasets_below(one)]
+
+
+def _rewritten(file: h5py.File, datasets: Iterable[h5py.Dataset], rows: Runs | None, n_rows: int) -> Rewritten:
+    addresses = frozenset(address_of(dataset) for dataset in datasets if dataset.file == file)
+    return Rewritten(addresses, Runs.empty() if rows is None else rows, -1 if rows is None else n_rows)
+
+
+def _writable(files: Iterable[h5py.File]) -> list[h5py.File]:
+    """Return those open for writing, one of each."""
+    found = {real_path(file) or id(file): file for file in files if file and file.mode != "r"}
+    return list(found.values())
+
+
+@contextmanager
+def _unguarded(file: h5py.File) -> Iterator[None]:
+    log.warning("%s: no plain file on disk: a death while its structure is changed may damage it", file.filename)
+    yield
+    if file:
+        file.flush()
+
+
+@contextmanager
+def _guard_of(guard: _Guard) -> Iterator[_Guard]:
+    """Hold a guard, or the outer one that there is for its file already."""
+    outer = _GUARDED.get().get(guard.path)
+    if outer is not None:
+        try:
+            yield outer
+        finally:
+            outer.end()
+            outer.begin()
+        return
+    guard.begin()
+    before = _GUARDED.set({**_GUARDED.get(), guard.path: guard})
+    try:
+        yield guard
+    finally:
+        _GUARDED.reset(before)
+        guard.end()
+
+
+class _Guard:
+    """The undo journal of one open file."""
+
+    def __init__(self, file: h5py.File, path: str, raw: RawBytes, rewritten: Rewritten, level: int) -> None:
+        self._file = file
+        self.path = path
+        self._level = level
+        self._raw = raw
+        self._rewritten = rewritten
+        self._fresh = ExitStack()
+        self._kept: Ranges | None = None
+        self._state = (0, 0)
+
+    def begin(self) -> None:
+        """Keep the metadata as they are now."""
+        self._kept = None
+        if not self._file:
+            return
+        refuse_pending(self.path, locked=True)
+        descriptor, size = self._sync()
+        kept = self._raw.metadata(self._file, size, self._rewritten)
+        n_bytes = int((kept[:, 1] - kept[:, 0]).sum())
+        if n_bytes > LARGEST:
+            log.log(
+                self._level,
+                "%s: %d MiB of metadata and unused space are too many to be kept: a death while the file's structure "
+                "is changed may damage it",
+                self.path,
+                n_bytes // 2**20,
+            )
+            return
+        write_undo(self.path, descriptor, size, kept)
+        self._kept = kept
+        self._state = self._state_of(descriptor, kept)
+        self._fresh.enter_context(kept_fresh(self.path))
+
+    def end(self) -> None:
+        """Make the changes durable and drop the journal. It stays if HDF5 cannot write them."""
+        try:
+            self._settle()
+        except BaseException:
+            self._settle()  # an interrupt that comes late must not leave a journal for what has been done
+            raise
+
+    def _settle(self) -> None:
+        try:
+            if self._file:
+                self._sync()
+        finally:
+            self._fresh.close()
+        if self._kept is not None:
+            drop_undo(self.path)
+
+    def changed(self) -> bool:
+        """Tell whether any metadata have changed since the beginning."""
+        if self._kept is None or not self._file:
+            return True
+        descriptor, _ = self._sync()
+        return self._state_of(descriptor, self._kept) != self._state
+
+    def _sync(self) -> tuple[int, int]:
+        """Flush down to the disk; return the file's descriptor and size."""
+        self._file.flush()
+        descriptor = self._file.id.get_vfd_handle()
+        os.fdatasync(descriptor)
+        return descriptor, os.fstat(descriptor).st_size
+
+    @staticmethod
+    def _state_of(descriptor: int, ranges: Ranges) -> tuple[int, int]:
+        checksum = 0
+        for _, piece in read_ranges(descriptor, ranges):
+            checksum = zlib.crc32(piece, checksum)
+        return os.fstat(descriptor).st_size, checksum
+
+
+class BatchGuards:
+    """Guards for the batches of a loop, in which mostly nothing but raw data of datasets is written.
+
+    A batch is guarded if it is the first or the last one, if the last one that was guarded has changed metadata, or if
+    a dataset may have to grow or move: one that is chunked, compressed or not allocated yet.
+    """
+
+    def __init__(self) -> None:
+        self._raw: dict[str, RawBytes] = {}
+        self._changes: dict[str, bool] = {}
+
+    @contextmanager
+    def batch(
+        self,
+        files: Iterable[h5py.File],
+        results: Iterable[h5py.Group | h5py.Dataset],
+        rows: Runs,
+        n_rows: int,
+        last: bool,
+    ) -> Iterator[None]:
+        """Guard the writing of a batch; files that need it are flushed and synced at the end.
+
+        Parameters
+        ----------
+        files : iterable of h5py.File
+            Those that may be written to.
+        results : iterable of h5py.Group and h5py.Dataset
+            What is written to: datasets, and groups with all below them.
+        rows, n_rows
+            The positions of the batch, and how many there are in all.
+        last : bool
+            Whether it is the last one.
+        """
+        datasets = _below(results)
+        with ExitStack() as stack:
+            for file in _writable(files):
+                inside = [dataset for dataset in datasets if dataset.file == file]
+                settled = all(is_settled(dataset) for dataset in inside)
+                path = real_path(file)
+                if path is None or (settled and not last and not self._changes.get(path, True)):
+                    continue
+                rewritten = _rewritten(file, inside, rows, n_rows)
+                raw = self._raw.setdefault(path, RawBytes())
+                stack.enter_context(self._observed(_Guard(file, path, raw, rewritten, logging.DEBUG), settled))
+            yield
+
+    @contextmanager
+    def _observed(self, guard: _Guard, settled: bool) -> Iterator[None]:
+        """Hold a guard, and see whether it was needed."""
+        with _guard_of(guard) as held:
+            yield
+            self._changes[guard.path] = not settled or held.changed()

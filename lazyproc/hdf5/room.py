@@ -1,0 +1,144 @@
+"""Room on the disk: reserved when results are created, and an error that tells how much is missing.
+
+Datasets that are allocated but not written are holes: the disk would be found full in the middle of a run. So the file
+system is asked to set the room aside beforehand. That writes nothing (ext4: some ms for 256 MiB), and where a file
+system cannot do it, or copies what it writes, a run ends with the same error later, with what it has done kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lazyproc.core.errors import LazyprocError, NoRoomError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No room on the disk, in the quota, or under the limit of a file's size."""
+
+_KEEP_SIZE = 1
+_IN_HDF5 = re.compile(r"errno = (\d+)")
+_WHY = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "a file may not grow that large here",
+}
+
+
+@contextmanager
+def writing(path: str, what: str, n_bytes: int | None = None) -> Iterator[None]:
+    """Turn the error of a full disk, from the system or from inside HDF5, into one that helps.
+
+    Parameters
+    ----------
+    path : str
+        The file that is written.
+    what : str
+        What is written, for the message.
+    n_bytes : int, optional
+        How many bytes are needed, where that is known.
+
+    Raises
+    ------
+    NoRoomError
+        If there is no room. Other errors pass.
+    """
+    try:
+        yield
+    except LazyprocError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # h5py raises any of them
+        code = full_code(error)
+        if code is None:
+            raise
+        raise no_room(path, what, code, n_bytes) from error
+
+
+def full_code(error: BaseException) -> int | None:
+    """Return ENOSPC, EDQUOT or EFBIG if that is what an error is about, also one of HDF5; else None."""
+    code = getattr(error, "errno", None)
+    if code is None:
+        match = _IN_HDF5.search(str(error))
+        code = int(match[1]) if match else None
+    return code if code in FULL else None
+
+
+def no_room(path: str, what: str, code: int, n_bytes: int | None = None) -> NoRoomError:
+    """Return the error of a full disk."""
+    needed = "" if n_bytes is None else f"{_amount(n_bytes)} needed, "
+    return NoRoomError(
+        f"{path}: no room for {what}: {_WHY[code]} ({needed}{_free(path)} free). What is done so far is kept: make "
+        "room and run the same again, or give h5_target_group in a file on another disk.",
+        code,
+    )
+
+
+def _free(path: str) -> str:
+    try:
+        about = os.statvfs(path if os.path.exists(path) else os.path.dirname(path) or ".")
+    except OSError:
+        return "an unknown amount"
+    return _amount(about.f_bavail * about.f_frsize)
+
+
+def _amount(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.1f} MiB" if n_bytes >= 2**20 else f"{n_bytes / 2**10:.1f} KiB"
+
+
+def reserve(descriptor: int, start: int, n_bytes: int, path: str, what: str) -> None:
+    """Have room set aside in a file, beyond its end, too; neither its size nor its contents change.
+
+    Parameters
+    ----------
+    descriptor : int
+        The file, open for writing.
+    start, n_bytes : int
+        Where in the file, and how much.
+    path, what : str
+        The file and what the room is for, for the message.
+
+    Raises
+    ------
+    NoRoomError
+        If there is not so much. The file is as it was. File systems that cannot reserve pass.
+    """
+    allocate = _fallocate()
+    if allocate is None or n_bytes <= 0:
+        return
+    while True:
+        code = allocate(descriptor, _KEEP_SIZE, start, n_bytes)
+        if code != errno.EINTR:
+            break
+    if code in FULL:
+        raise no_room(path, what, code, n_bytes)
+
+
+def give_back(descriptor: int) -> None:
+    """Give back what was reserved beyond the end of a file and not used."""
+    os.ftruncate(descriptor, os.fstat(descriptor).st_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _fallocate() -> Callable[[int, int, int, int], int] | None:
+    """Return fallocate of the C library, which gives an error number; None where there is none.
+
+    `os.posix_fallocate` will not do: where a file system cannot reserve, it writes to each page instead.
+    """
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None, use_errno=True)
+    function = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
+    if function is None:
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    function.restype = ctypes.c_int
+
+    def allocate(descriptor: int, mode: int, start: int, n_bytes: int) -> int:
+        return ctypes.get_errno() if function(descriptor, mode, start, n_bytes) else 0
+
+    return allocate

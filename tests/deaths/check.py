@@ -1,0 +1,284 @@
+"""What must hold after a death: nothing of the user's is harmed, and what is marked done is right."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from lazyproc import cli
+from lazyproc.status import file_status
+
+from .layouts import CALLS, MASK, N_POSITIONS, Layout, expected
+
+Snapshot = dict[str, Any]
+"""Each object of a file by its name: what it is, its values and attributes, comparable and JSON-able."""
+
+_CHANGES = {
+    "timestamp", "lazyproc_run_id", "lazyproc_probe", "lazyproc_started", "lazyproc_finished", "lazyproc_workers",
+}  # fmt: skip
+"""Attributes of a results group that no two runs have in common."""
+
+
+@dataclass
+class Findings:
+    """What was found after a death.
+
+    Attributes
+    ----------
+    problems : list of str
+        What must not be; empty if all is well.
+    n_marked : int
+        Positions marked done when the process died.
+    n_lost : int
+        Positions computed before the death that had to be computed again.
+    recovered : bool
+        Whether there was anything to recover.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    n_marked: int = 0
+    n_lost: int = 0
+    recovered: bool = False
+
+
+def snapshot(path: str | Path) -> Snapshot:
+    """Read all of a file with plain h5py."""
+    found: Snapshot = {}
+
+    def visit(name: str, item: Any) -> None:
+        found[f"/{name}"] = [_form(item), {key: _plain(item.attrs[key], item.file) for key in sorted(item.attrs)}]
+
+    with h5py.File(path, "r") as file:
+        visit("", file)
+        file.visititems(visit)
+    return found
+
+
+def _form(item: Any) -> Any:
+    if not isinstance(item, h5py.Dataset):
+        return "group"
+    storage = f"{item.chunks} {item.compression}"
+    return [str(item.dtype), list(item.shape), storage, hashlib.sha256(np.ascontiguousarray(item[()])).hexdigest()]
+
+
+def _plain(value: Any, file: h5py.File) -> str:
+    if isinstance(value, h5py.Reference):
+        return f"reference to {file[value].name}"
+    return f"{np.asarray(value).dtype} {np.asarray(value).tolist()!r}"
+
+
+def _differences(before: Snapshot, now: Snapshot, inside: str = "") -> Iterator[str]:
+    """Tell what has changed of the objects there were; what came anew must lie in groups that begin with `inside`."""
+    for name in before.keys() - now.keys():
+        yield f"{name} is gone"
+    for name, content in now.items():
+        if name not in before:
+            if not name.startswith(inside) and name not in _above(inside):
+                yield f"{name} appeared"
+        elif content != before[name]:
+            yield f"{name} has changed: {'; '.join(_changes(before[name], content))}"
+
+
+def _above(inside: str) -> set[str]:
+    parts = inside.split("/")[:-1]
+    return {"/".join(parts[: n + 1]) or "/" for n in range(len(parts))}
+
+
+def _changes(before: Any, now: Any) -> Iterator[str]:
+    if before[0] != now[0]:
+        yield f"{before[0]} became {now[0]}"
+    for key in sorted(before[1].keys() | now[1].keys()):
+        was, is_ = before[1].get(key, "missing"), now[1].get(key, "missing")
+        if was != is_:
+            yield f"attribute {key}: {was[:80]} became {is_[:80]}"
+
+
+class Checker:
+    """Looks at a folder of a layout after a death.
+
+    Parameters
+    ----------
+    layout : Layout
+        The layout.
+    folder : str
+        Where its files are.
+    before : dict of str to Snapshot
+        The files before anything was computed, by their base names.
+    after : dict of str to Snapshot
+        The same after an undisturbed run.
+    """
+
+    def __init__(self, layout: Layout, folder: str, before: dict[str, Snapshot], after: dict[str, Snapshot]) -> None:
+        self.layout = layout
+        self.folder = folder
+        self.before = before
+        self.after = after
+        self.new_group = f"{layout.parent}/{layout.prefix}"
+
+    def examine(self, *, recover: bool) -> Findings:
+        """Look at what a death left behind, go on to the end, and look again.
+
+        Parameters
+        ----------
+        recover : bool
+            Recover first, as `lazyproc recover` does, and then look; else leave that to `compute`.
+        """
+        findings = Findings()
+        recover = recover or self.layout.needs_recover
+        with _collect(findings, "status"):
+            if self.layout.results(self.folder).exists():
+                file_status(str(self.layout.results(self.folder)))
+        unsettled = self._problems_now()
+        if recover:
+            with _collect(findings, "recover"):
+                findings.recovered = any([recover_file(path) for path in self._files()])
+            if unsettled and not findings.recovered:
+                findings.problems += [f"plain h5py, nothing to recover: {one}" for one in unsettled]
+            findings.problems += [f"recovered: {one}" for one in self._problems_now()]
+        elif unsettled and not self._has_journal():
+            findings.problems += [f"plain h5py, no journal: {one}" for one in unsettled]
+        self._go_on(findings, looked=recover or not unsettled)
+        return findings
+
+    def _go_on(self, findings: Findings, *, looked: bool) -> None:
+        called = positions_called()
+        marked = np.zeros(N_POSITIONS, bool)
+        with contextlib.suppress(Exception):
+            marked = self.marked()
+        n_lines = len(_lines())
+        with _collect(findings, "resuming"), self.layout.process(self.folder) as process:
+            process._progress = lambda event: None
+            process.compute()
+        again = [int(line) for line in _lines()[n_lines:]]
+        findings.n_marked = int(marked.sum())
+        findings.n_lost = len(called - set(np.flatnonzero(marked).tolist()))
+        if looked and not findings.problems and sorted(again) != np.flatnonzero(~marked).tolist():
+            findings.problems.append(f"resuming computed {sorted(again)}, marked were {np.flatnonzero(marked).tolist()}")
+        findings.problems += [f"at the end: {one}" for one in self.problems_at_the_end()]
+
+    def _files(self) -> list[str]:
+        paths = dict.fromkeys((self.layout.scan(self.folder), self.layout.results(self.folder)))
+        return [str(path) for path in paths if path.exists()]
+
+    def _has_journal(self) -> bool:
+        return any(".lazyproc-" in name and not name.endswith(("-lock", "-fence")) for name in os.listdir(self.folder))
+
+    def _problems_now(self) -> list[str]:
+        problems: list[str] = []
+        for path in self._files():
+            try:
+                now = snapshot(path)
+            except Exception as error:
+                problems.append(f"{os.path.basename(path)} cannot be read: {type(error).__name__}: {error}")
+                continue
+            before = self.before.get(os.path.basename(path))
+            if before is not None:
+                problems += _differences(before, self._without_begun(now), self.new_group)
+        try:
+            self.marked()
+        except Exception as error:
+            problems.append(f"{type(error).__name__}: {error}")
+        return problems
+
+    def _without_begun(self, now: Snapshot) -> Snapshot:
+        """Take what was there of results from before: the rest of them may be filled in."""
+        if self.layout.begun is None:
+            return now
+        before = self.before[self.layout.results(self.folder).name]
+        return {
+            name: before.get(name, content) if name.startswith(self.new_group) else content
+            for name, content in now.items()
+        }
+
+    def groups(self, file: h5py.File) -> list[h5py.Group]:
+        """Return the results groups."""
+        parent = file.get(self.layout.parent)
+        if parent is None:
+            return []
+        return [parent[name] for name in parent if name.startswith(self.layout.prefix)]
+
+    def marked(self) -> NDArray[np.bool_]:
+        """Return which positions are marked done; raises AssertionError if one of them is not right."""
+        path = self.layout.results(self.folder)
+        marked = np.zeros(N_POSITIONS, bool)
+        if not path.exists():
+            return marked
+        with h5py.File(path, "r") as file:
+            groups = self.groups(file)
+            assert self.layout.may_leave_groups or len(groups) <= 1, groups
+            for group in groups:
+                if MASK not in group and self.layout.may_leave_groups:
+                    continue
+                mask = group[MASK][:]
+                assert set(mask.tolist()) <= {0, 1}, f"{group.name}: the mask holds {mask.tolist()}"
+                marked = mask.astype(bool)
+                for name, values in expected(self.layout).items():
+                    wrong = marked & (group[name][:] != values).any(axis=1)
+                    assert not wrong.any(), f"{group.name}/{name}: marked but wrong {np.flatnonzero(wrong).tolist()}"
+        return marked
+
+    def problems_at_the_end(self) -> Iterator[str]:
+        """Compare with an undisturbed run."""
+        try:
+            if not self.marked().all():
+                yield f"not all is marked: {self.marked().astype(int).tolist()}"
+            files = {name for name in os.listdir(self.folder)}
+            if files != self.after.keys():
+                yield f"the folder holds {sorted(files)}, expected {sorted(self.after)}"
+            for name, wanted in self.after.items():
+                now = snapshot(os.path.join(self.folder, name))
+                if self.layout.may_leave_groups:
+                    continue
+                yield from _differences(_steady(wanted), _steady(now))
+                yield from (f"{one} is missing" for one in wanted.keys() - now.keys())
+        except Exception as error:
+            yield f"{type(error).__name__}: {error}"
+
+
+def _steady(snapshot_: Snapshot) -> Snapshot:
+    """Leave out the values of what no two runs have in common; the names stay."""
+    return {
+        name: [form, {key: "" if key in _CHANGES else value for key, value in attrs.items()}]
+        for name, (form, attrs) in snapshot_.items()
+    }
+
+
+@contextlib.contextmanager
+def _collect(findings: Findings, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        findings.problems.append(f"{what}: {type(error).__name__}: {error}")
+
+
+def recover_file(path: str) -> bool:
+    """Recover as `lazyproc recover` does; return whether there was anything to do."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert cli.recover.callback is not None
+        try:
+            cli.recover.callback(file=path, as_json=False)
+        except SystemExit as error:
+            raise RuntimeError(f"lazyproc recover: exit code {error.code}") from error
+    return "nothing to recover" not in output.getvalue()
+
+
+def _lines() -> list[str]:
+    try:
+        return Path(os.environ[CALLS]).read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def positions_called() -> set[int]:
+    """Return the positions that the function was called for so far."""
+    return {int(line) for line in _lines()}
