@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from lazyproc.arguments import check_cores, check_memory
 from lazyproc.engine.choose import available_cores, default_cores
@@ -16,8 +17,6 @@ from lazyproc.engine.launch import Launch, detect
 
 _DASHBOARD = "127.0.0.1:0"
 _WORKERS_SECONDS = 60.0
-
-log = logging.getLogger("lazyproc")
 
 
 @contextmanager
@@ -34,7 +33,7 @@ def cluster(
 
     - Launched by MPI (``mpiexec -n 64 python script.py``, ``srun --mpi=…``): the ranks of the job. Rank 0 goes on with
       the script; in all others this call never returns: they serve as workers, one core each, and leave with the
-      script's exit code. With one rank all is done in its process.
+      script's exit code. A single rank gets one worker process.
     - Else the client that is active already; else the scheduler that Dask's configuration names (``scheduler-address``,
       or the variable ``DASK_SCHEDULER_ADDRESS``); else worker processes of this machine. Neither needs
       ``if __name__ == "__main__"``.
@@ -95,7 +94,7 @@ def cluster(
             if launch is None:
                 client = _of_configuration(opened, timeout)
             client = client or _of_this_machine(opened, launch, n_workers, memory, dashboard_address, timeout)
-            say(f"lazyproc: {_dashboard(client)}")
+            say(f"lazyproc: {_dashboard(client, dashboard_address)}")
             yield client
 
 
@@ -115,7 +114,7 @@ def _of_mpi(
     client = _connect(opened, job.cluster, timeout)
     job.wait_for_workers(client)
     machines = "1 machine" if job.n_machines == 1 else f"{job.n_machines} machines"
-    say(f"lazyproc: {job.size} MPI ranks on {machines}, {_dashboard(client)}")
+    say(f"lazyproc: {job.size} MPI ranks on {machines}, {_dashboard(client, dashboard_address)}")
     yield client
 
 
@@ -135,14 +134,13 @@ def _of_this_machine(
     dashboard_address: str,
     timeout: float | None,
 ) -> Any:
-    """Start worker processes; for a single rank of MPI, which has one core, a worker in this process."""
-    from lazyproc.engine.processes import start_in_process, start_processes
+    """Start worker processes; just one for a single rank of MPI."""
+    from lazyproc.engine.processes import start_processes
     from lazyproc.engine.scheduler import stop_scheduler
 
     if launch is not None:
-        n_workers, local = 1, start_in_process(dashboard_address)
-    else:
-        local = start_processes(n_workers, memory, dashboard_address)
+        n_workers = 1
+    local = start_processes(n_workers, memory, dashboard_address)
     opened.callback(stop_scheduler, local)
     client = _connect(opened, local, timeout)
     client.wait_for_workers(n_workers, timeout=_WORKERS_SECONDS if timeout is None else timeout)
@@ -155,10 +153,15 @@ def _connect(opened: ExitStack, to: Any, timeout: float | None) -> Any:
     return opened.enter_context(Client(to, timeout=_WORKERS_SECONDS if timeout is None else timeout))
 
 
-def _dashboard(client: Any) -> str:
+def _dashboard(client: Any, listens_at: str) -> str:
+    """Say where the dashboard is: on a cluster one has to make a tunnel to that machine."""
     if importlib.util.find_spec("bokeh") is None:
         return "no dashboard (Dask's needs bokeh: pip install bokeh)"
-    return f"dashboard at {client.dashboard_link}"
+    link = str(client.dashboard_link)
+    scheduler, host = urlsplit(client.scheduler.address).hostname, listens_at.rpartition(":")[0]
+    if client.cluster is None or not host:  # somebody else's, or it listens everywhere
+        return f"dashboard at {link}"
+    return f"dashboard at {link.replace(f'//{scheduler}:', f'//{host}:')} on {socket.gethostname()}"
 
 
 def _to_standard_output(line: str) -> None:

@@ -232,8 +232,10 @@ class Declared:
 
     def in_place_everywhere(self, scheduler: Scheduler, sink: Sink | None) -> bool:
         """Tell whether all workers may write into the file themselves; if not, the log says why."""
-        if sink is None or scheduler.client is None:
-            return sink is not None
+        if sink is None or not sink.fence.holds_workers:
+            return False
+        if scheduler.client is None:
+            return True
         reason = why_not_in_place(scheduler.client, sink.trial())
         if reason:
             log.warning("%s: results travel to the driver, which writes them: %s", self.process_name, reason)
@@ -278,9 +280,7 @@ class Declared:
         remaining = Runs.full(self.n_positions)
         probe: Probe | None = None
         if chosen is not None:
-            parent = self.place.group()
-            assert parent is not None
-            group = parent.file[chosen.name]
+            group = self.place.results(chosen.name)
             remaining = remaining_positions(group, self.n_positions, self.status_name)
             probe = stored_probe(group)
         scheduler = self.scheduler(kernel, probe, remaining.n_positions)

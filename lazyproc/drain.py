@@ -4,10 +4,9 @@
 
     first Ctrl-C, SIGTERM or SIGUSR1    nothing new is started, what is under way is finished and committed
     second one, or the grace is over    what is under way is dropped, what is finished is committed
-    third one                           raises, wherever the main thread is
 
-A handler raises nothing before that, except in places marked as `Drain.interruptible`: the function in this process, a
-look at it. So no commit and no change of a file's structure is ever cut through.
+Handlers raise nothing, except in places marked as `Drain.interruptible`: the function in this process, a look at it,
+hooks. So no commit and no change of a file's structure is ever cut through.
 """
 
 from __future__ import annotations
@@ -85,7 +84,6 @@ class Drain:
         self._dropping = False
         self._told = False
         self._left = False
-        self._over = False
         self._level = _PROTECTED
 
     def requested(self) -> bool:
@@ -169,7 +167,6 @@ class Drain:
             if not self._left:  # else it is a Leave, or what others have made of it
                 raise
         finally:
-            self._over = True
             watch.end()
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -196,9 +193,6 @@ class Drain:
         self._requested = True
         self._n_signals += 1
         self._dropping = self._dropping or self._n_signals > 1
-        if self._n_signals > 2 and not self._over:
-            self._left = True
-            raise Leave
         self._interrupt()
 
     def _handle_nudge(self, number: int, frame: FrameType | None) -> None:

@@ -26,6 +26,7 @@ from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.guard import BatchGuards, guarded
 from lazyproc.hdf5.hook_record import WriteWatch, sync_files
 from lazyproc.hdf5.lock import RunLock
+from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.settled import allocate, datasets_below, is_settled
 from lazyproc.hdf5.source import source_of
@@ -58,7 +59,8 @@ def locked(file: h5py.File) -> Iterator[None]:
     held = _HELD.set(_HELD.get() | {path})
     try:
         refuse_pending(path, locked=True)
-        yield
+        with writing(path, "the results", in_hdf5=True):
+            yield
     finally:
         _HELD.reset(held)
         lock.release()
@@ -215,7 +217,8 @@ class HookLoop:
             _check_number(process, block.n_positions)
             last = not process._lazyproc_batches
             with self._guards.batch(files_of(process), written_by(process), block, self._n_positions, last):
-                process._write_results_chunk()
+                with drain.interruptible():
+                    process._write_results_chunk()
             self._sync()
             if watch.saw_nothing():
                 raise ResultsError(

@@ -276,12 +276,13 @@ class HookContract:
             locks.enter_context(drain.on_signals())
             locks.enter_context(locked(self._h5_target_group.file))
             with guarded(before := files_of(self)):
-                if self.h5_results_grp is None:
-                    self._create_results_datasets()
-                    check_group(self)
-                    self._write_source_dset_provenance()
-                else:
-                    self._get_existing_datasets()
+                with drain.interruptible():
+                    if self.h5_results_grp is None:
+                        self._create_results_datasets()
+                        check_group(self)
+                        self._write_source_dset_provenance()
+                    else:
+                        self._get_existing_datasets()
                 check_group(self)
                 locks.enter_context(locked(self.h5_results_grp.file))
                 work = replace(self._hook_work(), parameters=work.parameters, searched=work.searched)

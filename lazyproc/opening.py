@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import h5py
 
@@ -10,7 +13,9 @@ from lazyproc.core.errors import ArgumentValueError
 from lazyproc.hdf5.damage import reading
 from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.guard import guarded
+from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.place import HandlePlace, Place
+from lazyproc.hook_loop import locked
 
 
 def open_main(main: str | h5py.Dataset, files: Files, *, writable: bool) -> tuple[str | None, h5py.Dataset]:
@@ -36,10 +41,21 @@ def target_handle(place: Place, main_path: str | None, main: h5py.Dataset, files
         return place.handle
     if place.path == main_path:
         if place.name not in main.file:
-            with guarded([main.file]):
-                main.file.create_group(place.name)
-        return main.file.require_group(place.name)
+            with locked(main.file), guarded([main.file]):
+                main.file.require_group(place.name)
+        return main.file[place.name]
     if place.group() is None:
-        with place.edit():
+        with _locked(place.path), place.edit():
             pass
     return files.open_for_writing(place.path)[place.name]
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Hold the run's lock while something is made."""
+    lock = RunLock(path, uuid.uuid4().hex)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -30,10 +30,12 @@ from lazyproc.hdf5.record import (
     ensure_mask,
     ensure_room,
     environment,
+    lacks_end,
     lacks_room,
     note_end,
     open_target,
 )
+from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.search import Found, Work, remaining_positions
 from lazyproc.hdf5.target import Target
 from lazyproc.hdf5.transaction import recover
@@ -84,6 +86,7 @@ def perform(
         duplicates = [one for one in found if one.is_complete]
         if duplicates and not override:
             warn_of(duplicates[-1])
+            _note_late_end(declared, work, duplicates[-1].name)
             log.info("%s: returning the finished results %s", declared.process_name, duplicates[-1].name)
             return duplicates[-1].name
         partial = {one.name: one for one in found if one.is_partial}
@@ -105,7 +108,8 @@ def locked(declared: Declared) -> Any:
     """Hold the run's lock, if there is a file to lock; settle a change that was cut off by a death."""
     path = declared.place.lock_path
     if path is None:
-        yield None
+        with writing(declared.place.path, "the results"):
+            yield None
         return
     lock = RunLock(path, uuid.uuid4().hex)
     lock.acquire()
@@ -114,7 +118,8 @@ def locked(declared: Declared) -> Any:
             refuse_pending(path, locked=True)
         elif recover(path):
             log.warning("%s: a change that was cut off has been settled", path)
-        yield lock.fence
+        with writing(path, "the results"):
+            yield lock.fence
     finally:
         lock.release()
 
@@ -193,9 +198,7 @@ def _main_beside(declared: Declared, parent: h5py.Group) -> h5py.Dataset:
 def _resume(declared: Declared, work: Work, kernel: Kernel, name: str, drain: Drain) -> tuple[Runs, Probe]:
     """Find what remains; a measurement that was stored with the results is used again."""
     declared.flush_main()
-    parent = declared.place.group()
-    assert parent is not None
-    group = parent.file[name]
+    group = declared.place.results(name)
     remaining = remaining_positions(group, work.n_positions, work.status_name)
     done = 1 - remaining.n_positions / work.n_positions
     log.info("%s: resuming %s, %.1f %% done", declared.process_name, name, 100 * done)
@@ -210,6 +213,19 @@ def _resume(declared: Declared, work: Work, kernel: Kernel, name: str, drain: Dr
         with declared.place.edit() as editable:
             ensure_room(editable, name, work, declared.max_failures)
     return remaining, probe
+
+
+def _note_late_end(declared: Declared, work: Work, name: str) -> None:
+    """Record the end of a run that died between its last commit and this; if it can be done, since nothing needs it."""
+    parent = declared.place.group()
+    if parent is None or not lacks_end(parent.file[name], work):
+        return
+    try:
+        declared.place.check_writable()
+        with declared.place.edit() as editable:
+            note_end(editable, name, work)
+    except LazyprocError as error:
+        log.info("%s: its end could not be recorded (%s)", name, error)
 
 
 def run_group(
@@ -247,6 +263,7 @@ def run_group(
         All positions that are not done once `remaining`, which are marked as done until now, are taken back. Default:
         `remaining` is all that is not done.
     """
+    same = declared.place.file_id()
     target, failed = open_target(
         declared.place, name, declared.outputs, declared.status_name, fence, declared.max_failures
     )
@@ -268,7 +285,7 @@ def run_group(
         log.error("%s: a block failed; %d of %d positions are done and kept", name, n_committed, work.n_positions)
         raise_failures(outcome.failures, declared.process_name, declared.label)
     if n_committed == work.n_positions:
-        with declared.place.edit() as parent:
+        with declared.place.edit(same) as parent:
             note_end(parent, name, work, f"{len(outcome.workers)} workers, {outcome.n_blocks} blocks")
     say_failed(name, failed.n_failed if failed is not None else 0, work.n_positions)
     if committer.n_done < remaining.n_positions and drain.signal is None:

@@ -390,9 +390,7 @@ class Process(HookContract):
         finally:
             self._chosen = None
         self._look(declared, args, kwargs)
-        parent = self._place.group()
-        assert parent is not None
-        self.h5_results_grp = parent.file[name]
+        self.h5_results_grp = self._place.results(name)
         return self.h5_results_grp
 
     def test(self, positions: int | Any = None, **kwargs: Any) -> dict[str, np.ndarray]:

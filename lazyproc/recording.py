@@ -49,9 +49,7 @@ def raise_limit(declared: Declared, name: str, outcome: Outcome, n_done: int) ->
     FailureLimitError
         Tells how many, the first of them, and that all is kept.
     """
-    parent = declared.place.group()
-    assert parent is not None
-    recorded = read_failures(parent.file[name], declared.status_name)
+    recorded = read_failures(declared.place.results(name), declared.status_name)
     kept = (
         f"{n_done} of {declared.n_positions} positions are done and kept in {declared.place.path}::{name}, "
         f"{len(recorded)} failed ones with their errors among them; the same call of compute() goes on from there."

@@ -89,9 +89,7 @@ def retry(
 
 
 def _group(declared: Declared, name: str) -> h5py.Group:
-    parent = declared.place.group()
-    assert parent is not None
-    return parent.file[name]
+    return declared.place.results(name)
 
 
 def _latest(declared: Declared, found: list[Found], chosen: str | None) -> Found:

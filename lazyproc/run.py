@@ -19,6 +19,9 @@ from lazyproc.engine.local import Receipts
 from lazyproc.hdf5.failure_log import FailureLog
 from lazyproc.hdf5.target import Target
 
+_SPANS = 1000
+"""So many spans of positions are kept before neighbours are put together."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -83,6 +86,7 @@ class Committer:
         self._interval = interval
         self._listener = listener
         self._spans: list[tuple[int, int]] = []
+        self._most_spans = _SPANS
         self._oldest: float | None = None
         self._last_turn = time.monotonic()
         self._n_before = n_done
@@ -141,7 +145,10 @@ class Committer:
     def take_positions(self, runs: Iterable[tuple[int, int]]) -> None:
         """Remember to mark positions whose results are written."""
         spans = list(runs)
-        self._spans.extend(spans)
+        self._spans += spans
+        if len(self._spans) > self._most_spans:  # neighbours become one span: a long interval costs no memory
+            self._spans = list(Runs.from_spans(self._spans))
+            self._most_spans = _SPANS + 2 * len(self._spans)
         self._oldest = self._oldest or time.monotonic()
         self._listener(BlockDone(sum(stop - start for start, stop in spans)))
 

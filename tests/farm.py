@@ -73,7 +73,7 @@ def members(session: int) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 25) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
     """Wait until a condition holds; return its value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

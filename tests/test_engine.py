@@ -180,8 +180,9 @@ def test_messages_are_small_whatever_the_parameters_are() -> None:
 def test_one_task_a_block() -> None:
     blocks = list(BlockPlan(REMAINING, 100))
     graph = block_graph("Peak_Finding-1234", itertools.count(7), blocks, b"")
-    assert list(graph) == [("Peak_Finding-1234", 7 + number) for number in range(len(blocks))]
-    assert [task[-1] for task in graph.values()] == blocks
+    (layer,) = graph.layers.values()
+    assert list(layer) == [("Peak_Finding-1234", 7 + number) for number in range(len(blocks))]
+    assert [task[-1] for task in layer.values()] == blocks
 
 
 # seconds a position, thread gain, vectorised, workers -> scheduler

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
 import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +22,21 @@ import h5py
 import numpy as np
 import psutil
 import pytest
+from distributed import Client
 from farm import Farm, members, wait_for
+from test_engine import kernel_of, twice
 from usid_files import CHANNEL, make_usid_file
 
+from lazyproc.core.blocks import Block, BlockPlan
+from lazyproc.core.errors import BlockTakenError, FileBusyError, WorkerError
+from lazyproc.core.runs import Runs
+from lazyproc.core.specs import Dimension, Output
+from lazyproc.engine import lane
+from lazyproc.engine.choose import Scheduler
+from lazyproc.engine.kernel import Receipt
+from lazyproc.engine.local import never, run_processes
+from lazyproc.hdf5.claims import Claims
+from lazyproc.hdf5.lock import FencedError, RunLock
 from lazyproc.status import file_status
 
 MAIN = f"{CHANNEL}/Raw_Data"
@@ -37,6 +57,22 @@ while not (place / f"gate_{position}").exists():
 """
 # None of these is tried by the driver itself, before it starts any worker.
 FIRST, SECOND, THIRD = 17, 38, 43
+
+
+WIDTH = 2**14
+
+
+def die(row: np.ndarray) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def big_or_slow(row: np.ndarray, folder: str) -> Any:
+    """Return a large result; at position 3 wait."""
+    place = Path(folder)
+    (place / str(int(row[0]))).touch()
+    while row[0] == 3 and not (place / "gate").exists():
+        time.sleep(0.01)
+    return np.zeros(WIDTH)
 
 
 def raw_data() -> np.ndarray:
@@ -112,6 +148,7 @@ class Stage:
         self.start(**options)
         assert self.outcome()["error"] == "", self.log()
         assert self.check().all()
+        assert not list(self.folder.glob(".scan.h5*")), "nothing is left beside the file"
 
     def check(self) -> np.ndarray:
         """Compare what is marked done with a plain loop; return which positions that are."""
@@ -164,6 +201,100 @@ def stop(pid: int) -> None:
 def times(calls: list[tuple[int, int]]) -> Counter[int]:
     """Count how often each position was called."""
     return Counter(position for position, _ in calls)
+
+
+# -- attempts at a block -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Lines:
+    """A sink that writes down what it is given."""
+
+    path: Path
+
+    def write(self, block: Block, arrays: Any) -> tuple[int, int]:
+        with open(self.path, "a") as file:
+            file.write(f"{block.index} {arrays}\n")
+        return 0, 0
+
+
+BLOCK, OTHER = Block(3, (30,), (40,)), Block(4, (40,), (50,))
+
+
+@pytest.fixture(params=[True, False], ids=["locks on bytes", "lock on the file"])
+def claims(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Claims]:
+    lock = RunLock(str(tmp_path / "scan.h5"), "0123")
+    lock.acquire()
+    claims = Claims(Lines(tmp_path / "lines"), lock.fence, str(tmp_path / "claims"), byte_locks=request.param)
+    claims.begin()
+    yield claims
+    claims.end()
+    lock.release()
+
+
+def test_the_attempt_that_began_last_writes(claims: Claims) -> None:
+    first, other = claims.take(BLOCK), claims.take(OTHER)
+    first.write(BLOCK, "by the first")
+    second = claims.take(BLOCK)
+    with pytest.raises(BlockTakenError, match="positions 30 to 39 was given to another worker"):
+        first.write(BLOCK, "too late")
+    other.write(OTHER, "by the other")
+    second.write(BLOCK, "by the second")
+    assert not claims.settle(BLOCK, first.number), "its receipt came late"
+    assert claims.settle(BLOCK, second.number)
+    assert not claims.settle(BLOCK, second.number), "once only"
+    for attempt in (first, second):
+        with pytest.raises(BlockTakenError):
+            attempt.write(BLOCK, "after it was marked")
+    with pytest.raises(BlockTakenError, match="is done already"):
+        claims.take(BLOCK)
+    other.write(OTHER, "still")
+    assert (claims.sink.path).read_text() == "3 by the first\n4 by the other\n3 by the second\n4 still\n"
+    claims.end()
+    for attempt in (other.write, lambda block, _: claims.take(block)):
+        with pytest.raises(FencedError, match="run 0123 is over"):
+            attempt(OTHER, "after the run")
+
+
+WRITER = """
+import sys, time, pickle
+claims, block, number = pickle.loads(bytes.fromhex(sys.argv[1]))
+with claims.held(block, number), claims.fence.passed():
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_worker_that_is_stopped_in_the_middle_of_a_write(
+    claims: Claims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else gets at the block, nor a later run at the file, as long as it may go on; and nobody hangs."""
+    import lazyproc.hdf5.claims
+    import lazyproc.hdf5.lock
+
+    monkeypatch.setattr(lazyproc.hdf5.claims, "_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(lazyproc.hdf5.lock, "_WRITE_SECONDS", 0.2)
+    first = claims.take(BLOCK)
+    packed = pickle.dumps((claims, BLOCK, first.number)).hex()
+    pipe = subprocess.PIPE
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, packed], stdin=pipe, stdout=pipe, env=environment)
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == b"writing\n"
+    stop(writer.pid)
+    try:
+        with pytest.raises(BlockTakenError, match=r"writing the block .* more than 0.2 s"):
+            claims.take(BLOCK)
+        assert not claims.settle(BLOCK, first.number)
+        later = RunLock(str(tmp_path / "scan.h5"), "4567")
+        os.rename(claims.fence.lock_path, tmp_path / "of a driver that was killed")
+        with pytest.raises(FileBusyError, match=r"a worker has been writing for more than 0.2 s"):
+            later.acquire()
+        os.rename(tmp_path / "of a driver that was killed", claims.fence.lock_path)
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert claims.settle(BLOCK, first.number)
 
 
 # -- worker processes of this machine --------------------------------------------------------------------------------
@@ -224,6 +355,21 @@ def test_a_block_that_is_always_out_of_memory_fails_with_that(stage: Stage) -> N
     assert times(stage.begun())[FIRST] == 2
 
 
+def test_processes_that_all_die(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they are given: there is an end to it."""
+    monkeypatch.setattr(lane, "_DEATHS_IN_A_ROW", 6)
+    begin = len(psutil.Process().children())
+    with pytest.raises(WorkerError, match=r"6 worker processes died without one block .* was killed by SIGKILL"):
+        list(run_processes(kernel_of(die), BlockPlan(Runs.full(100), 1), 2, never))
+    assert len(psutil.Process().children()) == begin
+
+
+def test_processes_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(WorkerError, match=r"do not start: the last one ended with exit code 1"):
+        list(run_processes(kernel_of(twice), BlockPlan(Runs.full(100), 1), 2, never))
+
+
 @pytest.mark.parametrize("on_cluster", [False, True], ids=["processes", "cluster"])
 def test_a_straggler_holds_back_nobody(stage: Stage, on_cluster: bool) -> None:
     """While it runs on, all others are done and committed."""
@@ -234,6 +380,34 @@ def test_a_straggler_holds_back_nobody(stage: Stage, on_cluster: bool) -> None:
     stage.open_gate(FIRST)
     assert stage.outcome()["error"] == "", stage.log()
     assert stage.check().all()
+
+
+@pytest.mark.parametrize("engine", ["processes", "client"])
+def test_receipts_held_are_bounded(tmp_path: Path, engine: str) -> None:
+    """One block takes long, the driver its time: what is begun and not taken stays below the window, in bytes, too."""
+    blocks = BlockPlan(Runs.full(40), 1)
+    outputs = (Output("f8", dims=[Dimension("X", "m", WIDTH)]).resolve("Big", 1),)
+    kernel = replace(kernel_of(big_or_slow, folder=str(tmp_path)), outputs=outputs)
+    with contextlib.ExitStack() as stack:
+        client = None
+        if engine == "client":
+            client = stack.enter_context(
+                Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=":0")
+            )
+        window = 2 * (3 if client else 2)
+        taken: list[Receipt] = []
+        for receipt in Scheduler(engine, 2, client).run(kernel, blocks, never, "window"):
+            if receipt is not None:
+                assert receipt.arrays is not None
+                taken.append(receipt)
+                time.sleep(0.02)
+            begun = {int(path.name) for path in tmp_path.glob("[0-9]*")}
+            assert len(begun) - len(taken) <= window
+            if len(taken) == 39:
+                assert begun == set(range(40)), "all others are done, and taken, while it runs on"
+                (tmp_path / "gate").touch()
+    assert [receipt.block.start for receipt in taken][-1] == 3
+    assert all(receipt.arrays[0].nbytes == 8 * WIDTH for receipt in taken if receipt.arrays)
 
 
 # -- workers of a cluster --------------------------------------------------------------------------------------------
@@ -275,7 +449,7 @@ def test_a_worker_that_was_cut_off_writes_nothing_late(stage: Stage) -> None:
 
 def test_the_attempt_before_the_last_writes_nothing(stage: Stage) -> None:
     """A worker that was cut off ends while another one is at its block: only what that one writes counts."""
-    scheduler = stage.start_cluster(2, ttl="1s")
+    scheduler = stage.start_cluster(3, ttl="1s")
     stage.order(FIRST, "while not (place / f'gate_{os.getpid()}').exists(): time.sleep(0.01)")
     stage.start(scheduler=scheduler)
     first = stage.worker_at(FIRST)
@@ -312,3 +486,166 @@ def test_a_nanny_ends_a_worker_that_takes_too_much(stage: Stage) -> None:
     stage.order(FIRST, f"{ONCE}    b = [bytearray(b'1') * 2**29]; time.sleep(60)")
     stage.succeed(scheduler=stage.start_cluster(nanny=True, memory=400 * 2**20))
     assert times(stage.begun())[FIRST] == 2
+
+
+def test_all_workers_die_and_others_come(stage: Stage) -> None:
+    """No block is lost, and the function, which is too large to be sent along with each task, comes back, too."""
+    stage.order(FIRST, WAITS)
+    stage.start(scheduler=stage.start_cluster())
+    stage.worker_at(FIRST)
+    for pid in stage.workers:
+        os.kill(pid, signal.SIGKILL)
+    stage.open_gate(FIRST)
+    wait_for(lambda: not any(members(pid) for pid in stage.workers))
+    stage.start_worker()
+    assert stage.outcome()["error"] == "", stage.log()
+    assert stage.check().all()
+
+
+@pytest.mark.parametrize("what", ["no workers", "a mute scheduler"])
+def test_nothing_is_waited_for_without_end(stage: Stage, what: str) -> None:
+    """All workers are gone, or the scheduler says nothing: what is finished is kept, the message says what to do."""
+    stage.order(FIRST, WAITS)
+    stage.start(scheduler=stage.start_cluster(), patience=2.0)
+    stage.worker_at(FIRST)
+    wait_for(lambda: stage.n_done() == N_POSITIONS - 1)
+    if what == "no workers":
+        for pid in stage.workers:
+            os.kill(pid, signal.SIGKILL)
+        expected = "has had no worker that takes tasks for 2 s (all workers are gone)"
+    else:
+        stop(stage.scheduler)
+        expected = "has not answered for 2 s, though the connection stands"
+    wait_for(lambda: (stage.folder / "outcome").exists())
+    for pid in [*stage.workers, stage.scheduler]:  # or the driver's client would take its time to leave
+        for one in members(pid):
+            os.kill(one, signal.SIGKILL)
+    outcome = stage.outcome()
+    assert outcome["error"] == "WorkerError"
+    assert expected in outcome["text"]
+    assert "All that was finished is kept; the same call goes on from there" in outcome["text"]
+    assert np.flatnonzero(~stage.check()).tolist() == [FIRST]
+    stage.forget(FIRST)
+    stage.succeed()
+
+
+# -- schedulers and connections --------------------------------------------------------------------------------------
+
+
+def test_a_scheduler_that_dies(stage: Stage) -> None:
+    """An error soon, with what was finished kept; the same call goes on without a cluster."""
+    stage.order(FIRST, WAITS)
+    stage.start(scheduler=stage.start_cluster(), connect=1.0)
+    stage.worker_at(FIRST)
+    wait_for(lambda: stage.n_done() == N_POSITIONS - 1)
+    os.kill(stage.scheduler, signal.SIGKILL)
+    stage.open_gate(FIRST)  # its worker goes on, and brings something that nobody waits for
+    outcome = stage.outcome()
+    assert outcome["error"] == "WorkerError"
+    assert f"the connection to the cluster {stage.address} is lost" in outcome["text"]
+    assert "the same call goes on from there, on another cluster, or without a client" in outcome["text"]
+    assert np.flatnonzero(~stage.check()).tolist() == [FIRST]
+    for pid in stage.workers:
+        wait_for(lambda pid=pid: not members(pid))
+    assert not stage.check()[FIRST]
+    stage.succeed()
+
+
+def test_a_scheduler_that_dies_and_comes_back(stage: Stage) -> None:
+    """With other workers, while the client still tries to reach it: the run goes on as if nothing had been."""
+    stage.order(FIRST, WAITS)
+    scheduler = stage.start_cluster()
+    stage.start(scheduler=scheduler, connect=30.0)
+    stage.worker_at(FIRST)
+    os.kill(stage.scheduler, signal.SIGKILL)
+    stage.open_gate(FIRST)
+    old = stage.workers
+    for pid in old:
+        wait_for(lambda pid=pid: not members(pid))
+    n_done = stage.n_done()
+    assert stage.start_cluster(port=int(scheduler.rpartition(":")[2])) == scheduler
+    assert stage.outcome()["error"] == "", stage.log()
+    assert stage.check().all()
+    assert not set(old) & {pid for _, pid in stage.begun()[-(N_POSITIONS - n_done) // 2 :]}
+
+
+def test_a_cluster_that_is_restarted(stage: Stage) -> None:
+    """As by a button of the dashboard: all tasks are cancelled, all workers new."""
+    stage.order(FIRST, WAITS)
+    scheduler = stage.start_cluster(nanny=True)
+    stage.start(scheduler=scheduler)
+    before = stage.worker_at(FIRST)
+    with Client(scheduler) as client:
+        client.restart()
+    stage.open_gate(FIRST)
+    assert stage.outcome()["error"] == "", stage.log()
+    assert stage.check().all()
+    assert before not in stage.by()[[FIRST]]
+
+
+def test_a_connection_that_breaks_and_comes_back(stage: Stage) -> None:
+    """Twice; the workers never notice, and what they had under way is taken away from them."""
+    stage.order(FIRST, WAITS)
+    stage.order(SECOND, WAITS)
+    with Proxy(stage.start_cluster()) as proxy:
+        stage.start(scheduler=proxy.address, connect=30.0)
+        for position in (FIRST, SECOND):
+            stage.worker_at(position)
+            proxy.cut()
+            wait_for(lambda: "reconnect" in stage.log().lower() or proxy.n_connections)
+            stage.open_gate(position)
+        assert stage.outcome()["error"] == "", stage.log()
+    assert stage.check().all()
+    assert proxy.n_cut >= 2
+    assert times(stage.begun())[FIRST] > 1
+
+
+class Proxy:
+    """Passes on what a driver and a scheduler say to each other, until the line is cut; then takes calls again."""
+
+    def __init__(self, address: str) -> None:
+        host, port = address.rpartition("/")[2].split(":")
+        self._there = (host, int(port))
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._lines: list[socket.socket] = []
+        self.address = f"tcp://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.n_cut = 0
+        self.n_connections = 0
+
+    def __enter__(self) -> Proxy:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self.cut()
+
+    def cut(self) -> None:
+        lines, self._lines = self._lines, []
+        self.n_cut += bool(lines)
+        self.n_connections = 0
+        for line in lines:
+            with contextlib.suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+            line.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                here, _ = self._listening.accept()
+            except OSError:
+                return
+            there = socket.create_connection(self._there)
+            self._lines += [here, there]
+            self.n_connections += 1
+            for source, target in ((here, there), (there, here)):
+                threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                target.sendall(data)
+        for line in (source, target):
+            with contextlib.suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)

@@ -114,6 +114,7 @@ class Stage:
             os.environ.get("PYTHONPATH", ""),
         ]  # the first for `_write`, on the cluster
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+        environment["DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT"] = "5s"  # so long a client tries to reach a dead cluster
         return subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=environment
         )
@@ -351,6 +352,8 @@ def test_a_cluster_that_is_lost(stage: Stage) -> None:
     os.killpg(stage.cluster.pid, signal.SIGKILL)
     _, errors = driver.communicate(timeout=120)
     assert driver.returncode == 1, errors
+    assert "WorkerError: client: the connection to the cluster" in errors
+    assert "the same call goes on from there, on another cluster, or without a client" in errors
     assert stage.n_done() >= n_done > 0
     done = check(stage.path, complete=False)
     assert holder(stage.path) is None

@@ -67,6 +67,10 @@ class NoRoomError(LazyprocError, OSError):
         return type(self), (str(self), int(self.errno or errno.ENOSPC))
 
 
+class LockingError(LazyprocError, OSError):
+    """The file system cannot lock files, so runs cannot be kept apart; the message says what can be set."""
+
+
 class MemoryLimitError(ArgumentValueError):
     """Not even one position fits into the memory allowed."""
 

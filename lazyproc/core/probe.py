@@ -34,6 +34,8 @@ _MOST_ROWS = 4096
 _MOST_BYTES = 8 * 2**20
 _TRIED_BEFORE_GIVING_UP = 10
 """So many spread-out positions are tried before a function that fails for all of them is called broken."""
+_GIVE_UP_SECONDS = 20
+"""A function that takes so long to fail is tried on fewer."""
 
 Compute = Callable[..., Arrays]
 Read = Callable[[Runs], NDArray[Any]]
@@ -104,8 +106,8 @@ def run_probe(
     try_threads : bool
         Whether to find out if two threads are faster than one.
     record : bool
-        Go on where the function fails, and keep that. If it fails for the first ten positions tried, which are spread
-        over all that remain, nothing is measured: see `Probe.all_failed`.
+        Go on where the function fails, and keep that. If it fails for the first ten positions tried (fewer of a slow
+        function), which are spread over all that remain, nothing is measured: see `Probe.all_failed`.
 
     Raises
     ------
@@ -123,8 +125,7 @@ def run_probe(
         for position in remaining.spread(3):
             first = probing.call(np.array([position])) or first
     if probing.all_failed:
-        for position in remaining.spread(_TRIED_BEFORE_GIVING_UP):
-            first = probing.call(np.array([position])) or first
+        first = _look_further(probing, remaining, first)
         if probing.all_failed:
             return probing.measured(first)
     temporary, fixed = _measure_memory(probing, first, most_rows, row_bytes, vectorized=vectorized)
@@ -203,6 +204,16 @@ class _Probing:
         for half, (arrays, failed) in zip(halves, results, strict=True):
             self._keep(half, arrays, failed)
         return seconds
+
+
+def _look_further(probing: _Probing, remaining: Runs, first: float) -> float:
+    """Try more positions, one at a time, of a function that has failed so far; return the seconds that one took."""
+    begin = time.perf_counter()
+    for number, position in enumerate(remaining.spread(_TRIED_BEFORE_GIVING_UP)):
+        if not probing.all_failed or (number >= 3 and time.perf_counter() - begin > _GIVE_UP_SECONDS):
+            break
+        first = probing.call(np.array([position])) or first
+    return first
 
 
 def _measure_memory(

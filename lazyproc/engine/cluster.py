@@ -60,8 +60,8 @@ def most_on_machine(client: Any) -> int:
     return max(threads.values(), default=1)
 
 
-def block_graph(name: str, numbers: Iterator[int], blocks: list[Block], packed: Any) -> dict[tuple[str, int], Any]:
-    """Build the graph of a window: one task a block, whose result is its receipt.
+def block_graph(name: str, numbers: Iterator[int], blocks: list[Block], packed: Any) -> Any:
+    """Build a graph of blocks: one layer, one task a block, whose result is its receipt.
 
     Parameters
     ----------
@@ -71,12 +71,16 @@ def block_graph(name: str, numbers: Iterator[int], blocks: list[Block], packed: 
     numbers : iterator of int
         Gives each task of the run a number of its own.
     blocks : list of Block
-        The window.
+        What is to be done.
     packed : bytes or Future
         The packed kernel.
 
     Notes
     -----
-    A plain graph: importing dask.array to build one takes a second or two, in which hundreds of workers would wait.
+    No dask array: to import that takes a second or two, in which hundreds of workers would wait. And not a plain dict,
+    of which Dask would first compute a hash.
     """
-    return {(name, next(numbers)): (run_packed, packed, block) for block in blocks}
+    from dask.highlevelgraph import HighLevelGraph
+
+    layer = {(name, next(numbers)): (run_packed, packed, block) for block in blocks}
+    return HighLevelGraph({name: layer}, {name: set()})

@@ -27,6 +27,8 @@ from lazyproc.engine.local import TICK, Receipts, Stopping, never
 from lazyproc.engine.pulse import PATIENCE_SECONDS, Pulse, ask
 
 _WINDOW = 3
+_GRAPH_BLOCKS = 128
+"""Blocks in a graph at most: the scheduler hands out none of them before it has taken in all."""
 _INLINE_BYTES = 2**14
 """A kernel up to this size goes along with each task; a larger one is a task of its own, done once."""
 _ATTEMPTS = 5
@@ -125,22 +127,26 @@ class _ClusterRun:
             yield from self._turn()
 
     def _start_more(self) -> None:
-        """Fill the window, half of it at a time: sending a graph costs more than a task."""
+        """Fill the window, in graphs that are worth sending and yet begin before the whole window is sent."""
         room = _WINDOW * max(1, self._pulse.n_threads)
+        size = min(_GRAPH_BLOCKS, room // 2)
         if self._most is not None:
-            room = min(room, self._most)
-        if len(self._pending) > room // 2 and self._most is None:
-            return
-        window = [self._again.popleft() for _ in range(min(len(self._again), room - len(self._pending)))]
-        window += itertools.islice(self._waiting, room - len(self._pending) - len(window))
-        if not window and not self._pending and self._given_up:
-            self._alone = True
-            window.append(self._given_up.popleft())
-        if window:
-            graph = block_graph(self._name, self._number, window, self._payload())
-            futures = self._client.get(graph, list(graph), sync=False)
-            self._pending.update(zip(futures, window, strict=True))
+            room, size = min(room, self._most), 1
+        while room - len(self._pending) >= size and (blocks := self._next_blocks(size)):
+            graph = block_graph(self._name, self._number, blocks, self._payload())
+            keys = [key for layer in graph.layers.values() for key in layer]
+            # Without the time-out graphs are mixed, and the first one's last blocks may begin after the last one's.
+            futures = self._client.get(graph, keys, sync=False, fifo_timeout="0s")
+            self._pending.update(zip(futures, blocks, strict=True))
             self._done.update(futures)
+
+    def _next_blocks(self, size: int) -> list[Block]:
+        blocks = [self._again.popleft() for _ in range(min(len(self._again), size))]
+        blocks += itertools.islice(self._waiting, size - len(blocks))
+        if not blocks and not self._pending and self._given_up:
+            self._alone = True
+            blocks.append(self._given_up.popleft())
+        return blocks
 
     def _payload(self) -> Any:
         """Return what a task gets: the packed kernel, or a task that yields it, which outlives a worker's death."""

@@ -1,4 +1,4 @@
-"""May a cluster's workers write into the results' file themselves? Asked once, before a run, of a worker each machine."""
+"""May a cluster's workers write into the results' file themselves? Tried before a run, with one of each machine."""
 
 from __future__ import annotations
 

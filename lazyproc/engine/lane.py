@@ -167,8 +167,7 @@ class _Lane:
         """Wait so long for the process to end, then kill it; when no other thread uses the lane."""
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
-                if seconds:
-                    self._process.wait(seconds)
+                self._process.wait(max(0.0, seconds))
             self._process.kill()
             self._process.wait()
             self._process = None
@@ -268,6 +267,7 @@ class Lanes:
                 mine.append(self._free.get(timeout=_LOOK_SECONDS))
         for lane in mine:
             lane.hang_up()
+        deadline = time.monotonic() + (0.0 if kill else _LEAVE_SECONDS)
         for lane in mine:
-            lane.end(0.0 if kill else _LEAVE_SECONDS)
+            lane.end(deadline - time.monotonic())
             self._free.put(lane)  # for threads that still wait for one, to see that all is closed

@@ -1,4 +1,4 @@
-"""Was this process launched together with others, by mpiexec or srun? Told by the environment alone: MPI is not touched.
+"""Was this process launched together with others, by mpiexec or srun? Told by the environment alone.
 
 MPI cannot be asked before it is initialised, and a process that was not launched by MPI must not initialise it.
 """

@@ -58,7 +58,7 @@ class Switchboard:
         threading.Thread(target=self._watch, name="lazyproc-lines", daemon=True).start()
 
     def close(self) -> None:
-        """Take no further notice: what is cut from now on was meant to be."""
+        """Take no further notice: what is cut from now on was meant to be. The lines stand until the process ends."""
         self._closed.set()
 
     def _watch(self) -> None:
@@ -79,7 +79,7 @@ class Switchboard:
                         if (gone := ranks.pop(line, None)) is not None and not self._closed.is_set():
                             self._on_cut(gone)
             for line in ranks:
-                line.close()
+                line.detach()  # the system closes it at the end of the process, and not before
 
     def _accept(self, ready: selectors.BaseSelector) -> None:
         try:
@@ -133,6 +133,10 @@ class Line:
             return False
         except OSError:
             return True
+
+    def close(self) -> None:
+        """Hang up."""
+        self._line.close()
 
 
 def _keep_alive(line: socket.socket) -> None:

@@ -1,7 +1,7 @@
 """Local processes as a Dask cluster: the same for scripts with and without ``if __name__ == "__main__"``.
 
-Workers are started as programs of their own, not by `multiprocessing`, which would run an unguarded script again in each
-of them. They leave when the driver does, however it ends, since the scheduler is a thread of the driver.
+Workers are started as programs of their own, not by `multiprocessing`, which would run an unguarded script again in
+each of them. They leave when the driver does, however it ends, since the scheduler is a thread of the driver.
 """
 
 from __future__ import annotations
@@ -34,18 +34,12 @@ def start_processes(n_workers: int, memory: int | None, dashboard_address: str) 
     options = {"host": "127.0.0.1", "nthreads": 1, "memory_limit": share, "death_timeout": _JOIN_SECONDS}
     worker = {"cls": _worker_process(), "options": {"options": options}}
     return start_scheduler(
-        "127.0.0.1", dashboard_address, "local processes", workers=dict.fromkeys(range(n_workers), worker), worker=worker
+        "127.0.0.1",
+        dashboard_address,
+        "local processes",
+        workers=dict.fromkeys(range(n_workers), worker),
+        worker=worker,
     )
-
-
-def start_in_process(dashboard_address: str) -> Any:
-    """Start a scheduler and one worker of one thread, both in this process, and return the cluster object."""
-    from distributed import Worker
-
-    from lazyproc.engine.scheduler import start_scheduler
-
-    worker = {"cls": Worker, "options": {"host": "127.0.0.1", "nthreads": 1, "memory_limit": 0, "dashboard": False}}
-    return start_scheduler("127.0.0.1", dashboard_address, "one process", workers={0: worker}, worker=worker)
 
 
 def _memory(wanted: int | None) -> int:

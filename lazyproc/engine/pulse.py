@@ -71,18 +71,19 @@ class Pulse:
     """
 
     def __init__(self, client: Any, n_threads: int) -> None:
-        now = time.monotonic()
         self.n_threads = n_threads
         self._client = client
         self._address = _address(client)
-        self._looked = self._asked = self._busy = now
-        self._connected = self._heard = self._manned = now
+        self._looked = self._asked = self._busy = time.monotonic()
         self._question: Future[Any] | None = None
-        self._idle = ""
+        self._since: dict[str, float] = {}
+        """Since when something has been wrong: the connection "cut", the scheduler "mute", the workers "away"."""
+        self._workers = ""
 
     def beat(self) -> None:
         """Note that a block has ended: the cluster is there."""
-        self._busy = self._heard = self._manned = time.monotonic()
+        self._busy = time.monotonic()
+        self._since.clear()
 
     def is_connected(self) -> bool:
         """Tell whether the client has its connection at this moment."""
@@ -97,53 +98,60 @@ class Pulse:
             If the connection, the scheduler, or all workers are gone for too long.
         """
         now = time.monotonic()
-        away, self._looked = now - self._looked, now
-        if away > _QUIET_SECONDS:  # it was the driver that was away: stopped, suspended, busy with its disk
-            self._connected, self._heard, self._manned = self._connected + away, self._heard + away, self._manned + away
-        if self._client.status in ("closing", "closed") or now - self._connected > PATIENCE_SECONDS:
+        absence, self._looked = now - self._looked, now
+        if absence > _QUIET_SECONDS:  # it was the driver that was away: stopped, or busy with its disk
+            self._since = {what: since + absence for what, since in self._since.items()}
+        self._note("cut", not self.is_connected())
+        if self.is_connected():
+            self._listen()
+        else:
+            self._note("mute", False)
+        if self._client.status in ("closing", "closed") or self._too_long("cut"):
             raise WorkerError(
                 f"client: the connection to the cluster {self._address} is lost: its scheduler has ended or cannot be "
                 f"reached any longer, or the client was closed. {_GO_ON}"
             )
-        if not self.is_connected():
-            self._heard = self._manned = now
-            return
-        self._connected = now
-        self._listen(now)
-        if now - self._heard > PATIENCE_SECONDS:
+        if self._too_long("mute"):
             raise WorkerError(
                 f"client: the scheduler of the cluster {self._address} has not answered for {PATIENCE_SECONDS:g} s, "
                 f"though the connection stands: it is stopped, or overloaded. {_GO_ON}"
             )
-        if now - self._manned > PATIENCE_SECONDS:
+        if self._too_long("away"):
             raise WorkerError(
                 f"client: the cluster {self._address} has had no worker that takes tasks for {PATIENCE_SECONDS:g} s "
-                f"({self._idle}). {_GO_ON}"
+                f"({self._workers}). {_GO_ON}"
             )
 
-    def _listen(self, now: float) -> None:
+    def _note(self, what: str, wrong: bool) -> None:
+        if wrong:
+            self._since.setdefault(what, self._looked)
+        else:
+            self._since.pop(what, None)
+
+    def _too_long(self, what: str) -> bool:
+        return self._looked - self._since.get(what, self._looked) > PATIENCE_SECONDS
+
+    def _listen(self) -> None:
         """Take the answer if it has come, and ask again when it is time."""
         if self._question is not None and self._question.done():
             if not self._question.cancelled() and self._question.exception() is None:
-                self._heard = now
-                self._count(self._question.result()["workers"], now)
-            self._question, self._asked = None, now
-        pause = _QUIET_SECONDS if now - self._busy > _QUIET_SECONDS else _BUSY_SECONDS
-        if self._question is None and now - self._asked >= pause:
-            scheduler = self._client.scheduler
-            if scheduler is not None:
-                self._question = ask(self._client, scheduler.identity())
+                self._note("mute", False)
+                self._count(self._question.result()["workers"])
+            self._question, self._asked = None, self._looked
+        is_quiet = self._looked - self._busy > _QUIET_SECONDS
+        pause = min(_QUIET_SECONDS if is_quiet else _BUSY_SECONDS, PATIENCE_SECONDS / 4)
+        scheduler = self._client.scheduler
+        if self._question is None and self._looked - self._asked >= pause and scheduler is not None:
+            self._question = ask(self._client, scheduler.identity())
+        if self._question is not None:
+            self._note("mute", True)  # until it answers
 
-    def _count(self, workers: dict[str, Any], now: float) -> None:
+    def _count(self, workers: dict[str, Any]) -> None:
         running = [one for one in workers.values() if one.get("status") == "running"]
-        self.n_threads = sum(one["nthreads"] for one in running)
         executing = sum(one.get("metrics", {}).get("executing", 0) for one in workers.values())
-        if running or executing:
-            self._manned = now
-        elif workers:
-            self._idle = f"{len(workers)} paused, as they do for lack of memory"
-        else:
-            self._idle = "all workers are gone"
+        self.n_threads = sum(one["nthreads"] for one in running)
+        self._workers = f"{len(workers)} paused, as they do for lack of memory" if workers else "all workers are gone"
+        self._note("away", not running and not executing)
 
     def close(self) -> None:
         """Ask no more."""

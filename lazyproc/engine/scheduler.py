@@ -19,7 +19,7 @@ def quiet(level: int) -> None:
         logger.setLevel(max(level, logger.level))
 
 
-def start_scheduler(host: str, dashboard_address: str, name: str, **more: Any) -> Any:
+def start_scheduler(host: str, dashboard_address: str, name: str, *, patient: bool = False, **more: Any) -> Any:
     """Start a scheduler and return the cluster object around it.
 
     Parameters
@@ -30,19 +30,17 @@ def start_scheduler(host: str, dashboard_address: str, name: str, **more: Any) -
         Where the dashboard listens; a port that is taken is replaced by a free one.
     name : str
         What the cluster is called.
+    patient : bool
+        Never give up a worker that is not heard of: it may well be in a function that does not let go of Python's lock
+        for long. That a process is dead shows at its connection.
     **more
         Further options of `distributed.SpecCluster`: workers to be started with it.
-
-    Notes
-    -----
-    A worker that is not heard of for long is not given up: it may well be in a function that never lets go of Python's
-    lock. That a process is dead shows at its connection.
     """
     import dask
     from distributed import Scheduler, SpecCluster
 
     options = {"host": host, "port": 0, "dashboard": True, "dashboard_address": dashboard_address}
-    with dask.config.set({"distributed.scheduler.worker-ttl": None}):
+    with dask.config.set({"distributed.scheduler.worker-ttl": None} if patient else {}):
         return SpecCluster(
             scheduler={"cls": Scheduler, "options": options}, name=name, silence_logs=logging.ERROR, **more
         )

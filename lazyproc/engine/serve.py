@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 from contextlib import suppress
@@ -11,7 +12,8 @@ from typing import Any, NoReturn
 import psutil
 
 from lazyproc.engine.line import Line
-from lazyproc.engine.mpi import LOST, Hello, Orders, World, ignore_signals, leave, orders, told_to_leave
+from lazyproc.engine.mpi import END, HELLO, ORDERS, Hello, Orders
+from lazyproc.engine.world import LOST, World, flush, ignore_signals
 
 _LOOK_SECONDS = 0.05
 """How often a rank looks whether it is told to leave."""
@@ -19,6 +21,8 @@ _PATIENCE_SECONDS = 2.0
 """How long after the line was cut the driver's last word may take to arrive."""
 _CLOSE_SECONDS = 10.0
 _JOIN_SECONDS = 30.0
+_LAST_SECONDS = 5.0
+"""How long the driver may take to end once all have met."""
 _LEAST_BYTES = 256 * 2**20
 """What a worker gets at least, over what it takes when idle: with less, Dask would never give it work."""
 
@@ -31,15 +35,35 @@ def serve(world: World, hello: Hello) -> NoReturn:
 
     try:
         quiet(logging.ERROR)
-        told = orders(world, hello)
+        told = _orders(world, hello)
+        _limit_threads(told.threads)
         ignore_signals()  # to stop is the driver's affair
         line = Line(told.line, world.rank, world.limit)
         loop = asyncio.new_event_loop()  # never closed: that would wait for functions that are still computing
         code = loop.run_until_complete(_serve(world, told, line))
         quiet(logging.CRITICAL + 1)
-        leave(world, code)
+        _leave(world, code, line)
     except BaseException as error:
         world.abort(LOST, f"{type(error).__name__}: {error}")
+
+
+def _orders(world: World, hello: Hello) -> Orders:
+    """Say hello to the driver and return its orders."""
+    world.send(hello, 0, HELLO)
+    told = world.wait_for(lambda: world.receive(0, ORDERS), world.limit)
+    if told is None:
+        world.abort(LOST, f"rank 0 has given no orders within {world.limit:g} s: has its script come to cluster()?")
+    assert isinstance(told, Orders)
+    return told
+
+
+def _limit_threads(threads: int) -> None:
+    """Limit the threads of BLAS and OpenMP: of libraries that are loaded already, and of those that will be."""
+    from threadpoolctl import threadpool_limits
+
+    for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR"):
+        os.environ[f"{library}_NUM_THREADS"] = str(threads)
+    threadpool_limits(threads)
 
 
 async def _serve(world: World, told: Orders, line: Line) -> int:
@@ -84,11 +108,28 @@ async def _live(world: World, told: Orders, workers: list[Any]) -> None:
 
 def _last_word(world: World, line: Line) -> int | None:
     """Return the exit code if this is the end. A driver that is gone without a word takes this process with it."""
-    code = told_to_leave(world)
+    code: int | None = world.receive(0, END)
     if code is not None or not line.is_cut():
         return code
-    code = world.wait_for(lambda: told_to_leave(world), _PATIENCE_SECONDS)
+    code = world.wait_for(lambda: world.receive(0, END), _PATIENCE_SECONDS)
     if code is None:
         log.info("rank %d: the driver is gone", world.rank)
         os._exit(LOST)
     return code
+
+
+def _leave(world: World, code: int, line: Line) -> NoReturn:
+    """End this process, together with all others of the job.
+
+    Notes
+    -----
+    By C's ``exit``, with Python's lock held: MPICH takes a process for failed that ends by ``_exit``, even after it
+    was finalised; and a normal end of Python would run what belongs to the script, and wait for its threads. With an
+    exit code other than 0 not before the driver has ended: some launchers then kill whatever is left.
+    """
+    flush()
+    world.end(code)
+    if code:
+        world.wait_for(lambda: line.is_cut() or None, _LAST_SECONDS)
+    ctypes.PyDLL(None).exit(code)
+    os._exit(code)

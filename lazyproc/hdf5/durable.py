@@ -18,6 +18,15 @@ def write_all(descriptor: int, data: bytes, offset: int) -> None:
         done += os.pwrite(descriptor, data[done:], offset + done)
 
 
+def sync_file(path: str) -> None:
+    """Make the bytes of a file durable."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(path: str) -> None:
     """Make the names in the folder of `path` durable."""
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)

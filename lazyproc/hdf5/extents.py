@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.errors import FileChangedError, LazyprocError
 from lazyproc.hdf5.file_id import FileId
-from lazyproc.hdf5.room import writing
+from lazyproc.hdf5.room import gone, writing
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -169,10 +169,7 @@ def using(path: str, name: str, offset: int | None = None) -> Iterator[None]:
     except LazyprocError:
         raise
     except FileNotFoundError as error:
-        raise FileChangedError(
-            f"{path}: the file is gone, with {name} in it: it was moved, renamed or deleted. Put it back and run the "
-            "same again."
-        ) from error
+        raise gone(path, name) from error
     except OSError as error:
         place = "" if offset is None else f" at byte {offset}"
         raise FileChangedError(

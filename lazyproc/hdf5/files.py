@@ -12,6 +12,7 @@ import h5py
 from lazyproc.core.errors import ArgumentValueError, FileBusyError, MissingFileError, ReadOnlyFileError
 from lazyproc.hdf5.damage import H5_ERRORS
 from lazyproc.hdf5.heap import is_endless_heap
+from lazyproc.hdf5.locking import hdf5_option
 from lazyproc.hdf5.overlay import Overlay
 from lazyproc.hdf5.transaction import read_journal, recover_locked
 
@@ -101,11 +102,14 @@ class Files:
             If somebody has it open.
         ReadOnlyFileError
             If it cannot be written.
+        LockingError
+            If the file system cannot lock files.
         """
         if recover_locked(path):
             log.warning("%s: a change that was cut off has been settled", path)
+        option = hdf5_option(path)
         try:
-            file = h5py.File(path, "r+")
+            file = h5py.File(path, "r+", locking=option)
         except PermissionError as error:
             raise ReadOnlyFileError(f"{path}: the file cannot be written: {error}.") from error
         except OSError as error:

@@ -13,8 +13,10 @@ import h5py
 import numpy as np
 import xxhash
 
-from lazyproc.hdf5.extents import real_path
-from lazyproc.hdf5.source import ExtentSource, Source, readable
+from lazyproc.hdf5.chunks import ChunkSource
+from lazyproc.hdf5.extents import check_same_file, real_path
+from lazyproc.hdf5.file_id import FileId
+from lazyproc.hdf5.source import ExtentSource, FileSource, Source, readable
 
 FULL_UP_TO = 256 * 2**20
 """Bytes stored: up to this size ``verify="sampled"`` hashes everything."""
@@ -64,14 +66,15 @@ def fingerprint(dataset: h5py.Dataset, source: Source, verify: str, path: str | 
 def _pieces(dataset: h5py.Dataset, source: Source, everything: bool, path: str | None) -> Iterator[bytes]:
     if isinstance(source, ExtentSource):
         extent = source.extent
-        yield from _raw(extent.path, [(extent.offset, extent.shape[0] * extent.row_bytes)], everything)
+        yield from _raw(extent.path, extent.inode, [(extent.offset, extent.stop - extent.offset)], everything)
     elif dataset.chunks is not None and path is not None:
         places = _chunk_places(dataset)
         yield repr([offset for offset, _, _ in places]).encode()
         if dataset.file.userblock_size:
             yield from _chunks(dataset, [(offset, size) for offset, _, size in places], everything)
         else:
-            yield from _raw(path, [(place, size) for _, place, size in places], everything)
+            inode = source.inode if isinstance(source, FileSource | ChunkSource) else None
+            yield from _raw(path, inode, [(place, size) for _, place, size in places], everything)
     else:
         yield from _values(dataset, everything)
 
@@ -96,12 +99,14 @@ def _chunks(dataset: h5py.Dataset, chunks: list[tuple[tuple[int, ...], int]], ev
         yield dataset.id.read_direct_chunk(chunks[number][0])[1][within : within + size]
 
 
-def _raw(path: str, spans: list[tuple[int, int]], everything: bool) -> Iterator[bytes]:
+def _raw(path: str, inode: FileId | None, spans: list[tuple[int, int]], everything: bool) -> Iterator[bytes]:
     """Yield the bytes of the spans, or samples spread evenly over all of them."""
     if not everything:
         spans = _samples(spans)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        if inode is not None:
+            check_same_file(descriptor, path, inode, "the main dataset")
         for offset, size in spans:
             end = offset + size
             while offset < end:

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.runs import Runs
-from lazyproc.hdf5.extents import real_path
+from lazyproc.hdf5.extents import real_path, using
 from lazyproc.hdf5.failures import DatasetRows, Rows
+from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.guard import guarded
+from lazyproc.hdf5.room import changing
 from lazyproc.hdf5.settled import is_settled
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.transaction import share_lock, transaction
@@ -173,7 +175,9 @@ class TransactionTarget:
         self._status_name = status_name
         self._open_group = open_group
         self._waiting = _Waiting()
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with using(path, name):
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._file_id = FileId.of(os.fstat(self._descriptor))
         try:
             share_lock(self._descriptor, path)
         except BaseException:
@@ -201,7 +205,7 @@ class TransactionTarget:
         return _WaitingRows(self._open_group, self._waiting, name)
 
     def _write_all(self, marked: Runs | None, value: int) -> None:
-        with transaction(self._path) as file:
+        with changing(self._path, self._name), transaction(self._path, self._file_id) as file:
             group = file[self._name]
             self._waiting.write(group)
             if marked is not None:

@@ -2,19 +2,21 @@
 
 Two small files lie beside the HDF5 file while a run goes on::
 
-    .scan.h5.lazyproc-lock     the driver holds it exclusively (flock) for its whole run; tells who it is
+    .scan.h5.lazyproc-lock     the driver holds it exclusively for its whole run; tells who it is
     .scan.h5.lazyproc-fence    holds the id of the run that may write; a worker holds it shared while it writes
 
 A new driver changes the fence while it holds it exclusively, so it waits for writes under way and no later write of an
 older run gets through. A worker whose driver has died sees that the first file is no longer locked, and does not write.
-A kill frees both locks at once, since flock belongs to the open file; the files may stay, and do no harm.
+A kill frees both locks at once, since they belong to the open files (see `lazyproc.hdf5.locking`); the files may stay,
+and do no harm. Where files are not locked at all, the first file alone keeps others away, workers do not write, and a
+file that was left behind on another host has to be removed by hand.
+
 A worker that is stopped, or hangs, in the middle of a write holds the fence for as long as it does: a new driver is
 refused then, after half a minute, since that write may still go on at any time.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -26,6 +28,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazyproc.core.errors import FileBusyError, LazyprocError, ReadOnlyFileError
+from lazyproc.hdf5.holder import TIME, is_alive, is_held, is_locked, read_holder
+from lazyproc.hdf5.holder import holder as holder
+from lazyproc.hdf5.holder import sidecar as sidecar
+from lazyproc.hdf5.locking import FLOCK, NONE, lock, locking, unlock
+from lazyproc.hdf5.room import full_code, no_room
 
 _WRITE_SECONDS = 30.0
 """How long to wait for writes under way, before the fence is changed."""
@@ -35,12 +42,6 @@ log = logging.getLogger("lazyproc")
 
 class FencedError(LazyprocError):
     """A worker wanted to write for a run that is over; nothing was written."""
-
-
-def sidecar(path: str, kind: str) -> str:
-    """Return the name of a file beside `path`: hidden, and named after it."""
-    folder, name = os.path.split(os.path.realpath(path))
-    return os.path.join(folder, f".{name}.lazyproc-{kind}")
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,19 @@ class Fence:
         The two sidecar files.
     run_id : str
         The run that the worker works for.
+    locking : str
+        How the driver locks files.
     """
 
     lock_path: str
     fence_path: str
     run_id: str
+    locking: str = FLOCK
+
+    @property
+    def holds_workers(self) -> bool:
+        """Whether it holds back workers of a run that is over; if not, only the driver may write."""
+        return self.locking != NONE
 
     @contextmanager
     def passed(self) -> Iterator[None]:
@@ -73,49 +82,17 @@ class Fence:
         except FileNotFoundError as error:
             raise FencedError(f"The run {self.run_id} is over: {self.fence_path} is gone.") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            lock(descriptor, self.fence_path, self.locking, exclusive=False, wait=True)
             owner = os.pread(descriptor, 4096, 0).decode(errors="replace")
             if owner != self.run_id:
                 raise FencedError(f"The run {self.run_id} is over: the file belongs to the run {owner or 'of nobody'}.")
-            if not _is_locked(self.lock_path):
+            if self.holds_workers and not is_locked(self.lock_path, self.locking):
                 raise FencedError(f"The run {self.run_id} is over: its driver is gone.")
             yield
         finally:
             with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # by itself: a process forked meanwhile may keep the file open
+                unlock(descriptor, self.locking)  # by itself: a process forked meanwhile may keep the file open
             os.close(descriptor)
-
-
-def _is_locked(path: str) -> bool:
-    """Tell whether somebody holds the lock exclusively; the question itself holds it shared for a moment."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(descriptor)
-
-
-def holder(path: str) -> dict[str, Any] | None:
-    """Tell who computes on the results in `path` now: host, pid, since when, run id; None if nobody does."""
-    lock_path = sidecar(path, "lock")
-    if not os.path.exists(lock_path) or not _is_locked(lock_path):
-        return None
-    return _read_holder(lock_path)
-
-
-def _read_holder(lock_path: str) -> dict[str, Any]:
-    try:
-        with open(lock_path, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, ValueError):
-        return {}
 
 
 class RunLock:
@@ -137,7 +114,7 @@ class RunLock:
     def __init__(self, path: str, run_id: str) -> None:
         self._path = path
         self._descriptor: int | None = None
-        self.fence = Fence(sidecar(path, "lock"), sidecar(path, "fence"), run_id)
+        self.fence = Fence(sidecar(path, "lock"), sidecar(path, "fence"), run_id, locking())
 
     def acquire(self) -> None:
         """Take the lock and let only this run's workers through the fence.
@@ -147,71 +124,108 @@ class RunLock:
         FileBusyError
             If another run has it; says who, where and since when. If a worker of an earlier run does not get done
             with its write.
+        LockingError
+            If the file system cannot lock files.
         ReadOnlyFileError
             If the sidecar files cannot be made.
+        NoRoomError
+            If the disk is full.
         """
         try:
-            self._descriptor = self._lock_owner_file()
-            about = {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-                "run_id": self.fence.run_id,
-            }
-            _overwrite(self._descriptor, json.dumps(about))
+            self._descriptor = self._lock_owner_file() if self.fence.holds_workers else self._make_owner_file()
+            _overwrite(self._descriptor, self._about())
             self._set_fence(self.fence.run_id)
         except BaseException as error:
             with suppress(OSError):
                 self.release()
-            if isinstance(error, FileBusyError) or not isinstance(error, OSError):
+            if isinstance(error, LazyprocError) or not isinstance(error, OSError):
                 raise
+            if (code := full_code(error)) is not None:
+                raise no_room(self._path, f"the lock file {self.fence.lock_path}", code) from error
             raise ReadOnlyFileError(
                 f"{self._path}: the lock file {self.fence.lock_path} cannot be written ({error.strerror}). Results "
                 "need a folder that can be written: give h5_target_group in another file."
             ) from error
 
+    def _about(self) -> str:
+        return json.dumps(
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "since": time.strftime(TIME),
+                "run_id": self.fence.run_id,
+                "locking": self.fence.locking,
+            }
+        )
+
     def _lock_owner_file(self) -> int:
+        lock_path = self.fence.lock_path
         # A worker's question holds the lock shared for microseconds: try a few times before believing in a holder.
         for _ in range(20):
-            descriptor = os.open(self.fence.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                taken = lock(descriptor, lock_path, self.fence.locking, exclusive=True)
+                if taken and _same_file(descriptor, lock_path):
+                    self._refuse_other_kind()
+                    return descriptor
+            except BaseException:
                 os.close(descriptor)
+                raise
+            os.close(descriptor)  # held; or its last holder removed the file between our open and our lock
+            if not taken:
                 time.sleep(0.01)
-                continue
-            except OSError as error:
-                os.close(descriptor)
-                raise FileBusyError(
-                    f"{self._path}: the file system does not lock files ({error.strerror}), so lazyproc cannot make "
-                    "sure that nobody else computes here. Put the results on a file system with flock."
-                ) from error
-            if _same_file(descriptor, self.fence.lock_path):
+        raise self._busy()
+
+    def _refuse_other_kind(self) -> None:
+        """Raise if a run holds the file by a lock of another kind, which does not keep ours away."""
+        about = read_holder(self.fence.lock_path)
+        if about and about.get("locking", FLOCK) != self.fence.locking and is_held(self.fence.lock_path, about):
+            raise self._busy()
+
+    def _make_owner_file(self) -> int:
+        """Make the lock file where files are not locked: whoever makes it has it; one of the dead is removed."""
+        lock_path = self.fence.lock_path
+        for _ in range(20):
+            with suppress(FileExistsError):
+                descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                log.warning("%s: no locks: nothing keeps other programs from writing into this file", self._path)
                 return descriptor
-            os.close(descriptor)  # its last holder removed the file between our open and our lock
-        about = _read_holder(self.fence.lock_path)
-        raise FileBusyError(
-            f"{self._path}: another run is computing into this file: host {about.get('host', 'unknown')}, pid "
-            f"{about.get('pid', 'unknown')}, since {about.get('since', 'unknown')}. Wait for it, or stop it; its "
-            "finished blocks are kept."
+            about = read_holder(lock_path)
+            if about and is_held(lock_path, about):
+                raise self._busy()
+            if about:
+                _remove(lock_path, about)
+            else:
+                time.sleep(0.01)  # just being written, or removed
+        raise self._busy()
+
+    def _busy(self) -> FileBusyError:
+        """Say who has the lock."""
+        about = read_holder(self.fence.lock_path) or {}
+        who = ", ".join(f"{what} {about.get(what, 'unknown')}" for what in ("host", "pid"))
+        here = about.get("host") == socket.gethostname()
+        hint = "Wait for it, or stop it; its finished blocks are kept."
+        if NONE in (self.fence.locking, about.get("locking")) and not here:
+            hint += f" If it is gone, remove {self.fence.lock_path}: without locks that cannot be seen from here."
+        elif about.get("locking", FLOCK) != NONE and here and not is_alive(about):
+            hint = "That process is gone, but one that was forked from it still holds the lock: end it."
+        return FileBusyError(
+            f"{self._path}: another run is computing into this file: {who}, since {about.get('since', 'unknown')}. "
+            f"{hint}"
         )
 
     def _set_fence(self, text: str) -> None:
         descriptor = os.open(self.fence.fence_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             deadline = time.monotonic() + _WRITE_SECONDS
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() > deadline:
-                        raise FileBusyError(
-                            f"{self._path}: a worker has been writing for more than {_WRITE_SECONDS:g} s: it is "
-                            f"stopped, or its file system hangs, and may go on at any time. End it; `fuser -v "
-                            f"{self.fence.fence_path}` shows its process."
-                        ) from error
-                    time.sleep(0.005)
+            while not lock(descriptor, self.fence.fence_path, self.fence.locking, exclusive=True):
+                if time.monotonic() > deadline:
+                    raise FileBusyError(
+                        f"{self._path}: a worker has been writing for more than {_WRITE_SECONDS:g} s: it is stopped, "
+                        f"or its file system hangs, and may go on at any time. End it; `fuser -v "
+                        f"{self.fence.fence_path}` shows its process."
+                    )
+                time.sleep(0.005)
             _overwrite(descriptor, text)
         finally:
             os.close(descriptor)
@@ -223,6 +237,8 @@ class RunLock:
         try:
             self._set_fence("")
             os.unlink(self.fence.fence_path)
+            with suppress(FileNotFoundError):
+                os.unlink(sidecar(self._path, "claims"))  # if a driver was killed that had a cluster
             os.unlink(self.fence.lock_path)
         except FileNotFoundError:
             pass
@@ -236,6 +252,17 @@ class RunLock:
 def _overwrite(descriptor: int, text: str) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, text.encode(), 0)
+
+
+def _remove(lock_path: str, about: dict[str, Any]) -> None:
+    """Remove the lock file of a process that is gone, unless another run has taken it over meanwhile."""
+    aside = f"{lock_path}-{os.getpid()}-{time.monotonic_ns()}"
+    with suppress(FileNotFoundError):
+        os.rename(lock_path, aside)
+        if read_holder(aside) != about:
+            with suppress(FileExistsError):
+                os.link(aside, lock_path)
+        os.unlink(aside)
 
 
 def _same_file(descriptor: int, path: str) -> bool:

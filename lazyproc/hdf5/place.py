@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +10,15 @@ from typing import Any
 
 import h5py
 
-from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, ReadOnlyFileError
-from lazyproc.hdf5.durable import sync_folder
+from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, ReadOnlyFileError, ResultsError
+from lazyproc.hdf5.damage import reading
+from lazyproc.hdf5.durable import sync_file, sync_folder
 from lazyproc.hdf5.extents import real_path
+from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.guard import guarded
+from lazyproc.hdf5.lock import sidecar
+from lazyproc.hdf5.room import changing, gone
 from lazyproc.hdf5.transaction import transaction
 from lazyproc.hdf5.undo import refuse_pending
 
@@ -30,11 +33,14 @@ class PathPlace:
         The file and the group inside.
     files : Files
         Who closes what is opened for reading here.
+    may_make : bool
+        Whether the file is made if it is not there.
     """
 
     path: str
     name: str
     files: Files
+    may_make: bool = True
     by_handle = False
 
     @property
@@ -51,23 +57,51 @@ class PathPlace:
         """Open the group afresh for reading; None if there is no such file or group yet."""
         if not os.path.exists(self.path):
             return None
-        file = self.files.open(self.path)
-        found, name = file.get(self.name), self.name
-        while (nearest := file.get(name)) is None:  # the group may be made below what is there already
-            name = name.rpartition("/")[0] or "/"
+        file = self.files.open(self.path, "h5_target_group")
+        with reading(f"h5_target_group: {self.path}::{self.name}", "Give h5_target_group in another file."):
+            found, name = file.get(self.name), self.name
+            while (nearest := file.get(name)) is None:  # the group may be made below what is there already
+                name = name.rpartition("/")[0] or "/"
         if not isinstance(nearest, h5py.Group):
             raise ArgumentValueError(
                 f"h5_target_group: {self.path}::{name} is a dataset; expected a group, to put results in {self.name}."
             )
         return found
 
-    @contextmanager
-    def edit(self) -> Iterator[h5py.Group]:
-        """Open the group for changes that take effect together at the end of the context; made if not there."""
+    def results(self, name: str) -> h5py.Group:
+        """Open a results group afresh for reading, by its name in the file; raises if it is gone or damaged."""
         if not os.path.exists(self.path):
-            _make_file(self.path)
-        with transaction(self.path) as file:
-            yield file.require_group(self.name)
+            raise gone(self.path, name)
+        return _member(self.files.open(self.path), name)
+
+    def file_id(self) -> FileId | None:
+        """Return which file lies there now; None if there is none."""
+        try:
+            return FileId.of(os.stat(self.path))
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def edit(self, same: FileId | None = None) -> Iterator[h5py.Group]:
+        """Open the group for changes that take effect together at the end of the context; made if not there.
+
+        Parameters
+        ----------
+        same : FileId, optional
+            The file that it must be.
+
+        Raises
+        ------
+        FileChangedError
+            If the file is gone, or another one was put in its place; that one is left alone.
+        NoRoomError, ReadOnlyFileError, ResultsError
+            If it cannot be changed: see `changing`.
+        """
+        with changing(self.path, self.name):
+            if self.may_make and same is None and not os.path.exists(self.path):
+                _make_file(self.path)
+            with transaction(self.path, same) as file:
+                yield file.require_group(self.name)
 
     def check_writable(self) -> None:
         """Raise ReadOnlyFileError if the results could not be written."""
@@ -116,10 +150,24 @@ class HandlePlace:
         """Return the handle."""
         return self.handle
 
+    def results(self, name: str) -> h5py.Group:
+        """Return a results group by its name in the file; raises if it is gone or damaged."""
+        return _member(self.handle.file, name)
+
+    def file_id(self) -> FileId | None:
+        """Return None: a handle stays with its file, wherever that is moved."""
+        return None
+
     @contextmanager
-    def edit(self) -> Iterator[h5py.Group]:
-        """Give the handle for changes; a death before the end of the context can be undone (`lazyproc recover`)."""
-        with guarded([self.handle.file]):
+    def edit(self, same: FileId | None = None) -> Iterator[h5py.Group]:
+        """Give the handle for changes; a death before the end of the context can be undone (`lazyproc recover`).
+
+        Raises
+        ------
+        NoRoomError, ReadOnlyFileError, ResultsError
+            If it cannot be changed: see `changing`.
+        """
+        with changing(self.path, self.name), guarded([self.handle.file]):
             yield self.handle
 
     def check_writable(self) -> None:
@@ -132,6 +180,14 @@ class HandlePlace:
 
 
 Place = PathPlace | HandlePlace
+
+
+def _member(file: h5py.File, name: str) -> h5py.Group:
+    with reading(f"{file.filename}::{name}"):
+        group = file.get(name)
+    if not isinstance(group, h5py.Group):
+        raise ResultsError(f"{file.filename}::{name}: the results group is gone: another program has removed it.")
+    return group
 
 
 def place_of(target: Any, main: h5py.Dataset, main_path: str | None, files: Files) -> Place:
@@ -159,10 +215,11 @@ def place_of(target: Any, main: h5py.Dataset, main_path: str | None, files: File
         refuse_pending(real_path(main.file))
     if target is None:
         if main_path is not None:
-            return PathPlace(main_path, str(main.parent.name), files)
+            return PathPlace(main_path, str(main.parent.name), files, may_make=False)
         return HandlePlace(main.parent)
     if isinstance(target, str | os.PathLike):
-        return PathPlace(*split_address(target, "h5_target_group"), files)
+        path, name = split_address(target, "h5_target_group")
+        return PathPlace(path, name, files, may_make=path != main_path)
     if not isinstance(target, h5py.Group):
         raise ArgumentTypeError(
             f"h5_target_group: a {type(target).__name__} came; expected an open h5py.Group or h5py.File, or an address "
@@ -175,15 +232,12 @@ def place_of(target: Any, main: h5py.Dataset, main_path: str | None, files: File
 
 
 def _make_file(path: str) -> None:
-    """Make an empty HDF5 file under its name in one step."""
-    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=f".{os.path.basename(path)}.")
-    os.close(descriptor)
+    """Make an empty HDF5 file, complete and durable before it gets its name; the caller holds the run's lock."""
+    temporary = sidecar(path, "new")
+    with h5py.File(temporary, "w"):  # one that a death has left is used again
+        pass
     try:
-        with h5py.File(temporary, "w"):
-            pass
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        sync_file(temporary)
         os.link(temporary, path)  # unlike rename, never replaces a file that somebody made meanwhile
     except FileExistsError:
         pass

@@ -19,15 +19,18 @@ from lazyproc.hdf5.attributes import write_parameters
 from lazyproc.hdf5.create import create_output, create_results_group, create_status_mask
 from lazyproc.hdf5.extents import Extent, find_extent
 from lazyproc.hdf5.failure_log import ExtentRows, FailureLog
-from lazyproc.hdf5.failures import Rows, capacity_of, create_failures, has_failures
+from lazyproc.hdf5.failures import EMPTY_ROW, Rows, capacity_of, create_failures, has_failures
 from lazyproc.hdf5.handle_target import HandleTarget, TransactionTarget
 from lazyproc.hdf5.lock import Fence
 from lazyproc.hdf5.place import HandlePlace, Place
+from lazyproc.hdf5.reserve import reserved
 from lazyproc.hdf5.seal import PLACES, write_places, write_seal
 from lazyproc.hdf5.search import Work, remaining_positions
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.target import InPlaceTarget, Target
 
+_METADATA_BYTES = 2**20
+"""What attributes, labels, copied dimensions and HDF5's own structures take, mostly less."""
 _TIME = "%Y-%m-%d %H:%M:%S"
 
 
@@ -90,16 +93,25 @@ def create_group(
     }
     if not same_file:
         attrs["source_file_path"] = work.main_file
-    group = create_results_group(parent, main, work.process_name, attrs)
-    write_parameters(group, work.parameters)
-    for output in work.outputs:
-        create_output(group, main, output, same_file=same_file)
-    create_status_mask(group, work.n_positions, work.status_name)
-    if max_failures is not None:
-        create_failures(group, work.status_name, min(max_failures, work.n_positions))
-    write_places(group, _written(work))
-    write_seal(group)
-    return str(group.name)
+    n_failures = None if max_failures is None else min(max_failures, work.n_positions)
+    with reserved(parent.file, _results_bytes(work, n_failures), "the results"):
+        group = create_results_group(parent, main, work.process_name, attrs)
+        write_parameters(group, work.parameters)
+        for output in work.outputs:
+            create_output(group, main, output, same_file=same_file)
+        create_status_mask(group, work.n_positions, work.status_name)
+        if n_failures is not None:
+            create_failures(group, work.status_name, n_failures)
+        write_places(group, _written(work))
+        write_seal(group)
+        return str(group.name)
+
+
+def _results_bytes(work: Work, n_failures: int | None) -> int:
+    """Return how much room a results group takes in its file, generously."""
+    results = sum(work.n_positions * output.row_bytes + 32 * output.width for output in work.outputs)
+    failures = 0 if n_failures is None else n_failures * EMPTY_ROW.itemsize + work.n_positions
+    return results + work.n_positions + failures + _METADATA_BYTES
 
 
 def _written(work: Work) -> list[str]:
@@ -137,13 +149,20 @@ def note_reopened(parent: h5py.Group, name: str, first: int) -> None:
         group.attrs["lazyproc_finished"] = "".ljust(19)
 
 
-def note_end(parent: h5py.Group, name: str, work: Work, workers: str) -> None:
-    """Record that all positions are done: ``last_pixel`` for older readers, when, and by which workers."""
+def note_end(parent: h5py.Group, name: str, work: Work, workers: str = "") -> None:
+    """Record that all positions are done: ``last_pixel`` for older readers, when, and by which workers if known."""
     group = parent.file[name]
     group.attrs["last_pixel"] = np.int64(work.n_positions)
     if "lazyproc_run_id" in group.attrs:
         group.attrs["lazyproc_finished"] = time.strftime(_TIME)
-        group.attrs["lazyproc_workers"] = workers[:64].ljust(64)
+        if workers:
+            group.attrs["lazyproc_workers"] = workers[:64].ljust(64)
+
+
+def lacks_end(group: h5py.Group, work: Work) -> bool:
+    """Tell whether the last run died after its last commit, but before it could record that."""
+    last: list[Any] = np.ravel(group.attrs.get("last_pixel", work.n_positions)).tolist()
+    return last != [work.n_positions]
 
 
 def open_target(
@@ -178,9 +197,7 @@ def open_target(
     FailureLog or None
         Keeps what is recorded of failed positions, written the same way; None if the group has no such datasets.
     """
-    parent = place.group()
-    assert parent is not None
-    group = parent.file[name]
+    group = place.results(name)
     logged = (status_name, POSITION_STATUS, FAILED_POSITIONS) if has_failures(group, status_name) else (status_name,)
     capacity = capacity_of(group)
     limit = capacity if max_failures is None else max_failures

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lazyproc.core.errors import LazyprocError, NoRoomError
+from lazyproc.core.errors import FileChangedError, LazyprocError, NoRoomError, ReadOnlyFileError, ResultsError
+from lazyproc.hdf5.damage import H5_ERRORS
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No room on the disk, in the quota, or under the limit of a file's size."""
@@ -31,7 +32,7 @@ _WHY = {
 
 
 @contextmanager
-def writing(path: str, what: str, n_bytes: int | None = None) -> Iterator[None]:
+def writing(path: str, what: str, n_bytes: int | None = None, *, in_hdf5: bool = False) -> Iterator[None]:
     """Turn the error of a full disk, from the system or from inside HDF5, into one that helps.
 
     Parameters
@@ -42,6 +43,8 @@ def writing(path: str, what: str, n_bytes: int | None = None) -> Iterator[None]:
         What is written, for the message.
     n_bytes : int, optional
         How many bytes are needed, where that is known.
+    in_hdf5 : bool
+        Only errors from inside HDF5: where a user's own code runs, it may fill other disks.
 
     Raises
     ------
@@ -54,9 +57,58 @@ def writing(path: str, what: str, n_bytes: int | None = None) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # h5py raises any of them
         code = full_code(error)
-        if code is None:
+        if code is None or (in_hdf5 and getattr(error, "errno", None) is not None):
             raise
         raise no_room(path, what, code, n_bytes) from error
+
+
+@contextmanager
+def changing(path: str, what: str) -> Iterator[None]:
+    """Turn what HDF5 and the system raise while the structure of a file is changed into errors that help.
+
+    Parameters
+    ----------
+    path : str
+        The file.
+    what : str
+        What is changed in it.
+
+    Raises
+    ------
+    NoRoomError
+        If there is no room.
+    FileChangedError
+        If the file is gone.
+    ReadOnlyFileError
+        If the file may not be written.
+    ResultsError
+        If the file, as far as it matters for the change, is damaged.
+    """
+    try:
+        with writing(path, what):
+            yield
+    except LazyprocError:
+        raise
+    except H5_ERRORS as error:
+        if not os.path.exists(path):
+            raise gone(path, what) from error
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ReadOnlyFileError(
+                f"{path}: {what} cannot be written ({error}). Give h5_target_group in another file, or change the "
+                "permissions."
+            ) from error
+        raise ResultsError(
+            f"{path}: {what} cannot be written ({error}). The file is damaged there, or its disk fails: give "
+            "h5_target_group in another file, or restore this one from a copy."
+        ) from error
+
+
+def gone(path: str, what: str) -> FileChangedError:
+    """Return the error of a file that is not where it was."""
+    return FileChangedError(
+        f"{path}: the file is gone, with {what} in it: it was moved, renamed or deleted. Put it back and run the same "
+        "again."
+    )
 
 
 def full_code(error: BaseException) -> int | None:

@@ -14,7 +14,6 @@ Each waits for the other by looking, for a few seconds. What is missing is said,
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -23,9 +22,10 @@ from dataclasses import dataclass
 
 from lazyproc.hdf5.file_id import FileId, this_machine
 from lazyproc.hdf5.lock import Fence, FencedError, sidecar
+from lazyproc.hdf5.locking import lock
 
 _MARK_BYTES = 8
-_NOTHING, _HERE, _DONE = b"nothing ", b"here    ", b"done    "
+_NOTHING, _HERE, _DONE, _GIVEN_UP = b"nothing ", b"here    ", b"done    ", b"given up"
 _LOOK_SECONDS = 0.01
 _PATIENCE_SECONDS = 10.0
 
@@ -44,12 +44,15 @@ class Trial:
         Of the run.
     path : str
         The small file beside it.
+    patience : float
+        Seconds that each waits for the other.
     """
 
     results: str
     file_id: FileId
     fence: Fence
     path: str
+    patience: float = _PATIENCE_SECONDS
 
     @classmethod
     def of(cls, results: str, file_id: FileId, fence: Fence) -> Trial:
@@ -76,9 +79,10 @@ class Trial:
                 try:
                     os.pread(descriptor, os.fstat(descriptor).st_size, 0)
                     _write(descriptor, place, _HERE)
-                    if not _wait(lambda: self._marks()[:1] == [_HERE]):
+                    if not self._wait(lambda: self._marks()[0] != _NOTHING):
                         return "it does not see what the driver writes"
-                    _write(descriptor, place, _DONE)
+                    if self._marks()[0] != _GIVEN_UP:  # the driver knows why
+                        _write(descriptor, place, _DONE)
                 finally:
                     os.close(descriptor)
         except FencedError as error:
@@ -100,17 +104,17 @@ class Trial:
 
     def meet(self, n_places: int, given_up: Callable[[], bool]) -> str:
         """Do the driver's part until the workers are told to go on; return what went wrong, nothing if it went well."""
-        wanted = [_HERE] * n_places
-        if not _wait(lambda: self._marks()[1:] == wanted or given_up()) or self._marks()[1:] != wanted:
-            return "what its workers write is not seen here"
-        if self._fence_is_open():
-            return "the locks of its workers are not seen here"
+        wanted, wrong = [_HERE] * n_places, ""
+        if not self._wait(lambda: self._marks()[1:] == wanted or given_up()) or self._marks()[1:] != wanted:
+            wrong = "what its workers write is not seen here"
+        elif self._fence_is_open():
+            wrong = "the locks of its workers are not seen here"
         descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            _write(descriptor, 0, _HERE)
+            _write(descriptor, 0, _GIVEN_UP if wrong else _HERE)
         finally:
             os.close(descriptor)
-        return ""
+        return wrong
 
     def check(self, n_places: int) -> str:
         """Look, once the workers have said that they are done, whether all that was written is there."""
@@ -126,11 +130,7 @@ class Trial:
     def _fence_is_open(self) -> bool:
         descriptor = os.open(self.fence.fence_path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        else:
-            return True
+            return lock(descriptor, self.fence.fence_path, self.fence.locking, exclusive=True)
         finally:
             os.close(descriptor)
 
@@ -140,16 +140,15 @@ class Trial:
             marks = file.read()
         return [marks[start : start + _MARK_BYTES] for start in range(0, len(marks), _MARK_BYTES)]
 
+    def _wait(self, happened: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + self.patience
+        while not happened():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOOK_SECONDS)
+        return True
+
 
 def _write(descriptor: int, place: int, mark: bytes) -> None:
     os.pwrite(descriptor, mark, place * _MARK_BYTES)
     os.fsync(descriptor)
-
-
-def _wait(happened: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not happened():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_LOOK_SECONDS)
-    return True

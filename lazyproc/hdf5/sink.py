@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import zlib
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from lazyproc.core.blocks import Block
 from lazyproc.hdf5.claims import Claims
 from lazyproc.hdf5.extents import Extent
 from lazyproc.hdf5.lock import Fence, FencedError, sidecar
+from lazyproc.hdf5.locking import lock_hdf5
 from lazyproc.hdf5.shared_file import Trial
 
 _CHECKED_BYTES = 4096
@@ -66,7 +66,7 @@ class Sink:
         try:
             # The file's lock first: once the driver is known to live, which holds it too, no other program can come in.
             if self.shares_lock:
-                _share(descriptor, self.extents[0].path)
+                _share(descriptor, self.extents[0].path, self.fence.locking)
             with self.fence.passed():
                 for extent, rows in zip(self.extents, arrays, strict=True):
                     for start, stop, place in block.offsets():
@@ -102,10 +102,6 @@ def _checksum(parts: Any) -> int:
     return value
 
 
-def _share(descriptor: int, path: str) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise FencedError(
-            f"{path}: another program has opened the file for writing; nothing more is written."
-        ) from error
+def _share(descriptor: int, path: str, kind: str) -> None:
+    if not lock_hdf5(descriptor, path, kind):
+        raise FencedError(f"{path}: another program has opened the file for writing; nothing more is written.")

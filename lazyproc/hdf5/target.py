@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import ResultsError
 from lazyproc.core.runs import Runs
-from lazyproc.hdf5.extents import Extent
+from lazyproc.hdf5.extents import Extent, using
+from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.transaction import share_lock
 
@@ -80,7 +81,9 @@ class InPlaceTarget:
         """Sync what workers of this host have written, then set the mask, then sync the mask."""
         if not done:
             return
-        os.fdatasync(self._descriptor)
+        for extent in self._sink.extents:
+            extent.check(self._descriptor)  # rows that were cut off again must not be marked
+        self._sync()
         self._mark(done, 1)
 
     def unmark(self, positions: Runs) -> None:
@@ -93,7 +96,11 @@ class InPlaceTarget:
         for start, stop in positions:
             for piece in range(start, stop, _PIECE):
                 self._mask.write(self._descriptor, piece, values[: min(_PIECE, stop - piece)])
-        os.fdatasync(self._descriptor)
+        self._sync()
+
+    def _sync(self) -> None:
+        with using(self._mask.path, self._mask.name), writing(self._mask.path, "the results"):
+            os.fdatasync(self._descriptor)
 
     def close(self) -> None:
         """Close the file; the lock on it goes with that."""

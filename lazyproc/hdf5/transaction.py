@@ -16,7 +16,6 @@ An error in step 1 or 2 takes back what was done; one in step 3 does not keep it
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import os
 import uuid
@@ -28,19 +27,25 @@ import h5py
 
 from lazyproc.core.errors import FileBusyError, ReadOnlyFileError
 from lazyproc.hdf5.durable import JournalError, sync_folder, write_all
+from lazyproc.hdf5.extents import check_same_file
+from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.lock import RunLock, sidecar
+from lazyproc.hdf5.locking import lock_hdf5, locking
 from lazyproc.hdf5.overlay import Overlay, Patch
+from lazyproc.hdf5.room import reserve, writing
 from lazyproc.hdf5.undo import read_undo, roll_back
 
 
 @contextmanager
-def transaction(path: str) -> Iterator[h5py.File]:
+def transaction(path: str, same: FileId | None = None) -> Iterator[h5py.File]:
     """Open a file for changes that take effect together, at the end of the context, or not at all.
 
     Parameters
     ----------
     path : str
         An HDF5 file that nobody has open for writing; readers may have it open and go on.
+    same : FileId, optional
+        The file that it must be.
 
     Yields
     ------
@@ -51,8 +56,12 @@ def transaction(path: str) -> Iterator[h5py.File]:
     ------
     FileBusyError
         If somebody has the file open for writing.
+    FileChangedError
+        If it is another file.
     ReadOnlyFileError
         If the file, or its folder, cannot be written.
+    NoRoomError
+        If there is no room for what is added, also for what will be written there later. The file is as it was.
 
     Notes
     -----
@@ -61,6 +70,8 @@ def transaction(path: str) -> Iterator[h5py.File]:
     """
     recover(path)
     with _held(path) as descriptor:
+        if same is not None:
+            check_same_file(descriptor, path, same, "the results")
         overlay = Overlay(descriptor, path)
         with h5py.File(overlay, "r+") as file:
             yield file
@@ -91,28 +102,31 @@ def share_lock(descriptor: int, path: str) -> None:
     ------
     FileBusyError
         If somebody has the file open for writing.
+    LockingError
+        If the file system cannot lock files, and the environment does not say that this does not matter.
     """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not lock_hdf5(descriptor, path, locking()):
         raise FileBusyError(
             f"{path}: the file is open for writing in another program, or in this one. Close it there, or hand the "
             "open dataset itself to the Process instead of its path."
-        ) from error
+        )
 
 
 def _apply(path: str, descriptor: int, overlay: Overlay) -> None:
     patches, added = overlay.changes()
     journal = sidecar(path, "journal")
+    n_new = max(0, overlay.size - overlay.old_size)
     try:
-        for offset, data in added:
-            write_all(descriptor, data, offset)
-        if overlay.size > overlay.old_size:
-            os.ftruncate(descriptor, overlay.size)
-        os.fdatasync(descriptor)
-        if not patches:
-            return
-        _write_journal(journal, os.fstat(descriptor), patches)
+        with writing(path, "what is added to it", n_new):
+            reserve(descriptor, overlay.old_size, n_new, path, "what is added to it")
+            for offset, data in added:
+                write_all(descriptor, data, offset)
+            if n_new:
+                os.ftruncate(descriptor, overlay.size)
+            os.fdatasync(descriptor)
+            if not patches:
+                return
+            _write_journal(journal, os.fstat(descriptor), patches)
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(journal)

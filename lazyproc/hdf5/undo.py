@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from lazyproc.hdf5.durable import JournalError, sync_folder, write_all
 from lazyproc.hdf5.lock import holder, sidecar
 from lazyproc.hdf5.overlay import Patch
+from lazyproc.hdf5.room import writing
 
 _BEAT = 0.1
 """Seconds between two signs of life."""
@@ -109,11 +110,12 @@ def write_undo(path: str, descriptor: int, size: int, ranges: Ranges) -> None:
     out = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         checksum, place = 0, _HEAD
-        for block in _blocks([json.dumps(about).encode() + b"\n"], _compress(pieces) if compressed else pieces):
-            write_all(out, block, place)
-            checksum, place = zlib.crc32(block, checksum), place + len(block)
-        write_all(out, b"%08x\n" % checksum, 0)
-        os.fsync(out)
+        with writing(path, f"the journal {journal}, which makes the change safe"):
+            for block in _blocks([json.dumps(about).encode() + b"\n"], _compress(pieces) if compressed else pieces):
+                write_all(out, block, place)
+                checksum, place = zlib.crc32(block, checksum), place + len(block)
+            write_all(out, b"%08x\n" % checksum, 0)
+            os.fsync(out)
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(journal)

@@ -147,7 +147,7 @@ class Checker:
             findings.problems += [f"recovered: {one}" for one in self._problems_now()]
         elif unsettled and not self._has_journal():
             findings.problems += [f"plain h5py, no journal: {one}" for one in unsettled]
-        self._go_on(findings, looked=recover or not unsettled)
+        self._go_on(findings, looked=recover or not (unsettled or self._has_journal()))
         return findings
 
     def _go_on(self, findings: Findings, *, looked: bool) -> None:
@@ -163,7 +163,9 @@ class Checker:
         findings.n_marked = int(marked.sum())
         findings.n_lost = len(called - set(np.flatnonzero(marked).tolist()))
         if looked and not findings.problems and sorted(again) != np.flatnonzero(~marked).tolist():
-            findings.problems.append(f"resuming computed {sorted(again)}, marked were {np.flatnonzero(marked).tolist()}")
+            findings.problems.append(
+                f"resuming computed {sorted(again)}, marked were {np.flatnonzero(marked).tolist()}"
+            )
         findings.problems += [f"at the end: {one}" for one in self.problems_at_the_end()]
 
     def _files(self) -> list[str]:

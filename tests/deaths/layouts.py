@@ -257,11 +257,6 @@ def expected(layout: Layout) -> dict[str, NDArray[Any]]:
 
 CHUNKED = {"chunks": (4, 8)}
 GZIP = {"chunks": (4, 8), "compression": "gzip"}
-HANDLE_CREATES = frozenset({"creation", "completion"})
-"""HDF5 itself creates the group and notes the end: not promised without the undo journal."""
-HANDLE_ALWAYS = frozenset({"creation", "loop", "completion", "resume"})
-"""HDF5 itself writes all the time."""
-
 LAYOUTS = [
     Layout("path, contiguous, 0 siblings", n_siblings=0),
     Layout("path, contiguous, 3 siblings"),
@@ -275,32 +270,29 @@ LAYOUTS = [
     Layout("path, resuming chunked results", begun={"chunks": (5, 1), "compression": "gzip"}),
     Layout("path, contiguous, two workers", cores=2),
     Layout("handle, resuming chunked results", source_handle=True, begun={"chunks": (5, 1), "compression": "gzip"}),
-    Layout("handle, contiguous, 0 siblings", n_siblings=0, source_handle=True, unsafe=HANDLE_CREATES),
-    Layout("handle, contiguous, 3 siblings", source_handle=True, unsafe=HANDLE_CREATES),
-    Layout("handle, chunked, 20 siblings", CHUNKED, 20, source_handle=True, unsafe=HANDLE_CREATES),
-    Layout("handle, gzip, 200 siblings", GZIP, 200, source_handle=True, unsafe=HANDLE_CREATES),
+    Layout("handle, contiguous, 0 siblings", n_siblings=0, source_handle=True),
+    Layout("handle, contiguous, 3 siblings", source_handle=True),
+    Layout("handle, chunked, 20 siblings", CHUNKED, 20, source_handle=True),
+    Layout("handle, gzip, 200 siblings", GZIP, 200, source_handle=True),
     Layout(
         "handle, gzip, existing file",
         GZIP,
         target="existing",
         source_handle=True,
         target_handle=True,
-        unsafe=HANDLE_CREATES,
     ),
-    Layout("hooks, handle", source_handle=True, kind="hooks", unsafe=HANDLE_ALWAYS, may_leave_groups=True),
-    Layout("hooks, path", kind="hooks", unsafe=HANDLE_ALWAYS, may_leave_groups=True),
+    Layout("hooks, handle", source_handle=True, kind="hooks", may_leave_groups=True),
+    Layout("hooks, path", kind="hooks", may_leave_groups=True),
     Layout(
         "hooks, handle, chunked results",
         source_handle=True,
         kind="hooks, chunked",
-        unsafe=HANDLE_ALWAYS,
         may_leave_groups=True,
     ),
     Layout(
         "hooks, handle, gzip results",
         source_handle=True,
         kind="hooks, gzip",
-        unsafe=HANDLE_ALWAYS,
         may_leave_groups=True,
     ),
 ]

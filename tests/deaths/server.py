@@ -109,6 +109,7 @@ class Server:
         self.checker: Any = None
         self.events: list[shim.Event] = []
         self.files: dict[str, tuple[int, bytes]] = {}
+        self.drivers: list[int] = []
 
     def set_layout(self, name: str) -> dict[str, Any]:
         """Make a layout's files, let an undisturbed run work on them, and keep what came out; returns its record."""
@@ -148,7 +149,8 @@ class Server:
         (self.folder / "calls").unlink(missing_ok=True)
 
     def run(self, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Start from the pristine files and let one driver after the other run; each may die. See `_Step`."""
+        """Start from the pristine files and let one driver after the other run; each may die. See `step`."""
+        self.end_drivers()
         self.restore()
         return [self.step(**step) for step in steps]
 
@@ -160,37 +162,46 @@ class Server:
         begin = time.monotonic()
         answer = _wait(pid, answers, after)
         self.control.disarm()
-        block = self.control.block
-        if arm.get("victim", shim.CALLER) != shim.DRIVER:
-            _end_group(pid)
+        self.drivers.append(pid)
         return {
             **answer,
-            "count": self.control.count,
             "seconds": time.monotonic() - begin,
-            "kind": shim.KINDS.get(block.died_kind, ""),
-            "path": os.path.basename(block.died_path.decode()),
-            "pid": pid,
+            "died": answer["signal"] != 0 or self.control.block.died_kind != 0,
         }
 
     def _act(self, action: str, interval: float, arm: dict[str, Any]) -> Any:
         from .actions import ACTIONS
 
-        self.control.arm(str(self.work), **arm)
+        # A sync makes no difference to a process that dies; it only takes time.
+        self.control.arm(str(self.work), **{"skip_syncs": True, **arm})
         ACTIONS[action](self.layout, str(self.work), interval)
         self.control.disarm()
+
+    def end_drivers(self) -> None:
+        """Kill what drivers have left behind."""
+        while self.drivers:
+            try:
+                os.killpg(self.drivers.pop(), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
 
     def trial(self, steps: list[dict[str, Any]], recover: bool = True) -> dict[str, Any]:
         """Run steps from the pristine files and examine what they leave behind."""
         outcomes = self.run(steps)
-        findings = self.examine(recover)
-        for outcome in outcomes:
-            _end_group(outcome["pid"])
-        return {"steps": outcomes, **findings}
+        return {"steps": outcomes, **self.examine(recover)}
 
     def examine(self, recover: bool = True) -> dict[str, Any]:
-        """Examine the files as they are now, in a child."""
-        pid, answers = _fork(lambda: asdict(self.checker.examine(recover=recover)))
+        """Examine the files as they are now, in a child; workers of drivers that died may still be at work."""
+
+        def work() -> dict[str, Any]:
+            self.control.arm(str(self.work), skip_syncs=True)
+            return asdict(self.checker.examine(recover=recover))
+
+        pid, answers = _fork(work)
         answer = _wait(pid, answers, None)
+        self.control.disarm()
+        self.drivers.append(pid)
+        self.end_drivers()
         if "error" in answer or answer["signal"]:
             return {"problems": [f"examining: {answer}"], "n_marked": 0, "n_lost": 0, "recovered": False}
         return dict(answer["answer"])
@@ -199,13 +210,14 @@ class Server:
 
     def record(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
         """Run steps from the pristine files and keep the record of all of them, to be replayed; returns its place."""
+        self.end_drivers()
         shutil.rmtree(self.keepers, ignore_errors=True)
         self.keepers.mkdir()
         self.restore()
         self.files = {path.name: (path.stat().st_ino, path.read_bytes()) for path in self.work.iterdir()}
         record = self.folder / "replayed"
         record.unlink(missing_ok=True)
-        outcomes = [self.step(record=str(record), **step) for step in steps]
+        outcomes = [self.step(**{"record": str(record), **step}) for step in steps]
         self.events = list(shim.read_record(record))
         for path in self.work.iterdir():
             os.link(path, self.keepers / str(path.stat().st_ino))
@@ -283,14 +295,6 @@ def _wait(pid: int, answers: int, kill_after: float | None) -> dict[str, Any]:
     finally:
         os.close(answers)
         os.close(descriptor)
-
-
-def _end_group(pid: int) -> None:
-    """Kill what is left of a driver's workers."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def main() -> None:

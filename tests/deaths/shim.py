@@ -181,6 +181,4 @@ def read_record(path: str | Path) -> Iterator[Event]:
     while place < len(content):
         head = EventHead.from_buffer_copy(take(ctypes.sizeof(EventHead)))
         path_, other = take(head.path_size).decode(), take(head.other_size).decode()
-        yield Event(
-            head.kind, head.pid, head.inode, path_, other, head.offset, take(head.size), head.count, head.time
-        )
+        yield Event(head.kind, head.pid, head.inode, path_, other, head.offset, take(head.size), head.count, head.time)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from . import shim
-from .layouts import BY_NAME, N_POSITIONS
+from .layouts import BY_NAME
 from .server import Stage
 
 PHASES = ("creation", "loop", "completion", "resume", "recovery")
@@ -37,7 +36,7 @@ class Point:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.phase}: {self.what} (steps {list(self.steps)})"
+        return f"{self.phase}: {self.what}, steps={list(self.steps)}"
 
 
 @dataclass
@@ -113,48 +112,59 @@ class Scene:
         self.seconds = float(made["seconds"])
         self.events = list(shim.read_record(made["record"]))
 
-    def points(self, phase: str) -> list[Point]:
-        """Return all points of a phase, before, half-way through and after each call."""
-        if phase == "resume":
-            return list(self._resuming())
+    def points(self, phase: str, number: int | None = None, chance: random.Random | None = None) -> list[Point]:
+        """Return all points of a phase, before, half-way through and after each call; or so many of them."""
         if phase == "recovery":
-            return list(self._recovering())
-        parts = split_phases(self.events)
-        return [
-            Point(phase, ({"action": self.action, "at": event.count, "moment": moment},), _text(event, moment))
-            for event in parts[phase]
-            for moment in _moments(event)
-        ]
+            return self._recovering(number, chance or random.Random(0))
+        if phase == "resume":
+            points = self._second("resume", self._first_of_resume(), self.action, lambda events: events)
+        else:
+            points = [
+                Point(phase, ({"action": self.action, "at": event.count, "moment": moment},), _text(event, moment))
+                for event in split_phases(self.events)[phase]
+                for moment in _moments(event)
+            ]
+        return points if number is None else sample(points, number, chance or random.Random(0))
 
     def safe_phases(self) -> list[str]:
         """Return the phases in which every point must pass."""
         return [phase for phase in PHASES if phase not in self.layout.unsafe]
 
-    def _resuming(self) -> Iterator[Point]:
-        commits = [event.count for event in self.events if event.kind == shim.NOTE and event.path.startswith("committed")]
-        if self.layout.kind != "declared":
-            commits = [event.count for event in self.events if event.kind == shim.NOTE and event.path.startswith("done")]
-        first = {"action": self.action, "at": commits[len(commits) // 2] + 1, "moment": shim.BEFORE}
-        yield from self._second("resume", first, self.action, lambda events: events)
+    def _first_of_resume(self) -> Step:
+        """Let the first run die in the middle of its loop."""
+        done = [event.count for event in split_phases(self.events)["loop"]]
+        return {"action": self.action, "at": done[len(done) // 2], "moment": shim.BEFORE}
 
-    def _recovering(self) -> Iterator[Point]:
-        for event in journalled(self.events):
-            for moment in _moments(event):
-                first = {"action": self.action, "at": event.count, "moment": moment}
-                for action in ("recover", self.action):
-                    yield from self._second("recovery", first, action, until_recovered)
+    def _recovering(self, number: int | None, chance: random.Random) -> list[Point]:
+        """Give points of drivers that find a journal; if only some are wanted, four for each death before."""
+        firsts = [
+            ({"action": self.action, "at": event.count, "moment": moment}, action)
+            for event in journalled(self.events)
+            for moment in _moments(event)
+            for action in ("recover", self.action)
+        ]
+        if number is not None:
+            firsts = sample(firsts, -(-number // 4), chance)
+        points: list[Point] = []
+        for first, action in firsts:
+            found = self._second("recovery", first, action, until_recovered)
+            points += found if number is None else sample(found, 4, chance)
+        return points if number is None else sample(points, number, chance)
 
-    def _second(self, phase: str, first: Step, action: str, part: Any) -> Iterator[Point]:
+    def _second(self, phase: str, first: Step, action: str, part: Any) -> list[Point]:
         """Give the points of a second driver that starts where the first one died."""
         record = str(self.stage.folder / "second")
         if os.path.exists(record):
             os.unlink(record)
         self.stage.ask("run", steps=[first, {"action": action, "record": record}])
-        for event in part(list(shim.read_record(record))):
-            if event.kind != shim.NOTE and event.count > 0:
-                for moment in _moments(event):
-                    steps = (first, {"action": action, "at": event.count, "moment": moment})
-                    yield Point(phase, steps, f"{action}, {_text(event, moment)}")
+        if not os.path.exists(record):
+            return []
+        return [
+            Point(phase, (first, {"action": action, "at": event.count, "moment": moment}), _text(event, moment))
+            for event in part(list(shim.read_record(record)))
+            if event.kind != shim.NOTE and event.count > 0
+            for moment in _moments(event)
+        ]
 
     def try_point(self, point: Point, *, recover: bool = True) -> Outcome:
         """Let the drivers of a point run and die, and examine what they leave."""
@@ -162,12 +172,13 @@ class Scene:
         last = answer["steps"][-1]
         problems = [f"a driver failed: {step['error']}" for step in answer["steps"] if "error" in step]
         problems += answer["problems"]
-        return Outcome(point, last["signal"] != 0, problems, answer["n_marked"], answer["n_lost"])
+        return Outcome(point, last["died"], problems, answer["n_marked"], answer["n_lost"])
 
     def kill_at_random(self, chance: random.Random) -> Outcome:
         """Kill a run, or one that goes on after a first kill, at random times."""
         steps = tuple(
-            {"action": self.action, "after": chance.uniform(0, 1.1 * self.seconds)} for _ in range(chance.choice([1, 1, 2]))
+            {"action": self.action, "after": chance.uniform(0, 1.1 * self.seconds)}
+            for _ in range(chance.choice([1, 1, 2]))
         )
         point = Point("random", steps, f"killed after {steps[-1]['after']:.4f} s")
         return self.try_point(point, recover=chance.random() < 0.5)
@@ -226,17 +237,43 @@ def _text(event: shim.Event, moment: int) -> str:
     return f"{shim.MOMENTS[moment]} call {event.count}, {event}"
 
 
-def sample(points: list[Point], number: int, chance: random.Random) -> list[Point]:
-    """Choose some points, spread over all of them."""
+def sample(points: list[Any], number: int, chance: random.Random) -> list[Any]:
+    """Choose some, spread over all of them."""
     if len(points) <= number:
         return points
     edges = [round(place * len(points) / number) for place in range(number + 1)]
     return [points[chance.randrange(start, stop)] for start, stop in zip(edges, edges[1:], strict=False)]
 
 
-def bound_of_lost() -> int:
-    """Return how many positions may be computed again when every block is committed at once: the largest block.
+def try_phase(scene: Scene, phase: str, number: int | None = None, chance: random.Random | None = None) -> Tally:
+    """Try all points of a phase, or so many of them; every other one is left to `compute` to recover."""
+    tally = Tally()
+    for place, point in enumerate(scene.points(phase, number, chance)):
+        tally.add(scene.try_point(point, recover=place % 2 == 0))
+    return tally
 
-    What the probe has computed counts as a block: it is committed once the group is there.
+
+def worker_points(counts: dict[int, int], number: int, chance: random.Random) -> list[Point]:
+    """Give points for runs with worker processes: who dies, and at whose call.
+
+    Parameters
+    ----------
+    counts : dict of int to int
+        How many calls there are of all, of the driver, and of the workers (`shim.ALL` and so on).
+    number : int
+        How many points of each kind.
+    chance : random.Random
+        Chooses.
     """
-    return N_POSITIONS // 2
+    kinds = [
+        ("the driver dies, its workers live on", shim.DRIVERS, shim.CALLER, shim.AFTER),
+        ("the driver dies while a worker writes", shim.WORKERS, shim.DRIVER, shim.HALF),
+        ("all die", shim.ALL, shim.EVERYBODY, shim.HALF),
+        ("a worker dies", shim.WORKERS, shim.CALLER, shim.HALF),
+    ]
+    points: list[Point] = []
+    for what, counted, victim, moment in kinds:
+        for _ in range(number):
+            step = {"at": chance.randint(1, counts[counted]), "moment": moment, "counted": counted, "victim": victim}
+            points.append(Point("workers", (step,), what))
+    return points

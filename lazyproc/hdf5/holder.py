@@ -1,0 +1,82 @@
+"""Who computes into a file: what the lock file beside it tells, and whether that is still so."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from typing import Any
+
+from lazyproc.core.errors import LockingError
+from lazyproc.hdf5.locking import FLOCK, KINDS, NONE, lock
+
+TIME = "%Y-%m-%d %H:%M:%S"
+"""How a lock file tells since when."""
+_SLACK_SECONDS = 2.0
+"""How much later than its lock file a process may seem to have started."""
+
+
+def sidecar(path: str, kind: str) -> str:
+    """Return the name of a file beside `path`: hidden, and named after it."""
+    folder, name = os.path.split(os.path.realpath(path))
+    return os.path.join(folder, f".{name}.lazyproc-{kind}")
+
+
+def is_locked(path: str, kind: str) -> bool:
+    """Tell whether somebody holds the lock exclusively; the question itself holds it shared for a moment."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return not lock(descriptor, path, kind, exclusive=False)
+    finally:
+        os.close(descriptor)
+
+
+def holder(path: str) -> dict[str, Any] | None:
+    """Tell who computes on the results in `path` now: host, pid, since when, run id; None if nobody does.
+
+    Where locks do not work, a run on another host counts until its lock file is removed.
+    """
+    lock_path = sidecar(path, "lock")
+    about = read_holder(lock_path)
+    try:
+        return about if about is not None and is_held(lock_path, about) else None
+    except OSError:  # a lock file that may not be read tells nothing
+        return None
+
+
+def is_held(lock_path: str, about: dict[str, Any]) -> bool:
+    """Tell whether whoever wrote a lock file still holds it, by the kind of lock that it tells of."""
+    kind = about.get("locking", FLOCK)
+    try:
+        if kind in KINDS and kind != NONE:
+            return is_locked(lock_path, kind)
+    except LockingError:  # it cannot be locked from here
+        pass
+    return about.get("host") != socket.gethostname() or is_alive(about)
+
+
+def is_alive(about: dict[str, Any]) -> bool:
+    """Tell whether the process that wrote a lock file on this host is still there, and no later one with its number."""
+    import psutil
+
+    try:
+        process = psutil.Process(int(about["pid"]))
+        since = time.mktime(time.strptime(about["since"], TIME))
+        return bool(process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + _SLACK_SECONDS)
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):  # gone, or killed before it had told its number
+        return False
+
+
+def read_holder(lock_path: str) -> dict[str, Any] | None:
+    """Return what a lock file tells; nothing if it is empty or damaged, None if there is none."""
+    try:
+        with open(lock_path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError):
+        return {}
