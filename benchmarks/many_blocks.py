@@ -59,9 +59,9 @@ def measure(path: str, rows: int, interval: float) -> dict[str, float]:
     import psutil
 
     import lazyproc
-    import lazyproc.declared
+    from lazyproc.core import sizing
 
-    lazyproc.declared.positions_per_block = lambda **_: rows  # type: ignore[attr-defined]
+    sizing.positions_per_block = lambda **_: rows
     outputs = {"Same": lazyproc.Output("u1")}
     cls = type("Nothing", (lazyproc.Process,), {"outputs": outputs, "_block_function": staticmethod(nothing)})
     address = f"{path}::{MAIN}"
@@ -119,7 +119,7 @@ def main() -> None:
             make_file(path, n_blocks * options.rows)
             command = [sys.executable, os.path.abspath(__file__), "--one", path, "--rows", str(options.rows)]
             command += ["--interval", str(options.interval)]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         print(
             f"{found['blocks']:9,d} {n_blocks * options.rows:14,d} {found['plan']:9.3f} {found['before']:9.3f} "
             f"{1e6 * found['block']:11.1f} {found['after']:8.2f} {found['commits']:8d} {found['peak'] / 2**20:11.1f}",

@@ -7,13 +7,13 @@
 The published run: Bayesian inference of 68,096 positions of 500 float32, about 147 ms each, with results of 500, 250
 and 250 float32 and one pair; 336.3 s on 32 ranks and 27.0 s on 512: a strong-scaling efficiency of 78 %, work split
 into equal shares. Here the scheduler is a process of its own and the workers are threads in a few processes, which is
-enough for workers that sleep; the HDF5 file, the blocks, the writes in place and the commits are real. Scheduler, workers
-and driver share the cores of this machine: a real cluster has more of them, and a network.
+enough for workers that sleep; the HDF5 file, the blocks, the writes in place and the commits are real. Scheduler,
+workers and driver share the cores of this machine: a real cluster has more of them, and a network.
 
 Efficiency is T(32) * 32 / (T(512) * 512). The start of the cluster is not counted; all that lazyproc does is: looking
-for earlier results, the probe, creating the results, the blocks, the commits, the end. `--scale 4` computes a quarter of the
-positions: with as many seconds a position and as many messages a second, while what is paid once weighs four times
-as much.
+for earlier results, the probe, creating the results, the blocks, the commits, the end. `--scale 4` computes a quarter
+of the positions: with as many seconds a position and as many messages a second, while what is paid once weighs four
+times as much.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Run:
         The parts of it: until the first block was sent, until the last one was taken, and then.
     blocks, commits : int
         Blocks that came back, and times that the status mask was brought up to date.
-    driver_cpu, cluster_cpu : float
-        CPU seconds of the driver, and of scheduler and workers together.
+    driver_cpu, scheduler_cpu, workers_cpu : float
+        CPU seconds.
     """
 
     workers: int
@@ -89,7 +89,8 @@ class Run:
     blocks: int
     commits: int
     driver_cpu: float
-    cluster_cpu: float
+    scheduler_cpu: float
+    workers_cpu: float
 
 
 def make_file(path: str, n_positions: int) -> None:
@@ -178,7 +179,7 @@ def measure(path: str, scheduler: str, workers: int, seconds: float, interval: f
         assert seen == workers
         client.run(_import)  # as much a part of starting a worker as starting its interpreter
         times: dict[str, list[float]] = {}
-        spent, own = _all_cpu(client), time.process_time()
+        spent = _all_cpu(client)
         begin = time.perf_counter()
         options = {"parms_dict": {"seconds": seconds}, "client": client, "checkpoint_interval": interval}
         with inference(f"{path}::{MAIN}", **options) as process:
@@ -187,15 +188,14 @@ def measure(path: str, scheduler: str, workers: int, seconds: float, interval: f
             wall = time.perf_counter() - begin
             assert group["completed_positions"][:].all()
             n_positions = len(group["completed_positions"])
-        own = time.process_time() - own
-        spent = _all_cpu(client) - spent
+        driver, handing, others = (after - before for before, after in zip(spent, _all_cpu(client), strict=True))
     started, blocks = times["Started"][0], times["BlockDone"]
     in_loop = [one for one in blocks if one > started]
     last = max(in_loop)
     return Run(
         workers=workers, ideal=n_positions * seconds / workers, wall=wall, before=started - begin,
         loop=last - started, after=begin + wall - last, blocks=len(in_loop), commits=len(times["Committed"]),
-        driver_cpu=own, cluster_cpu=spent,
+        driver_cpu=driver, scheduler_cpu=handing, workers_cpu=others,
     )  # fmt: skip
 
 
@@ -207,9 +207,9 @@ def _cpu() -> tuple[int, float]:
     return os.getpid(), time.process_time()
 
 
-def _all_cpu(client: Any) -> float:
-    """CPU seconds of all processes of the cluster."""
-    return sum(dict([*client.run(_cpu).values(), client.run_on_scheduler(_cpu)]).values())
+def _all_cpu(client: Any) -> tuple[float, float, float]:
+    """CPU seconds until now of the driver, the scheduler, and all processes with workers."""
+    return _cpu()[1], client.run_on_scheduler(_cpu)[1], sum(dict(client.run(_cpu).values()).values())
 
 
 def main() -> None:
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--json", help="append the runs to this file")
     options = parser.parse_args()
     runs: list[Run] = []
-    print("workers   ideal    wall  before    loop   after  blocks commits  driver CPU  cluster CPU")
+    print("workers   ideal    wall  before    loop   after  blocks commits  CPU s of driver scheduler workers")
     for workers in options.workers:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             path = os.path.join(folder, "giv.h5")
@@ -236,7 +236,7 @@ def main() -> None:
         runs.append(one)
         print(
             f"{one.workers:7d} {one.ideal:7.2f} {one.wall:7.2f} {one.before:7.2f} {one.loop:7.2f} {one.after:7.2f} "
-            f"{one.blocks:7d} {one.commits:7d} {one.driver_cpu:11.2f} {one.cluster_cpu:12.2f}",
+            f"{one.blocks:7d} {one.commits:7d} {one.driver_cpu:15.2f} {one.scheduler_cpu:9.2f} {one.workers_cpu:7.2f}",
             flush=True,
         )
         if options.json:

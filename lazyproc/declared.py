@@ -19,12 +19,13 @@ from lazyproc.core.plan import Plan
 from lazyproc.core.probe import Probe, run_probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.signature import keyword_arguments
-from lazyproc.core.sizing import block_seconds, positions_per_block, tail_of
+from lazyproc.core.sizing import Division
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.engine.choose import Scheduler, choose_local
 from lazyproc.engine.cluster import active_client
 from lazyproc.engine.handshake import why_not_in_place
 from lazyproc.engine.kernel import BlockSink, Kernel
+from lazyproc.engine.mpi import native_threads
 from lazyproc.hdf5.chunks import chunked_source
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.fingerprint import fingerprint
@@ -223,7 +224,7 @@ class Declared:
         """Choose where blocks are computed: the client handed over, the active one, else what the job calls for."""
         client = self.client or active_client()
         if client is not None and self.source.travels:
-            return Scheduler.on_cluster(client)
+            return Scheduler.on_cluster(client, native_threads(client))
         if client is not None:
             log.warning("%s lies behind a handle that other processes cannot open: it is computed here", self.label)
         if probe is None:
@@ -247,30 +248,16 @@ class Declared:
         workers, rows = memory.fit(self.limit_bytes(), scheduler.n_on_machine, driver_writes=driver_writes)
         if workers == scheduler.n_on_machine:  # else it is not known on which machines fewer blocks would be
             workers = scheduler.n_workers
-        seconds = probe.seconds_per_position if probe is not None else None
-        align = min(self.source.chunk_rows, self.n_positions)
-        n_remaining = max(1, remaining.n_positions)
-        target_seconds, least_seconds = block_seconds(workers, self.interval)
-        size = positions_per_block(
+        division = Division(
             memory_rows=rows,
-            n_remaining=n_remaining,
             n_workers=workers,
-            align=align,
-            seconds_per_position=seconds,
+            align=min(self.source.chunk_rows, self.n_positions),
             bytes_per_position=memory.source_bytes + memory.result_bytes,
             preferred_bytes=_LOCAL_BYTES if scheduler.kind in ("serial", "threads") else _SENT_BYTES,
-            target_seconds=target_seconds,
+            interval=self.interval,
         )
-        tail = tail_of(
-            size,
-            n_remaining=n_remaining,
-            n_workers=workers,
-            align=align,
-            seconds_per_position=seconds,
-            least_seconds=least_seconds,
-        )
-        plan = BlockPlan(remaining, size, align=align, tail=tail)
-        return BlockSizes(plan, workers, memory, driver_writes)
+        plan = division.plan(remaining, probe.seconds_per_position if probe is not None else None)
+        return BlockSizes(plan, workers, memory, driver_writes, division)
 
     def plan(self, work: Work, found: list[Found], kernel: Kernel) -> Plan:
         """Return what `compute` would do; reads metadata and status masks, computes and writes nothing."""
@@ -327,12 +314,15 @@ class BlockSizes:
         What a position takes.
     driver_writes : bool
         Results travel to the driver.
+    division : Division
+        Divides what is left of the positions anew, when it is known better how long they take.
     """
 
     plan: BlockPlan
     n_workers: int
     memory: MemoryModel
     driver_writes: bool
+    division: Division
 
 
 def stored_probe(group: h5py.Group) -> Probe | None:

@@ -11,7 +11,7 @@ import h5py
 
 from lazyproc.core.errors import ArgumentValueError
 from lazyproc.hdf5.damage import reading
-from lazyproc.hdf5.files import Files, split_address
+from lazyproc.hdf5.files import Files, check_heaps, split_address
 from lazyproc.hdf5.guard import guarded
 from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.place import HandlePlace, Place
@@ -21,6 +21,7 @@ from lazyproc.hook_loop import locked
 def open_main(main: str | h5py.Dataset, files: Files, *, writable: bool) -> tuple[str | None, h5py.Dataset]:
     """Open the main dataset; old hooks write through its handle, so it is opened for writing for them."""
     if isinstance(main, h5py.Dataset):
+        check_heaps(main)
         return None, main
     path, name = split_address(main, "h5_main")
     file = files.open(path, "h5_main")

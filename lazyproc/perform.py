@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import h5py
 
@@ -15,6 +15,7 @@ from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import LazyprocError
 from lazyproc.core.events import Finished, Listener, Started
+from lazyproc.core.feed import BlockFeed
 from lazyproc.core.identity import function_name
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
@@ -23,7 +24,10 @@ from lazyproc.drain import Drain, how_far, nothing_yet
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel, failure_of
+from lazyproc.engine.local import Receipts
+from lazyproc.hdf5.guard import flush_guarded
 from lazyproc.hdf5.lock import Fence, RunLock
+from lazyproc.hdf5.place import HandlePlace
 from lazyproc.hdf5.record import (
     Provenance,
     create_group,
@@ -119,9 +123,16 @@ def locked(declared: Declared) -> Any:
         elif recover(path):
             log.warning("%s: a change that was cut off has been settled", path)
         with writing(path, "the results"):
+            flush_guarded(handles_of(declared))
             yield lock.fence
     finally:
         lock.release()
+
+
+def handles_of(declared: Declared) -> set[h5py.File]:
+    """Return the files that the caller has open: what was changed there has to be on the disk before anything else."""
+    target = {declared.place.handle.file} if isinstance(declared.place, HandlePlace) else set()
+    return target | ({declared.main.file} if declared.main_path is None else set())
 
 
 def warn_of(found: Found) -> None:
@@ -324,10 +335,18 @@ def _loop(
         "%s: %d positions in %d blocks of up to %d, in %s",
         declared.process_name, remaining.n_positions, sizes.plan.count(), sizes.plan.max_positions, scheduler,
     )  # fmt: skip
-    receipts = scheduler.run(
-        kernel, sizes.plan, drain.requested, declared.process_name, drain.dropping, drain.interruptible
-    )
-    return run_loop(receipts, committer, drain)
+    feed = BlockFeed(sizes.plan, probe.seconds_per_position, sizes.division.plan, scheduler.n_workers)
+    receipts = scheduler.run(kernel, feed, drain.requested, declared.process_name, drain.dropping, drain.interruptible)
+    return run_loop(_noting(receipts, feed), committer, drain)
+
+
+def _noting(receipts: Receipts, feed: BlockFeed) -> Receipts:
+    """Hand receipts on, and tell the feed how long their blocks took."""
+    with contextlib.closing(cast(Generator[Any], receipts)):
+        for receipt in receipts:
+            if receipt is not None and receipt.failure is None:
+                feed.note(receipt.block.n_positions, receipt.seconds)
+            yield receipt
 
 
 def compute_here(declared: Declared, kernel: Kernel, runs: Runs) -> tuple[Any, ...]:

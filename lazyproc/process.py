@@ -26,6 +26,7 @@ from lazyproc.arguments import (
     check_positions,
     check_verify,
 )
+from lazyproc.collective import opened_together, perform_together
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, DefinitionError
 from lazyproc.core.events import Listener
 from lazyproc.core.plan import Plan, html_table
@@ -340,8 +341,9 @@ class Process(HookContract):
         if not self._declares:
             with self._logging():
                 return self._compute_hooks(bool(override), args, kwargs)
+        run = perform_together if opened_together(self.h5_main) else perform
         return self._settle(
-            partial(perform, override=bool(override), chosen=self._chosen, listener=self._progress), args, kwargs
+            partial(run, override=bool(override), chosen=self._chosen, listener=self._progress), args, kwargs
         )
 
     def retry_failed(self, *args: Any, **kwargs: Any) -> h5py.Group:

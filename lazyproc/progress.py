@@ -10,7 +10,8 @@ from lazyproc.core.events import BlockDone, Event, Finished, Started, Stopping
 
 _PATIENCE = 1.0
 """Seconds before a bar appears: short jobs need none."""
-_USUAL_WIDTH = 80
+_USUAL = {"ncols": 80, "nrows": 24}
+"""Columns and rows of a terminal that does not tell its own."""
 
 
 class ProgressBar:
@@ -62,7 +63,7 @@ def _width() -> dict[str, Any]:
         known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError, AttributeError):  # no terminal: a notebook, or a stream without a descriptor
         known = True
-    return {"dynamic_ncols": True} if known else {"ncols": _USUAL_WIDTH}
+    return {"dynamic_ncols": True} if known else dict(_USUAL)
 
 
 def quiet(event: Event) -> None:

@@ -21,6 +21,7 @@ from lazyproc.hdf5.failures import has_failures, read_failures
 from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.grid import position_grid, spectroscopic_grid
 from lazyproc.hdf5.seal import check_places
+from lazyproc.hdf5.search import text_attribute
 from lazyproc.hdf5.usid import is_main, read_text
 from lazyproc.layout import Axis, axis_of_grid, axis_of_output, block_grid, name_apart, positions_per_view_block
 from lazyproc.views import BlockView, Committed, StatusView, group_id, lazy_arrays
@@ -174,13 +175,13 @@ def failures(group: h5py.Group | str | os.PathLike[str]) -> list[FailedPosition]
     try:
         path, opened = _open_group(group, files)
         with reading(f"{path or opened.file.filename}::{opened.name}", _ADVICE):
-            return read_failures(opened, read_text(opened.attrs.get("lazyproc_status_mask", STATUS_MASK)))
+            return read_failures(opened, text_attribute(opened, "lazyproc_status_mask", STATUS_MASK))
     finally:
         files.close()
 
 
 def _status_name(group: h5py.Group, n_positions: int) -> str:
-    name = read_text(group.attrs.get("lazyproc_status_mask", STATUS_MASK))
+    name = text_attribute(group, "lazyproc_status_mask", STATUS_MASK)
     mask = group.get(name) if name else None
     if isinstance(mask, h5py.Dataset) and mask.shape == (n_positions,) and mask.dtype == np.uint8:
         return name

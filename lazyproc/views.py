@@ -21,8 +21,8 @@ from lazyproc.engine.kernel import Kernel, failure_of, pack, unpack
 from lazyproc.hdf5.damage import reading
 from lazyproc.hdf5.failures import read_status
 from lazyproc.hdf5.files import Files
+from lazyproc.hdf5.search import text_attribute
 from lazyproc.hdf5.source import Source
-from lazyproc.hdf5.usid import read_text
 from lazyproc.layout import Axis, BlockGrid, block_grid, positions_per_view_block
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Committed:
 
 def group_id(group: h5py.Group) -> str:
     """Return what tells a results group from another one of the same name."""
-    return read_text(group.attrs.get("lazyproc_run_id", group.attrs.get("timestamp", "")))
+    return text_attribute(group, "lazyproc_run_id" if "lazyproc_run_id" in group.attrs else "timestamp")
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,7 +100,8 @@ def measure(row: Any, folder: str, ballast: bytes = bytes(20_000)) -> dict[str, 
     else:
         with open(place / "begun", "a") as file:
             file.write(f"{position} {here}\n")
-        time.sleep(0.005)
+        slow = place / "slow"
+        time.sleep(float(slow.read_text()) if slow.exists() else 0.005)
         order = place / f"at_{position}"
         if order.exists():
             exec(order.read_text(), {"place": place, "position": position, "os": os, "time": time})

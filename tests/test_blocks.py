@@ -307,6 +307,10 @@ AMPLE = {  # nothing limits but what remains
         ({"bytes_per_position": 2**30}, 1),  # one position is more than preferred; it still must be read
         ({"seconds_per_position": 0.01}, 100),
         ({"seconds_per_position": 0.0}, 1000),  # too quick for the clock
+        ({"seconds_per_position": 0.001}, 250),  # sixteen for each worker, of a quarter of a second
+        ({"seconds_per_position": 0.0002}, 500),  # or as many as last a tenth of a second
+        ({"seconds_per_position": 0.0001}, 1000),  # which they do already
+        ({"seconds_per_position": 0.001, "least_seconds": 0.4}, 800),
         ({"seconds_per_position": 60.0}, 1),  # a position that takes longer than a block should
         ({"align": 64}, 960),  # whole chunks
         ({"align": 1000}, 1000),

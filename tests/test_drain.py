@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import psutil
 import pytest
 from usid_files import CHANNEL, make_usid_file
+
+import lazyproc
+from lazyproc.core.events import Started
+from lazyproc.drain import GRACE_SECONDS, grace_seconds
+from lazyproc.hdf5.lock import holder
+from lazyproc.status import file_status
 
 MAIN = f"{CHANNEL}/Raw_Data"
 N_POSITIONS = 120
@@ -397,3 +408,347 @@ def test_a_signal_at_every_step(steps: Any, name: str, times: int, by_path: bool
     assert caught[-1] == 0, "the last trial has no signal"
     assert len(caught) > 20
     assert caught[:-1] == [expected] * (len(caught) - 1)
+
+
+# -- before anything is computed ---------------------------------------------------------------------------------------
+
+HANGS = """
+import os, sys, time
+import lazyproc
+
+class Slow(lazyproc.Process):
+    outputs = {"Mean": lazyproc.Output("f8")}
+
+    @staticmethod
+    def _map_function(row, folder, delay=0.0):
+        time.sleep(delay)
+        if not delay or os.path.exists(os.path.join(folder, "hang")):
+            open(os.path.join(folder, "reached"), "w").close()
+            time.sleep(1000)
+        return row.mean()
+
+if __name__ == "__main__":
+    Slow(sys.argv[1], parms_dict={"folder": sys.argv[2]}).compute()
+"""
+
+
+def wait_for_file(path: Path, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline, f"{path.name} did not come"
+        time.sleep(0.005)
+
+
+def test_a_signal_while_the_function_is_tried(tmp_path: Path) -> None:
+    """There is nothing to finish, so the first one is enough; nothing is made."""
+    started = {}
+    for name in SIGNALS:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "hangs.py").write_text(HANGS)
+        words = [str(folder / "hangs.py"), f"{make_scan(folder)}::{MAIN}", str(folder)]
+        before = (folder / "scan.h5").read_bytes()
+        started[name] = before, subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
+    for name, (before, process) in started.items():
+        wait_for_file(tmp_path / name / "reached", process)
+        process.send_signal(signal.Signals[name])
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == (1 if name == "SIGINT" else 75)
+        assert "Slow: stopped before a block was computed. The same call of compute() starts, or goes on." in errors
+        assert ("Traceback" in errors) == (name == "SIGINT")
+        assert "is finished and committed" not in errors
+        assert (tmp_path / name / "scan.h5").read_bytes() == before
+        assert sorted(os.listdir(tmp_path / name)) == ["hangs.py", "reached", "scan.h5"]
+
+
+# -- the command line, a terminal, a notebook --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["USR1", "TERM twice"])
+def test_the_command_line_leaves_with_75(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "slow.py").write_text(HANGS)
+    words = ["run", str(tmp_path / "slow.py:Slow"), f"{make_scan(tmp_path)}::{MAIN}", "-p", "delay=0.015"]
+    command = [sys.executable, "-m", "lazyproc.cli", *words, "-p", f"folder={tmp_path}", "--cores", "2", "--verbose"]
+    process = start_words(command)
+    talk = Talk(process)
+    try:
+        talk.wait_for("positions in")
+        if kind == "TERM twice":
+            (tmp_path / "hang").touch()
+            wait_for_file(tmp_path / "reached", process)
+        os.killpg(process.pid, signal.SIGUSR1 if kind == "USR1" else signal.SIGTERM)
+        talk.wait_for("interrupt again")
+        if kind == "TERM twice":
+            os.killpg(process.pid, signal.SIGTERM)
+        talk.wait_for("The same call of compute() goes on from there")
+        assert process.wait(60) == 75
+        assert not [one for one in psutil.process_iter(["pid"]) if session_of(one.pid) == process.pid]
+    finally:
+        talk.close()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def start_words(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
+    """The key, pressed: the bar says that it is stopping, the command line leaves with 75 and a message."""
+    (tmp_path / "slow.py").write_text(HANGS)
+    words = ["run", str(tmp_path / "slow.py:Slow"), f"{make_scan(tmp_path)}::{MAIN}", "-p", "delay=0.1"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        try:
+            command = [sys.executable, "-m", "lazyproc.cli", *words, "-p", f"folder={tmp_path}", "--cores", "2"]
+            os.execv(sys.executable, command)
+        finally:
+            os._exit(1)
+    alarm = threading.Timer(120, lambda: os.kill(pid, signal.SIGKILL))
+    alarm.start()
+    shown = b""
+    pressed = False
+    while True:
+        try:
+            shown += os.read(terminal, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not pressed and b"positions/s" in shown:
+            os.write(terminal, b"\x03")
+            pressed = True
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    alarm.cancel()
+    os.close(terminal)
+    text = shown.decode(errors="replace")
+    assert code == 75, text
+    assert "Slow: stopping" in text, "in the bar"
+    assert "interrupt again to leave at once" in text
+    assert re.search(r"Slow: stopped early; \d+ of 120 positions", text)
+    assert "Traceback" not in text
+
+
+def test_ctrl_c_in_a_notebook(tmp_path: Path) -> None:
+    """In a real kernel: the cell ends with Interrupted, and the same cell goes on."""
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    manager = pytest.importorskip("jupyter_client.manager", reason="jupyter_client is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kernel, client = manager.start_new_kernel(kernel_name="python3")
+    replies: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
+
+    def run(cell: str) -> None:
+        replies.append(client.execute_interactive(cell, output_hook=messages.append, timeout=120)["content"])
+
+    def interrupt_when_begun() -> None:
+        while not any(one.n_done for one in file_status(str(tmp_path / "scan.h5")).results):
+            time.sleep(0.01)
+        os.kill(kernel.provisioner.pid, signal.SIGINT)  # what "Interrupt the kernel" does
+
+    try:
+        run(HANGS.partition("if __name__")[0])
+        address = f"{make_scan(tmp_path)}::{MAIN}"
+        parameters = {"delay": 0.02, "folder": str(tmp_path)}
+        run(f"options = dict(parms_dict={parameters!r}, checkpoint_interval=0.2, cores=1)")
+        cell = f"group = Slow({address!r}, **options).compute()\nint(group['completed_positions'][:].sum())"
+        thread = threading.Thread(target=interrupt_when_begun)
+        thread.start()
+        run(cell)
+        thread.join()
+        run(cell)
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
+        kernel.cleanup_resources()
+        kernel.context.destroy()
+    assert [reply["status"] for reply in replies] == ["ok", "ok", "error", "ok"]
+    assert replies[2]["ename"] == "Interrupted"
+    assert re.match(r"Slow: stopped early; \d+ of 120 positions .* The same call", replies[2]["evalue"])
+    results = [one["content"]["data"]["text/plain"] for one in messages if one["msg_type"] == "execute_result"]
+    assert results == ["120"]
+
+
+# -- whose signals they are --------------------------------------------------------------------------------------------
+
+
+WATCHED = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGURG]
+
+
+class InLoop(lazyproc.Process):
+    """Does `act` once, at the tenth position of its loop."""
+
+    outputs = {"Mean": lazyproc.Output("f8")}
+    n_calls = 0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, cores=1, **options)
+        InLoop.n_calls = -(2**30)  # until the loop begins
+        self._progress = self._begin
+
+    def _begin(self, event: Any) -> None:
+        if isinstance(event, Started):
+            InLoop.n_calls = 0
+
+    @staticmethod
+    def _map_function(row: np.ndarray, act: str = "", number: int = 0) -> float:
+        time.sleep(0.002)
+        InLoop.n_calls += 1
+        return ACTS[act](row, number) if act and InLoop.n_calls == 10 else row.mean()
+
+
+def raise_signal(row: np.ndarray, number: int) -> float:
+    HANDLERS[:] = [signal.getsignal(one) for one in WATCHED]
+    if number:
+        signal.raise_signal(number)
+    return row.mean()
+
+
+def raise_and_fail(row: np.ndarray, number: int) -> float:
+    signal.raise_signal(number)
+    raise ZeroDivisionError
+
+
+def swallow(row: np.ndarray, number: int) -> float:
+    try:
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+    except BaseException:
+        return -1.0
+    return row.mean()
+
+
+def fork(row: np.ndarray, number: int) -> float:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            time.sleep(1000)
+        except KeyboardInterrupt:
+            os._exit(130)
+        os._exit(1)
+    time.sleep(0.05)
+    os.kill(pid, number)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+ACTS = {"raise": raise_signal, "raise and fail": raise_and_fail, "swallow": swallow, "fork": fork}
+HANDLERS: list[Any] = []
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> str:
+    return f"{make_scan(tmp_path)}::{MAIN}"
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Puts handlers back."""
+    before = [signal.getsignal(number) for number in WATCHED]
+    yield
+    for number, handler in zip(WATCHED, before, strict=True):
+        signal.signal(number, handler)
+
+
+def in_loop(main: Any, act: str, number: int = 0) -> InLoop:
+    return InLoop(main, parms_dict={"act": act, "number": int(number)})
+
+
+@pytest.mark.usefixtures("restored")
+def test_handlers_of_the_caller_are_left_alone(scan: str) -> None:
+    calls: list[int] = []
+    own = {number: lambda number, frame: calls.append(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in own.items():
+        signal.signal(number, handler)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (*own, signal.SIGUSR1):
+        with in_loop(scan, "raise", number) as process:
+            assert process.compute()["completed_positions"][:].all()
+        assert HANDLERS[:3] == [*own.values(), signal.SIG_IGN]
+    assert calls == list(own)
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_handler_that_python_does_not_know_is_left_alone(scan: str, tmp_path: Path) -> None:
+    with open(tmp_path / "stacks", "w") as stacks:
+        faulthandler.register(signal.SIGUSR1, file=stacks)
+        try:
+            assert in_loop(scan, "raise", signal.SIGUSR1).compute()["completed_positions"][:].all()
+        finally:
+            faulthandler.unregister(signal.SIGUSR1)
+    assert "_map_function" in (tmp_path / "stacks").read_text()
+
+
+def test_signals_of_a_run_in_a_thread_are_the_main_threads(scan: str) -> None:
+    before = [signal.getsignal(number) for number in WATCHED]
+    thread = threading.Thread(target=lambda: in_loop(scan, "raise").compute())
+    thread.start()
+    thread.join()
+    assert before == HANDLERS
+
+
+def test_an_error_goes_before_a_signal(scan: str) -> None:
+    with pytest.raises(lazyproc.FunctionError):
+        in_loop(scan, "raise and fail", signal.SIGTERM).compute()
+
+
+def test_a_function_that_swallows_an_interrupt(scan: str) -> None:
+    """What it returns then is not to be trusted, and is not kept."""
+
+    with in_loop(scan, "swallow", signal.SIGINT) as process:
+        with pytest.raises(lazyproc.Interrupted):
+            process.compute()
+        (group,) = process.partial_h5_groups
+        done = group["completed_positions"][:] == 1
+        assert 0 < done.sum() < N_POSITIONS
+        assert not (group["Mean"][:, 0][done] == -1).any()
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_within_a_run(scan: str, number: int) -> None:
+    """A signal while the inner one computes ends both."""
+
+    class Outer(lazyproc.Process):
+        process_name = "Outer"
+
+        def _create_results_datasets(self) -> None:
+            self.h5_results_grp = self._h5_target_group.create_group("Raw_Data-Outer_000")
+            self.h5_results_grp.create_dataset("Mean", (N_POSITIONS, 1), "f8")
+
+        def _unit_computation(self) -> None:
+            options = {"parms_dict": {"act": "raise", "number": int(number)}}
+            InLoop(self.h5_main, h5_target_group=f"{path}-inner::/", **options).compute()
+
+        def _write_results_chunk(self) -> None:
+            raise AssertionError("the outer run is over")
+
+    path, _, name = scan.partition("::")
+    with h5py.File(path, "r+") as file:
+        with pytest.raises(BaseException, match=r"stopped early|75") as left:
+            Outer(file[name]).compute()
+        assert isinstance(left.value, lazyproc.Interrupted if number == signal.SIGINT else SystemExit)
+        (inner,) = file_status(f"{path}-inner").results
+        assert 0 < inner.n_done < N_POSITIONS
+        assert not file[f"{CHANNEL}/Raw_Data-Outer_000/completed_positions"][:].any()
+    assert holder(path) is None
+
+
+def test_a_process_that_the_function_forks_can_be_ended(scan: str) -> None:
+    """It has the handlers of the run, and must not mistake its own signals for a wish to stop the run."""
+
+    for number, code in ((signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)):
+        with in_loop(scan, "fork", number) as process:
+            means = process.compute()["Mean"][:, 0].tolist()
+        assert means.count(code) == 1
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "nan"])
+def test_a_grace_that_is_no_number(scan: str, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("LAZYPROC_GRACE_SECONDS", text)
+    with pytest.raises(lazyproc.ArgumentValueError, match=f"LAZYPROC_GRACE_SECONDS: '{text}' came; expected a number"):
+        in_loop(scan, "").compute()
+
+
+def test_grace() -> None:
+    assert grace_seconds() == GRACE_SECONDS < 30

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.launch import Launch, detect
 from lazyproc.engine.line import Line, LineAddress, Switchboard
 from lazyproc.hdf5.file_id import FileId, this_machine
@@ -138,6 +139,17 @@ def test_strangers_on_the_line_are_nobody():
     time.sleep(0.5)
     assert cut == []
     board.close()
+
+
+# --- memory is counted by the machine ---------------------------------------------------------------------------------
+
+
+def test_a_cluster_gets_only_as_many_blocks_as_fit_on_one_machine():
+    cluster = Scheduler("client", 64, n_beside=16)
+    assert cluster.n_on_machine == 16
+    assert cluster.with_workers(64).most is None
+    assert cluster.with_workers(5).most == 5
+    assert Scheduler("processes", 8).n_on_machine == 8
 
 
 # --- one file, seen from several machines ----------------------------------------------------------------------------

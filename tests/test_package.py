@@ -76,7 +76,8 @@ def test_every_name_of_the_package_is_there():
 FLOORS = [
     {"core"},
     {"hdf5", "engine"},
-    {"arguments", "clusters", "declared", "definition", "drain", "hook_loop", "hooks", "layout", "main_handle", "opening"}
+    {"arguments", "clusters", "collective", "declared", "definition", "drain", "hook_loop", "hooks", "layout"}
+    | {"main_handle", "opening"}
     | {"perform", "progress", "recording", "results", "retry", "run", "status", "views", "watch"},
     {"process"},
     {"compat", "loading", "mapping", "slurm"},
@@ -234,11 +235,13 @@ def test_the_conda_environment_equals_the_dependencies(project):
     assert len(versions) == len(conda), "a package is listed twice"
     assert versions.pop("python").replace(" ", "") == project["requires-python"].replace(" ", "")
     versions.pop("pip", None)
-    assert {**versions, **dict(pip)} == dict(map(requirement, project["dependencies"]))
+    extras = [text for name in ("dashboard", "mpi") for text in project["optional-dependencies"][name]]
+    wanted = [text for text in project["dependencies"] + extras if not text.startswith("lazyproc[")]
+    assert {**versions, **dict(pip)} == dict(map(requirement, wanted))
 
 
 def test_what_is_imported_is_a_dependency(project):
-    known = {requirement(text)[0] for text in project["dependencies"]}
+    known = {requirement(text)[0] for text in project["dependencies"]} | {"mpi4py"}  # loaded under mpiexec only
     outside = {name.partition(".")[0] for path in MODULES for name in imported(path)}
     outside -= {*sys.stdlib_module_names, "lazyproc"}
     assert {name.lower().replace("_", "-") for name in outside} <= known

@@ -97,6 +97,15 @@ class Stage:
         """Let the function do something at a position, in a worker."""
         (self.folder / f"at_{position}").write_text(what)
 
+    def hold(self, *positions: int) -> None:
+        """Let the function wait at these positions, and take its time at all others.
+
+        Dask gives each worker two blocks, and the second one to somebody else only if its time is worth that.
+        """
+        (self.folder / "slow").write_text("0.06")
+        for position in positions:
+            self.order(position, WAITS)
+
     def forget(self, position: int) -> None:
         (self.folder / f"at_{position}").unlink()
 
@@ -373,7 +382,7 @@ def test_processes_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("on_cluster", [False, True], ids=["processes", "cluster"])
 def test_a_straggler_holds_back_nobody(stage: Stage, on_cluster: bool) -> None:
     """While it runs on, all others are done and committed."""
-    stage.order(FIRST, WAITS)
+    stage.hold(FIRST)
     stage.start(scheduler=stage.start_cluster() if on_cluster else None)
     wait_for(lambda: stage.n_done() == N_POSITIONS - 1 if stage.begun() else False)
     assert np.flatnonzero(~stage.check()).tolist() == [FIRST]
@@ -419,8 +428,7 @@ def test_a_worker_that_was_cut_off_writes_nothing_late(stage: Stage) -> None:
     The function returns who computed a position, so that a late writer would be seen.
     """
     scheduler = stage.start_cluster(4, ttl="1s")
-    for position in (FIRST, SECOND, THIRD):
-        stage.order(position, WAITS)
+    stage.hold(FIRST, SECOND, THIRD)
     stage.start(scheduler=scheduler)
     early, late, _ = (stage.worker_at(position) for position in (FIRST, SECOND, THIRD))
     stop(early)
@@ -450,6 +458,7 @@ def test_a_worker_that_was_cut_off_writes_nothing_late(stage: Stage) -> None:
 def test_the_attempt_before_the_last_writes_nothing(stage: Stage) -> None:
     """A worker that was cut off ends while another one is at its block: only what that one writes counts."""
     scheduler = stage.start_cluster(3, ttl="1s")
+    stage.hold()
     stage.order(FIRST, "while not (place / f'gate_{os.getpid()}').exists(): time.sleep(0.01)")
     stage.start(scheduler=scheduler)
     first = stage.worker_at(FIRST)
@@ -490,7 +499,7 @@ def test_a_nanny_ends_a_worker_that_takes_too_much(stage: Stage) -> None:
 
 def test_all_workers_die_and_others_come(stage: Stage) -> None:
     """No block is lost, and the function, which is too large to be sent along with each task, comes back, too."""
-    stage.order(FIRST, WAITS)
+    stage.hold(FIRST)
     stage.start(scheduler=stage.start_cluster())
     stage.worker_at(FIRST)
     for pid in stage.workers:
@@ -505,7 +514,7 @@ def test_all_workers_die_and_others_come(stage: Stage) -> None:
 @pytest.mark.parametrize("what", ["no workers", "a mute scheduler"])
 def test_nothing_is_waited_for_without_end(stage: Stage, what: str) -> None:
     """All workers are gone, or the scheduler says nothing: what is finished is kept, the message says what to do."""
-    stage.order(FIRST, WAITS)
+    stage.hold(FIRST)
     stage.start(scheduler=stage.start_cluster(), patience=2.0)
     stage.worker_at(FIRST)
     wait_for(lambda: stage.n_done() == N_POSITIONS - 1)
@@ -534,7 +543,7 @@ def test_nothing_is_waited_for_without_end(stage: Stage, what: str) -> None:
 
 def test_a_scheduler_that_dies(stage: Stage) -> None:
     """An error soon, with what was finished kept; the same call goes on without a cluster."""
-    stage.order(FIRST, WAITS)
+    stage.hold(FIRST)
     stage.start(scheduler=stage.start_cluster(), connect=1.0)
     stage.worker_at(FIRST)
     wait_for(lambda: stage.n_done() == N_POSITIONS - 1)
@@ -553,7 +562,7 @@ def test_a_scheduler_that_dies(stage: Stage) -> None:
 
 def test_a_scheduler_that_dies_and_comes_back(stage: Stage) -> None:
     """With other workers, while the client still tries to reach it: the run goes on as if nothing had been."""
-    stage.order(FIRST, WAITS)
+    stage.hold(FIRST)
     scheduler = stage.start_cluster()
     stage.start(scheduler=scheduler, connect=30.0)
     stage.worker_at(FIRST)
@@ -571,7 +580,7 @@ def test_a_scheduler_that_dies_and_comes_back(stage: Stage) -> None:
 
 def test_a_cluster_that_is_restarted(stage: Stage) -> None:
     """As by a button of the dashboard: all tasks are cancelled, all workers new."""
-    stage.order(FIRST, WAITS)
+    stage.hold(FIRST)
     scheduler = stage.start_cluster(nanny=True)
     stage.start(scheduler=scheduler)
     before = stage.worker_at(FIRST)
@@ -585,8 +594,7 @@ def test_a_cluster_that_is_restarted(stage: Stage) -> None:
 
 def test_a_connection_that_breaks_and_comes_back(stage: Stage) -> None:
     """Twice; the workers never notice, and what they had under way is taken away from them."""
-    stage.order(FIRST, WAITS)
-    stage.order(SECOND, WAITS)
+    stage.hold(FIRST, SECOND)
     with Proxy(stage.start_cluster()) as proxy:
         stage.start(scheduler=proxy.address, connect=30.0)
         for position in (FIRST, SECOND):

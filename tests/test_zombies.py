@@ -320,7 +320,7 @@ def sink_of(path: str, group: h5py.Group, run_id: str) -> Sink:
 def assert_refused(stage: Stage, group: h5py.Group, old: str) -> None:
     """Let workers of the cluster write for the old run, which is refused, and for the present one, which is not."""
     data = raw_data()
-    last = N_POSITIONS - 2  # the driver has tried the very last position itself
+    last = int(np.flatnonzero(group[MASK][:] == 0)[-1])  # the driver has tried some positions itself
     block = Block(0, (last,), (last + 1,))
     wrong = [np.full((1, 1), 7.0), np.full((1, N_SPECTRAL), 7.0, "f4")]
     right = [np.array([[data[last].mean()]]), (2 * data[last : last + 1]).astype("f4")]

@@ -127,7 +127,7 @@ def run_probe(
     if probing.all_failed:
         first = _look_further(probing, remaining, first)
         if probing.all_failed:
-            return probing.measured(first)
+            return probing.measured(probing.slowest)
     temporary, fixed = _measure_memory(probing, first, most_rows, row_bytes, vectorized=vectorized)
     seconds, rows = _measure_time(probing, first, most_rows)
     gain = 1.0
@@ -148,6 +148,7 @@ class _Probing:
         self._failed: list[FailedPosition] = []
         self._first: Exception | None = None
         self.seconds: list[float] = []
+        self.slowest = 0.0
 
     @property
     def all_failed(self) -> bool:
@@ -159,7 +160,10 @@ class _Probing:
         return Probe(seconds, temporary, fixed, gain, self._computed, self._failed, self._first)
 
     def call(self, positions: NDArray[np.int64] | Runs) -> float:
-        """Compute these positions and return the seconds a position that it took; 0.0 if there are none left."""
+        """Compute these positions and return the seconds a position that it took.
+
+        0.0 if there are none left, or the function failed for all: how long that takes says nothing about the others.
+        """
         runs = positions if isinstance(positions, Runs) else Runs.from_positions(positions)
         runs = runs.intersection(self.left)
         if not runs:
@@ -169,6 +173,9 @@ class _Probing:
         results, failed = self._try(rows, runs)
         seconds = (time.perf_counter() - begin) / len(rows)
         self._keep(runs, results, failed)
+        self.slowest = max(self.slowest, seconds)
+        if len(failed.rows) == len(rows):
+            return 0.0
         self.seconds.append(seconds)
         return seconds
 

@@ -2,14 +2,70 @@
 
 from __future__ import annotations
 
-from lazyproc.core.blocks import at_least
+from dataclasses import dataclass
+
+from lazyproc.core.blocks import BlockPlan, at_least
 from lazyproc.core.errors import ArgumentValueError
+from lazyproc.core.runs import Runs
 
 _SHARES = 2
 """In the tail a worker would have at least so many more blocks to do of what is left, if all got equal shares."""
 _HANDOUT_SECONDS = 0.001
 """What a block costs whoever hands them out, one after the other: measured 0.7-1.2 ms with a distributed scheduler."""
 _USUAL_SECONDS, _LEAST_SECONDS = 1.0, 0.05
+
+
+@dataclass(frozen=True)
+class Division:
+    """How positions are divided into blocks, whichever are left and however long one takes.
+
+    Attributes
+    ----------
+    memory_rows : int
+        The most positions for which a worker has memory.
+    n_workers : int
+        How many blocks are computed at the same time.
+    align : int
+        The rows of a storage chunk; 1 if there are no chunks.
+    bytes_per_position : int
+        Bytes that a position has in the main dataset and in the results.
+    preferred_bytes : int
+        How many of them a block should have at most.
+    interval : float
+        Seconds between commits.
+    """
+
+    memory_rows: int
+    n_workers: int
+    align: int
+    bytes_per_position: int
+    preferred_bytes: int
+    interval: float
+
+    def plan(self, remaining: Runs, seconds_per_position: float | None) -> BlockPlan:
+        """Divide positions, each of which takes so many seconds; None if that is not known."""
+        n_remaining = max(1, remaining.n_positions)
+        target_seconds, least_seconds = block_seconds(self.n_workers, self.interval)
+        size = positions_per_block(
+            memory_rows=self.memory_rows,
+            n_remaining=n_remaining,
+            n_workers=self.n_workers,
+            align=self.align,
+            seconds_per_position=seconds_per_position,
+            bytes_per_position=self.bytes_per_position,
+            target_seconds=target_seconds,
+            least_seconds=least_seconds,
+            preferred_bytes=self.preferred_bytes,
+        )
+        tail = tail_of(
+            size,
+            n_remaining=n_remaining,
+            n_workers=self.n_workers,
+            align=self.align,
+            seconds_per_position=seconds_per_position,
+            least_seconds=least_seconds,
+        )
+        return BlockPlan(remaining, size, align=self.align, tail=tail)
 
 
 def block_seconds(n_workers: int, interval: float) -> tuple[float, float]:
@@ -45,8 +101,10 @@ def positions_per_block(
     seconds_per_position: float | None,
     bytes_per_position: int,
     target_seconds: float = 1.0,
+    least_seconds: float = _LEAST_SECONDS,
     preferred_bytes: int = 16 * 2**20,
     least_blocks_per_worker: int = 4,
+    usual_blocks_per_worker: int = 16,
 ) -> int:
     """Choose how many positions a block may hold.
 
@@ -57,6 +115,8 @@ def positions_per_block(
     - `target_seconds`: what is lost when a worker dies is a block, and progress is seen block by block. Much shorter
       blocks would be dominated by the cost of scheduling them.
     - `least_blocks_per_worker`: with one block a worker all would wait for the slowest one.
+    - `usual_blocks_per_worker`: and with few, if some positions take a hundred times as long as others. But not so many
+      that a block would take less than twice `least_seconds`.
 
     Then the storage chunks, which are read and decoded as a whole: a size of a chunk or more is rounded down to whole
     chunks, which is what a block could use anyway. A smaller one is raised to one chunk, since each block of a divided
@@ -79,10 +139,12 @@ def positions_per_block(
         Bytes that a position has in the main dataset.
     target_seconds : float, optional
         How long a block should take at most.
+    least_seconds : float, optional
+        How long a block should take at least, in the tail.
     preferred_bytes : int, optional
         How many bytes of the main dataset a block should have at most.
-    least_blocks_per_worker : int, optional
-        How many blocks each worker should get at least.
+    least_blocks_per_worker, usual_blocks_per_worker : int, optional
+        How many blocks each worker should get, at least, and if they are still long enough.
 
     Returns
     -------
@@ -116,6 +178,10 @@ def positions_per_block(
     size = max(1, min(memory_rows, preferred_bytes // bytes_per_position, -(-n_remaining // (n_workers * least))))
     if size * seconds > target_seconds:
         size = max(1, int(target_seconds / seconds))
+    if size * seconds > 2 * least_seconds:
+        size = min(
+            size, max(-(-n_remaining // (n_workers * usual_blocks_per_worker)), int(2 * least_seconds / seconds), 1)
+        )
     if size >= align:
         return size - size % align
     if align <= memory_rows and align * seconds <= 4 * target_seconds:

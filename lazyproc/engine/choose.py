@@ -11,7 +11,6 @@ from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.probe import Probe
-from lazyproc.engine import mpi
 from lazyproc.engine.cluster import count_threads, most_on_machine
 from lazyproc.engine.distant import run_client
 from lazyproc.engine.kernel import Kernel, pack
@@ -54,11 +53,9 @@ class Scheduler:
     most: int | None = None
 
     @classmethod
-    def on_cluster(cls, client: Any) -> Scheduler:
+    def on_cluster(cls, client: Any, worker_threads: int = 1) -> Scheduler:
         """Return the scheduler of a cluster as it is now."""
-        own = mpi.job()
-        threads = own.native_threads if own is not None and own.owns(client) else 1
-        return cls("client", count_threads(client), client, most_on_machine(client), threads)
+        return cls("client", count_threads(client), client, most_on_machine(client), worker_threads)
 
     @property
     def n_on_machine(self) -> int:

@@ -24,8 +24,8 @@ from lazyproc.engine.threads import BlockThreads
 
 TICK = 0.25
 """Seconds: how often an engine gives the driver a turn while nothing is ready."""
-_GRAPH_BLOCKS = 128
-"""Blocks a worker in one Dask graph: its size costs memory."""
+_GRAPH_BLOCKS = 8
+"""Blocks a worker in one Dask graph: they are cut before it is known how long those of the graph take."""
 _ATTEMPTS = 2
 """How often a block is tried, while others are, if its worker process dies; then once more, with nothing beside it."""
 

@@ -21,63 +21,13 @@ import atexit
 import os
 import socket
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from lazyproc.core.errors import LaunchError
 from lazyproc.engine.launch import Launch
-from lazyproc.engine.line import LineAddress, Switchboard
+from lazyproc.engine.line import Switchboard
+from lazyproc.engine.messages import END, HELLO, ORDERS, Hello, Orders
 from lazyproc.engine.world import LOST, World, code_of, flush, ignore_signals
-
-HELLO, ORDERS, END = 27701, 27702, 27703
-"""Tags of our messages, unlikely to be anybody else's."""
-
-
-@dataclass(frozen=True)
-class Hello:
-    """What a rank tells of itself.
-
-    Attributes
-    ----------
-    machine : str
-        Its host name.
-    cores : frozenset of int
-        The cores that it may use.
-    n_cores : int
-        How many of them at a time, by the quota of its control group.
-    memory : int
-        Bytes that the machine, or the control group, has.
-    """
-
-    machine: str
-    cores: frozenset[int]
-    n_cores: int
-    memory: int
-
-
-@dataclass(frozen=True)
-class Orders:
-    """What a rank is told.
-
-    Attributes
-    ----------
-    scheduler : str
-        The address of Dask's scheduler.
-    host : str or None
-        The address to listen at; None: the one from which the scheduler is reached.
-    line : LineAddress
-        Where the driver is called.
-    memory : int
-        Bytes for this rank.
-    threads : int
-        Threads of BLAS and OpenMP for this rank.
-    """
-
-    scheduler: str
-    host: str | None
-    line: LineAddress
-    memory: int
-    threads: int
 
 
 class Job:
@@ -244,9 +194,9 @@ def join(
     return _job
 
 
-def job() -> Job | None:
-    """Return the job that this process drives, if it does."""
-    return _job
+def native_threads(client: Any) -> int:
+    """Return how many threads of BLAS and OpenMP a worker gets: one, or more in an MPI job that has cores to spare."""
+    return _job.native_threads if _job is not None and _job.owns(client) else 1
 
 
 def mpi_attributes(client: Any = None) -> tuple[Any, int, int]:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import psutil
 
 from lazyproc.engine.line import Line
-from lazyproc.engine.mpi import END, HELLO, ORDERS, Hello, Orders
+from lazyproc.engine.messages import END, HELLO, ORDERS, Hello, Orders
 from lazyproc.engine.world import LOST, World, flush, ignore_signals
 
 _LOOK_SECONDS = 0.05

@@ -97,7 +97,13 @@ def walk(group: h5py.Group) -> Iterator[Member]:
         for name, item in under_way[-1]:
             if isinstance(item, Exception):
                 yield name, item
-            elif (address := address_of(item)) not in seen:
+                continue
+            try:
+                address = address_of(item)
+            except H5_ERRORS as error:
+                yield name, error
+                continue
+            if address not in seen:
                 seen.add(address)
                 yield name, item
                 if isinstance(item, h5py.Group):

@@ -9,9 +9,18 @@ from typing import Any
 
 import h5py
 
-from lazyproc.core.errors import ArgumentValueError, FileBusyError, MissingFileError, ReadOnlyFileError
-from lazyproc.hdf5.damage import H5_ERRORS
-from lazyproc.hdf5.heap import is_endless_heap
+from lazyproc.core.errors import (
+    ArgumentValueError,
+    FileBusyError,
+    LazyprocError,
+    MissingFileError,
+    ReadOnlyFileError,
+    ResultsError,
+)
+from lazyproc.hdf5.damage import H5_ERRORS, members
+from lazyproc.hdf5.extents import real_path
+from lazyproc.hdf5.heap import DamagedHeapError, is_endless_heap
+from lazyproc.hdf5.holder import holder, say_who
 from lazyproc.hdf5.locking import hdf5_option
 from lazyproc.hdf5.overlay import Overlay
 from lazyproc.hdf5.transaction import read_journal, recover_locked
@@ -113,9 +122,9 @@ class Files:
         except PermissionError as error:
             raise ReadOnlyFileError(f"{path}: the file cannot be written: {error}.") from error
         except OSError as error:
-            raise FileBusyError(
-                f"{path}: the file cannot be opened for writing ({error}). Close it in other programs and notebooks."
-            ) from error
+            about = holder(path)
+            why = f"the file cannot be opened for writing ({error})" if about is None else say_who(about)
+            raise FileBusyError(f"{path}: {why}. Close it in other programs and notebooks.") from error
         self._opened.append((file, None))
         return file
 
@@ -177,12 +186,43 @@ class _FreshFile(io.RawIOBase):
             raise OSError(f"{self._path}: a damaged address leads to byte {self._place}")
         count = os.preadv(self._descriptor, [buffer], self._place)
         if is_endless_heap(memoryview(buffer).cast("B")[:count]):
-            raise OSError(f"{self._path}: the heap of texts at byte {self._place} is damaged")
+            raise DamagedHeapError(f"{self._path}: the heap of texts at byte {self._place} is damaged")
         self._place += count
         return count
 
     def __repr__(self) -> str:
         return self._path
+
+
+def check_heaps(item: h5py.Group | h5py.Dataset) -> None:
+    """Make sure that HDF5 would return from reading the texts of an object behind a caller's handle.
+
+    Its attributes, and those of its members, are read once from the file itself, where each heap is looked at before.
+
+    Raises
+    ------
+    ResultsError
+        If a heap is damaged in such a way.
+
+    Notes
+    -----
+    What the handle has not flushed is not seen, nor read from the disk again.
+    """
+    path = real_path(item.file)
+    if path is None or item.name is None:
+        return
+    files = Files()
+    try:
+        same = files.open(path)[item.name]
+        for one in (same, *(inside for _, inside in members(same))) if isinstance(same, h5py.Group) else (same,):
+            if not isinstance(one, Exception):
+                dict(one.attrs)
+    except DamagedHeapError as error:
+        raise ResultsError(f"{error}. Close the file, and restore it from a copy.") from error
+    except (LazyprocError, *H5_ERRORS) as error:  # reading through the handle will say what is wrong
+        log.debug("%s::%s: %s", path, item.name, error)
+    finally:
+        files.close()
 
 
 def _open_raw(path: str) -> Any:

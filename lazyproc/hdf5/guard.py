@@ -24,6 +24,8 @@ from lazyproc.hdf5.undo import drop_undo, kept_fresh, read_ranges, refuse_pendin
 
 LARGEST = 256 * 2**20
 """Bytes of metadata: of more no journal is kept."""
+_MOST_TRIES = 3
+"""Times that a flush may show more to be flushed."""
 
 log = logging.getLogger("lazyproc")
 
@@ -75,6 +77,12 @@ def guarded(
                 rewritten = _rewritten(file, datasets, rows, n_rows)
                 stack.enter_context(_guard_of(_Guard(file, path, RawBytes(), rewritten, logging.WARNING)))
         yield
+
+
+def flush_guarded(files: Iterable[h5py.File]) -> None:
+    """Flush and sync open files so that a death meanwhile can be undone; the caller holds the run's lock."""
+    with guarded(file for file in files if file and real_path(file) is not None):
+        pass
 
 
 def _below(results: Iterable[h5py.Group | h5py.Dataset]) -> list[h5py.Dataset]:
@@ -134,12 +142,26 @@ class _Guard:
         self._state = (0, 0)
 
     def begin(self) -> None:
-        """Keep the metadata as they are now."""
+        """Keep the metadata as they are now.
+
+        What the caller has changed and HDF5 holds back yet comes first. Writing it changes the file's structure, too,
+        so the metadata on the disk are kept meanwhile; if that has changed them, they are kept anew.
+        """
+        refuse_pending(self.path, locked=True)
+        for _ in range(_MOST_TRIES):
+            self._keep()
+            if self._kept is None or not self.changed():
+                return
+            self._settle()
+            self._raw.forget()
+        self._keep()
+
+    def _keep(self) -> None:
         self._kept = None
         if not self._file:
             return
-        refuse_pending(self.path, locked=True)
-        descriptor, size = self._sync()
+        descriptor = self._file.id.get_vfd_handle()
+        size = os.fstat(descriptor).st_size
         kept = self._raw.metadata(self._file, size, self._rewritten)
         n_bytes = int((kept[:, 1] - kept[:, 0]).sum())
         if n_bytes > LARGEST:
@@ -177,15 +199,15 @@ class _Guard:
         """Tell whether any metadata have changed since the beginning."""
         if self._kept is None or not self._file:
             return True
-        descriptor, _ = self._sync()
-        return self._state_of(descriptor, self._kept) != self._state
+        return self._state_of(self._sync(), self._kept) != self._state
 
-    def _sync(self) -> tuple[int, int]:
-        """Flush down to the disk; return the file's descriptor and size."""
+    def _sync(self) -> int:
+        """Flush down to the disk; return the file's descriptor."""
         self._file.flush()
-        descriptor = self._file.id.get_vfd_handle()
+        self._file.flush()  # the first one may free space at the end of the file, and the second one cut it off
+        descriptor = int(self._file.id.get_vfd_handle())
         os.fdatasync(descriptor)
-        return descriptor, os.fstat(descriptor).st_size
+        return descriptor
 
     @staticmethod
     def _state_of(descriptor: int, ranges: Ranges) -> tuple[int, int]:

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+
+class DamagedHeapError(OSError):
+    """A heap was not shown to HDF5, which would not get through it."""
+
+
 _HEAD = b"GCOL\x01\x00\x00\x00"
 _HEAD_BYTES = _OBJECT_BYTES = 16
 

@@ -48,6 +48,12 @@ def holder(path: str) -> dict[str, Any] | None:
         return None
 
 
+def say_who(about: dict[str, Any]) -> str:
+    """Say who computes into a file, from what `holder` returns."""
+    who = ", ".join(f"{what} {about.get(what, 'unknown')}" for what in ("host", "pid"))
+    return f"another run is computing into this file: {who}, since {about.get('since', 'unknown')}"
+
+
 def is_held(lock_path: str, about: dict[str, Any]) -> bool:
     """Tell whether whoever wrote a lock file still holds it, by the kind of lock that it tells of."""
     kind = about.get("locking", FLOCK)

@@ -27,8 +27,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lazyproc.core.errors import FileBusyError, LazyprocError, ReadOnlyFileError
-from lazyproc.hdf5.holder import TIME, is_alive, is_held, is_locked, read_holder
+from lazyproc.core.errors import FileBusyError, LazyprocError, LockingError, ReadOnlyFileError
+from lazyproc.hdf5.holder import TIME, is_alive, is_held, is_locked, read_holder, say_who
 from lazyproc.hdf5.holder import holder as holder
 from lazyproc.hdf5.holder import sidecar as sidecar
 from lazyproc.hdf5.locking import FLOCK, NONE, lock, locking, unlock
@@ -164,11 +164,13 @@ class RunLock:
         for _ in range(20):
             descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                taken = lock(descriptor, lock_path, self.fence.locking, exclusive=True)
+                taken = lock(descriptor, self._path, self.fence.locking, exclusive=True)
                 if taken and _same_file(descriptor, lock_path):
                     self._refuse_other_kind()
                     return descriptor
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, LockingError) and not os.fstat(descriptor).st_size:
+                    os.unlink(lock_path)  # we have made it
                 os.close(descriptor)
                 raise
             os.close(descriptor)  # held; or its last holder removed the file between our open and our lock
@@ -202,23 +204,19 @@ class RunLock:
     def _busy(self) -> FileBusyError:
         """Say who has the lock."""
         about = read_holder(self.fence.lock_path) or {}
-        who = ", ".join(f"{what} {about.get(what, 'unknown')}" for what in ("host", "pid"))
         here = about.get("host") == socket.gethostname()
         hint = "Wait for it, or stop it; its finished blocks are kept."
         if NONE in (self.fence.locking, about.get("locking")) and not here:
             hint += f" If it is gone, remove {self.fence.lock_path}: without locks that cannot be seen from here."
         elif about.get("locking", FLOCK) != NONE and here and not is_alive(about):
             hint = "That process is gone, but one that was forked from it still holds the lock: end it."
-        return FileBusyError(
-            f"{self._path}: another run is computing into this file: {who}, since {about.get('since', 'unknown')}. "
-            f"{hint}"
-        )
+        return FileBusyError(f"{self._path}: {say_who(about)}. {hint}")
 
     def _set_fence(self, text: str) -> None:
         descriptor = os.open(self.fence.fence_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             deadline = time.monotonic() + _WRITE_SECONDS
-            while not lock(descriptor, self.fence.fence_path, self.fence.locking, exclusive=True):
+            while not lock(descriptor, self._path, self.fence.locking, exclusive=True):
                 if time.monotonic() > deadline:
                     raise FileBusyError(
                         f"{self._path}: a worker has been writing for more than {_WRITE_SECONDS:g} s: it is stopped, "

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from lazyproc.hdf5.heap import is_endless_heap
+from lazyproc.hdf5.heap import DamagedHeapError, is_endless_heap
 
 _PAGE = 4096
 Patch = tuple[int, bytes, bytes]
@@ -92,7 +92,7 @@ class Overlay(io.RawIOBase):
             view[done : done + part] = self._page(page)[within : within + part]
             done += part
         if is_endless_heap(view[:count]):
-            raise OSError(f"{self._path}: the heap of texts at byte {self._place} is damaged")
+            raise DamagedHeapError(f"{self._path}: the heap of texts at byte {self._place} is damaged")
         self._place += count
         return count
 

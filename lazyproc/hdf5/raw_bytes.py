@@ -54,8 +54,12 @@ class RawBytes:
     def __init__(self) -> None:
         self._known: dict[int, Ranges] = {}
 
+    def forget(self) -> None:
+        """Look at everything anew."""
+        self._known = {}
+
     def metadata(self, file: h5py.File, size: int, rewritten: Rewritten) -> Ranges:
-        """Return all ranges below `size` but those of raw data. The file has been flushed."""
+        """Return all ranges below `size` but those of raw data, as HDF5 sees them now."""
         claimed = self._claimed(file, rewritten)
         self._known = {address: raw for address, raw in claimed.items() if address not in rewritten.addresses}
         return _others(np.concatenate([_NONE, *claimed.values()]), int(file.userblock_size), size)

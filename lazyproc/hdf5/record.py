@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import h5py
@@ -35,6 +35,30 @@ _TIME = "%Y-%m-%d %H:%M:%S"
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """When, where and as what a results group was begun; ranks that create one together must write the same.
+
+    Attributes
+    ----------
+    run_id : str
+        Of this group, and of no other one.
+    host, platform : str
+        The machine.
+    seconds : float
+        Since the epoch.
+    """
+
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    host: str = field(default_factory=socket.gethostname)
+    platform: str = field(default_factory=platform.platform)
+    seconds: float = field(default_factory=time.time)
+
+    def time(self, form: str = _TIME) -> str:
+        """Return the local time as text."""
+        return time.strftime(form, time.localtime(self.seconds))
+
+
+@dataclass(frozen=True)
 class Provenance:
     """What is recorded of a run beside its parameters.
 
@@ -48,12 +72,15 @@ class Provenance:
         Packages and their versions.
     probe : dict
         What the probe measured, so that a resumed run needs none.
+    stamp : Stamp
+        When and where.
     """
 
     function: str
     fingerprint: str
     versions: dict[str, str]
     probe: dict[str, float]
+    stamp: Stamp = field(default_factory=Stamp)
 
 
 def create_group(
@@ -75,8 +102,12 @@ def create_group(
         Make room for so many failed positions; None if failures are not recorded.
     """
     same_file = main.file == parent.file
+    stamp = provenance.stamp
     attrs = {
-        "lazyproc_run_id": uuid.uuid4().hex,
+        "machine_id": stamp.host,
+        "platform": stamp.platform,
+        "timestamp": stamp.time("%Y_%m_%d-%H_%M_%S"),
+        "lazyproc_run_id": stamp.run_id,
         "lazyproc_arguments": work.arguments,
         "lazyproc_source": work.main_name,
         "lazyproc_status_mask": work.status_name,
@@ -85,8 +116,8 @@ def create_group(
         "lazyproc_code": work.code,
         "lazyproc_versions": json.dumps(provenance.versions),
         "lazyproc_probe": json.dumps(provenance.probe),
-        "lazyproc_host": socket.gethostname(),
-        "lazyproc_started": time.strftime(_TIME),
+        "lazyproc_host": stamp.host,
+        "lazyproc_started": stamp.time(),
         "lazyproc_finished": "".ljust(19),
         "lazyproc_workers": "".ljust(64),
         "last_pixel": np.int64(0),
@@ -149,12 +180,12 @@ def note_reopened(parent: h5py.Group, name: str, first: int) -> None:
         group.attrs["lazyproc_finished"] = "".ljust(19)
 
 
-def note_end(parent: h5py.Group, name: str, work: Work, workers: str = "") -> None:
+def note_end(parent: h5py.Group, name: str, work: Work, workers: str = "", seconds: float | None = None) -> None:
     """Record that all positions are done: ``last_pixel`` for older readers, when, and by which workers if known."""
     group = parent.file[name]
     group.attrs["last_pixel"] = np.int64(work.n_positions)
     if "lazyproc_run_id" in group.attrs:
-        group.attrs["lazyproc_finished"] = time.strftime(_TIME)
+        group.attrs["lazyproc_finished"] = time.strftime(_TIME, time.localtime(seconds))
         if workers:
             group.attrs["lazyproc_workers"] = workers[:64].ljust(64)
 

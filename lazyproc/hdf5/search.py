@@ -24,6 +24,7 @@ from lazyproc.core.specs import ResolvedOutput
 from lazyproc.hdf5.attributes import has_manifest, read_parameters
 from lazyproc.hdf5.damage import H5_ERRORS, reading
 from lazyproc.hdf5.failures import count_failed
+from lazyproc.hdf5.files import check_heaps
 from lazyproc.hdf5.seal import check_places, check_seal
 from lazyproc.hdf5.target import read_mask_pieces
 from lazyproc.hdf5.usid import read_text
@@ -138,8 +139,11 @@ def named_groups(target: h5py.Group, main_name: str, process_name: str) -> list[
 def _opened(parent: h5py.Group, name: str) -> Any:
     """Return what has the name; None if there is nothing, or it cannot be opened."""
     try:
-        return parent.get(name)
-    except H5_ERRORS as error:
+        item = parent.get(name)
+        if isinstance(item, h5py.Group):
+            check_heaps(item)
+        return item
+    except (ResultsError, *H5_ERRORS) as error:
         log.warning("%s/%s cannot be opened (%s) and is passed over", parent.name, name, error)
         return None
 
@@ -210,13 +214,17 @@ def remaining_positions(group: h5py.Group, n_positions: int, status_name: str) -
     return Runs.from_spans([(min(max(last, 0), n_positions), n_positions)])
 
 
-def _attribute(group: h5py.Group, name: str, default: str = "") -> str:
-    """Return the text in an attribute."""
-    if name not in group.attrs:
-        return default
+def text_attribute(group: h5py.Group, name: str, default: str = "") -> str:
+    """Return the text in an attribute of a results group, or `default` without it.
+
+    Raises
+    ------
+    ResultsError
+        If it is no text, or cannot be read.
+    """
     try:
-        return read_text(group.attrs[name])
-    except (ArgumentTypeError, OSError, TypeError, ValueError) as error:
+        return read_text(group.attrs[name]) if name in group.attrs else default
+    except (ArgumentTypeError, *H5_ERRORS) as error:
         raise ResultsError(
             f"{group.name}: the attribute {name} cannot be read ({error}); expected a text. It was changed by another "
             "program, or the file is damaged: compute with override=True."
@@ -224,14 +232,14 @@ def _attribute(group: h5py.Group, name: str, default: str = "") -> str:
 
 
 def _name_differences(group: h5py.Group, work: Work) -> Iterable[str]:
-    tool = _attribute(group, "tool", work.process_name)
+    tool = text_attribute(group, "tool", work.process_name)
     if tool.replace("-", "_") != work.process_name:
         yield f"process: stored {tool!r}, wanted {work.process_name!r}"
 
 
 def _argument_differences(group: h5py.Group, work: Work) -> Iterable[str]:
     nothing = '{"args": [], "kwargs": {}}'
-    stored = _attribute(group, "lazyproc_arguments", nothing)
+    stored = text_attribute(group, "lazyproc_arguments", nothing)
     if not same_arguments(stored, work.arguments):
         yield f"arguments of compute: stored {stored}, wanted {work.arguments}"
 
@@ -254,7 +262,7 @@ def _source_differences(group: h5py.Group, work: Work, *, verify: bool) -> Itera
     if stored_name is not None and stored_name != work.main_name:
         yield f"source: stored results of {stored_name}, wanted {work.main_name}"
         return
-    stored = _attribute(group, "lazyproc_fingerprint")
+    stored = text_attribute(group, "lazyproc_fingerprint")
     if stored and verify:
         now = work.fingerprint(stored)
         if now:
@@ -279,7 +287,7 @@ def source_name(group: h5py.Group) -> str | None:
     """Return the path of the main dataset that the results were made from, if it is recorded."""
     for name in ("lazyproc_source", "source_dataset_path"):
         if name in group.attrs:
-            return _attribute(group, name)
+            return text_attribute(group, name)
     reference = group.attrs.get("source_000")
     if isinstance(reference, h5py.Reference) and reference:
         try:
@@ -291,7 +299,7 @@ def source_name(group: h5py.Group) -> str | None:
 
 def _source_file(group: h5py.Group) -> str | None:
     if "source_file_path" in group.attrs:
-        return _attribute(group, "source_file_path")
+        return text_attribute(group, "source_file_path")
     return None if _is_elsewhere(group) else ""
 
 
@@ -308,7 +316,7 @@ def _same_path(stored: str, now: str) -> bool:
 
 
 def _remarks(group: h5py.Group, work: Work) -> Iterable[str]:
-    stored = _attribute(group, "lazyproc_code")
+    stored = text_attribute(group, "lazyproc_code")
     if stored and code_changed(stored, work.code):
         yield (
             "the function's code has changed since these results were computed; they are used as they are. "

@@ -8,9 +8,9 @@ handle that the caller has open cannot be given an overlay. So all bytes but raw
     3  the journal is removed
 
 A journal that is found later is either incomplete (the change had not begun: it is dropped) or complete: its bytes are
-put back, and the file cut off where it ended. While its writer lives, the journal's time of modification moves on
-several times a second. A file that is clearly younger has been written by somebody else after the death: that is left
-alone.
+put back, and the file cut off where it ended. That must not undo what somebody else has written after the death. While
+its writer lives, the journal's time of modification moves on several times a second. A file that is clearly younger, or
+was closed properly, has been open for writing since; then both states are compared (see `lazyproc.hdf5.foreign`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.hdf5.durable import JournalError, sync_folder, write_all
+from lazyproc.hdf5.foreign import changes_since
 from lazyproc.hdf5.lock import holder, sidecar
 from lazyproc.hdf5.overlay import Patch
 from lazyproc.hdf5.room import writing
@@ -232,15 +233,35 @@ def _check(path: str, journal: UndoJournal, *, force: bool = False) -> None:
         )
     try:
         late = file.st_mtime_ns - os.stat(journal.name).st_mtime_ns
+        if force or (late <= _LATEST and not _was_closed(path, journal)):
+            return
+        changes = changes_since(path, [(offset, b"", piece) for offset, piece in journal.pieces()], journal.size)
     except FileNotFoundError:  # its writer lives, and has just finished
         return
-    if late > _LATEST and not force:
+    if changes:
         raise JournalError(
             f"{path}: the journal {journal.name} tells of a change that was cut off, but the file has been changed by "
-            f"somebody else since, {late / 1e9:.1f} s later. If the file opens and is whole, remove the journal. To "
-            "put back what was there before the cut, and lose all that was written since, run 'lazyproc recover "
-            f"--force {path}'."
+            f"somebody else since: {_listed(changes)}. If the file opens and is whole, remove the journal. To put back "
+            f"what was there before, and lose what was changed since, run 'lazyproc recover --force {path}'."
         )
+
+
+def _was_closed(path: str, journal: UndoJournal) -> bool:
+    """Tell whether a program has closed the file properly since: HDF5 notes in the superblock that it has it open."""
+    begin, superblock = next(journal.pieces(), (0, b""))
+    place = _place_of_flag(superblock)
+    with open(path, "rb") as file:
+        now = os.pread(file.fileno(), 1, begin + place)
+    return superblock[place : place + 1] == b"\1" and now == b"\0"
+
+
+def _place_of_flag(superblock: bytes) -> int:
+    """Return where a superblock has the byte that tells whether the file is open for writing."""
+    return 20 if superblock[8:9] in (b"\0", b"\1") else 11
+
+
+def _listed(changes: list[str]) -> str:
+    return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
 
 
 def read_undo(path: str) -> list[Patch] | None:
@@ -298,9 +319,16 @@ def _is_as_before(path: str, journal: UndoJournal) -> bool:
     """Tell whether the change had not reached the disk when it was cut off."""
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
-        return (status.st_ino, status.st_size) == (journal.inode, journal.size) and all(
-            os.pread(file.fileno(), len(piece), offset) == piece for offset, piece in journal.pieces()
-        )
+        if (status.st_ino, status.st_size) != (journal.inode, journal.size):
+            return False
+        for number, (offset, piece) in enumerate(journal.pieces()):
+            now = os.pread(file.fileno(), len(piece), offset)
+            if number == 0:  # whether somebody has the file open does not matter
+                place = _place_of_flag(piece)
+                now = now[:place] + piece[place : place + 1] + now[place + 1 :]
+            if now != piece:
+                return False
+    return True
 
 
 def refuse_pending(path: str | None, *, locked: bool = False) -> None:

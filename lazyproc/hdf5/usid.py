@@ -131,7 +131,8 @@ def find_main_datasets(group: h5py.Group) -> list[str]:
 
     What is damaged is passed over.
     """
-    linked = {address_of(item) for _, item in walk(group.file["/"]) if not isinstance(item, Exception)}
+    everything = walk(group.file["/"])
+    linked = {address_of(item) for _, item in everything if isinstance(item, h5py.Dataset)}
     return [name for name, item in walk(group) if isinstance(item, h5py.Dataset) and _is_valid(item, linked)]
 
 

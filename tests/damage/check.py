@@ -214,9 +214,11 @@ def parent_is_sound(path: Path, subject: Subject) -> bool:
             names = list(channel)
             for name in names:
                 channel.get(name, getlink=True)
-            return all(isinstance(file.get(name), h5py.Dataset) for name in subject.kept) and bool(
-                np.array_equal(file[MAIN][()], subject.source)
-            )
+            if not all(isinstance(file.get(name), h5py.Dataset) for name in subject.kept):
+                return False
+            for name in subject.kept:
+                dict(file[name].attrs)
+            return bool(np.array_equal(file[MAIN][()], subject.source))
     except Exception:
         return False
 
@@ -277,7 +279,7 @@ def do_case(case: dict[str, Any], subject: Subject, folder: Path) -> dict[str, A
         old.unlink()
     harm = (harm_objects if case["how"] == "objects" else harm_bytes)(path, subject, random)
     by = "handle" if case.get("by") == "handle" else "path"
-    sound = in_child(lambda: parent_is_sound(path, subject)).get("result", False)
+    sound = in_child(lambda: parent_is_sound(path, subject), 20).get("result", False)
     answer = in_child(lambda: Trial(path, subject, harm, by).run())
     return {**case, "harm": harm.text, "parent": harm.parent, "values": harm.values, "sound": sound, **answer}
 

@@ -171,11 +171,10 @@ def harm_objects(path: Path, subject: Subject, random: Random) -> Harm:
         group = file[CHANNEL][str(random.choice([FINISHED, PARTIAL]))]
         kind = random.choice(list(OBJECTS), p=_WEIGHTS)
         text = OBJECTS[kind](group, random)
-    return Harm(f"{kind} {group_name(text)}", parent=False)
-
-
-def group_name(text: Any) -> str:
-    return str(text)
+    data = path.read_bytes()
+    # HDF5 puts what is written again into the place that was freed: then nothing but the values has changed.
+    values = any(data[start:stop] != subject.content[start:stop] for start, stop in subject.raw.values())
+    return Harm(f"{kind}: {text}", values=values)
 
 
 STRANGE: dict[str, Callable[[h5py.Group, Random], Any]] = {

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
+from typing import Any
 
+import h5py
+
+from lazyproc.core.blocks import Block
 from lazyproc.core.events import BlockDone, Committed, Event, Finished, Started
+from lazyproc.core.runs import Runs
+from lazyproc.hdf5 import place
+from lazyproc.hdf5.sink import Sink
+from lazyproc.hdf5.target import InPlaceTarget
 
-from .check import recover_file
+from .check import note_commit, recover_file
 from .layouts import Layout
 
 
@@ -18,7 +27,9 @@ def note(text: str) -> None:
         function(text.encode())
 
 
-def _listener(event: Event) -> None:
+def _listener(event: Event, each_block_is_committed: bool) -> None:
+    if isinstance(event, Committed) or (each_block_is_committed and isinstance(event, BlockDone)):
+        note_commit()
     if isinstance(event, BlockDone):
         note(f"done {event.n_positions}")
     for kind, word in ((Started, "started"), (Committed, "committed"), (Finished, "finished")):
@@ -32,7 +43,7 @@ def compute(layout: Layout, folder: str, interval: float) -> None:
     if layout.needs_recover:
         recover_file(str(layout.results(folder)))
     with layout.process(folder, interval) as process:
-        process._progress = _listener
+        process._progress = functools.partial(_listener, each_block_is_committed=layout.kind.startswith("hooks"))
         process.compute()
         note("returned")
     note("end")
@@ -45,12 +56,43 @@ def recover(layout: Layout, folder: str, interval: float) -> None:
     note("end")
 
 
-ACTIONS: dict[str, Callable[[Layout, str, float], None]] = {"compute": compute, "recover": recover}
+# -- wrong ways, which the harness must notice -----------------------------------------------------------------------
+
+
+def mask_first(layout: Layout, folder: str, interval: float) -> None:
+    """Compute, but mark the positions of a block before their results are written."""
+    targets: list[InPlaceTarget] = []
+    make, write = InPlaceTarget.__init__, Sink.write
+
+    def remember(self: InPlaceTarget, *args: Any) -> None:
+        make(self, *args)
+        targets.append(self)
+
+    def mark_and_write(self: Sink, block: Block, arrays: Any) -> Any:
+        targets[-1].commit(Runs.from_spans(block.runs()))
+        return write(self, block, arrays)
+
+    InPlaceTarget.__init__, Sink.write = remember, mark_and_write  # type: ignore[method-assign,assignment]
+    compute(layout, folder, interval)
+
+
+def plain_creation(layout: Layout, folder: str, interval: float) -> None:
+    """Compute, but create the group with plain h5py, without a journal."""
+    place.transaction = lambda path: h5py.File(path, "r+")  # type: ignore[assignment]
+    compute(layout, folder, interval)
+
+
+ACTIONS: dict[str, Callable[[Layout, str, float], None]] = {
+    "compute": compute,
+    "recover": recover,
+    "mask first": mask_first,
+    "plain creation": plain_creation,
+}
 
 
 def import_all() -> None:
     """Import what the runs will, so that no child has to."""
-    import dask.local
+    import dask.local  # noqa: F401
     import loky.process_executor  # noqa: F401
     import threadpoolctl  # noqa: F401
 

@@ -25,6 +25,7 @@ Snapshot = dict[str, Any]
 
 _CHANGES = {
     "timestamp", "lazyproc_run_id", "lazyproc_probe", "lazyproc_started", "lazyproc_finished", "lazyproc_workers",
+    "lazyproc_seal",
 }  # fmt: skip
 """Attributes of a results group that no two runs have in common."""
 
@@ -68,7 +69,10 @@ def _form(item: Any) -> Any:
     if not isinstance(item, h5py.Dataset):
         return "group"
     storage = f"{item.chunks} {item.compression}"
-    return [str(item.dtype), list(item.shape), storage, hashlib.sha256(np.ascontiguousarray(item[()])).hexdigest()]
+    values = np.ascontiguousarray(item[()])
+    if str(item.name).endswith("failed_positions"):  # in any order
+        values = np.sort(values.view(f"V{values.itemsize}"))
+    return [str(item.dtype), list(item.shape), storage, hashlib.sha256(values).hexdigest()]
 
 
 def _plain(value: Any, file: h5py.File) -> str:
@@ -151,21 +155,21 @@ class Checker:
         return findings
 
     def _go_on(self, findings: Findings, *, looked: bool) -> None:
-        called = positions_called()
+        lines = _lines()
+        called, committed = _positions(lines), _positions(lines[: _last_commit(lines)])
         marked = np.zeros(N_POSITIONS, bool)
         with contextlib.suppress(Exception):
             marked = self.marked()
-        n_lines = len(_lines())
         with _collect(findings, "resuming"), self.layout.process(self.folder) as process:
             process._progress = lambda event: None
             process.compute()
-        again = [int(line) for line in _lines()[n_lines:]]
+        again = sorted(_positions(_lines()[len(lines) :]))
         findings.n_marked = int(marked.sum())
-        findings.n_lost = len(called - set(np.flatnonzero(marked).tolist()))
-        if looked and not findings.problems and sorted(again) != np.flatnonzero(~marked).tolist():
-            findings.problems.append(
-                f"resuming computed {sorted(again)}, marked were {np.flatnonzero(marked).tolist()}"
-            )
+        findings.n_lost = len(called.intersection(again))
+        if self.layout.cores == 1 and committed.intersection(again):
+            findings.problems.append(f"committed, but computed again: {sorted(committed.intersection(again))}")
+        if looked and not findings.problems and again != np.flatnonzero(~marked).tolist():
+            findings.problems.append(f"resuming computed {again}, marked were {np.flatnonzero(marked).tolist()}")
         findings.problems += [f"at the end: {one}" for one in self.problems_at_the_end()]
 
     def _files(self) -> list[str]:
@@ -225,7 +229,7 @@ class Checker:
                 assert set(mask.tolist()) <= {0, 1}, f"{group.name}: the mask holds {mask.tolist()}"
                 marked = mask.astype(bool)
                 for name, values in expected(self.layout).items():
-                    wrong = marked & (group[name][:] != values).any(axis=1)
+                    wrong = marked & _differ(group[name][:], values)
                     assert not wrong.any(), f"{group.name}/{name}: marked but wrong {np.flatnonzero(wrong).tolist()}"
         return marked
 
@@ -239,12 +243,19 @@ class Checker:
                 yield f"the folder holds {sorted(files)}, expected {sorted(self.after)}"
             for name, wanted in self.after.items():
                 now = snapshot(os.path.join(self.folder, name))
-                if self.layout.may_leave_groups:
+                if self.layout.may_leave_groups:  # a further group is what tells it from an undisturbed run
+                    yield from _differences(self.before.get(name, {}), now, self.new_group)
                     continue
                 yield from _differences(_steady(wanted), _steady(now))
                 yield from (f"{one} is missing" for one in wanted.keys() - now.keys())
         except Exception as error:
             yield f"{type(error).__name__}: {error}"
+
+
+def _differ(now: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.bool_]:
+    """Tell in which rows bits differ."""
+    bits = [np.ascontiguousarray(array).view(np.uint8).reshape(len(array), -1) for array in (now, wanted)]
+    return (bits[0] != bits[1]).any(axis=1)
 
 
 def _steady(snapshot_: Snapshot) -> Snapshot:
@@ -274,6 +285,10 @@ def recover_file(path: str) -> bool:
     return "nothing to recover" not in output.getvalue()
 
 
+COMMITTED = "committed"
+"""A line among those that tell which positions the function was called for: all before it are committed."""
+
+
 def _lines() -> list[str]:
     try:
         return Path(os.environ[CALLS]).read_text().split()
@@ -281,6 +296,15 @@ def _lines() -> list[str]:
         return []
 
 
-def positions_called() -> set[int]:
-    """Return the positions that the function was called for so far."""
-    return {int(line) for line in _lines()}
+def _positions(lines: list[str]) -> set[int]:
+    return {int(line) for line in lines if line != COMMITTED}
+
+
+def _last_commit(lines: list[str]) -> int:
+    return max((place for place, line in enumerate(lines) if line == COMMITTED), default=0)
+
+
+def note_commit() -> None:
+    """Remember that all positions for which the function was called by now are committed."""
+    with open(os.environ[CALLS], "a") as file:
+        file.write(f"{COMMITTED}\n")

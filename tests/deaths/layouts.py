@@ -121,9 +121,9 @@ class Layout:
                 main = stack.enter_context(h5py.File(self.scan(folder), mode))[MAIN]
             if self.target_handle:
                 target = stack.enter_context(h5py.File(self.results(folder), "r+"))[TARGET]
-            made = PROCESSES[self.kind](
-                main, parms_dict={"gain": 2.0}, cores=self.cores, h5_target_group=target, checkpoint_interval=interval
-            )
+            options: dict[str, Any] = {"on_error": "record"} if self.kind == "recording" else {}
+            options |= {"cores": self.cores, "h5_target_group": target, "checkpoint_interval": interval}
+            made = PROCESSES[self.kind](main, parms_dict={"gain": 2.0}, **options)
             yield stack.enter_context(made)
 
 
@@ -202,6 +202,19 @@ class Measured(lazyproc.Process):
         return {"Mean": row.mean(), "Scaled": gain * row}
 
 
+class Recording(Measured):
+    """Fails for some positions, and that is recorded."""
+
+    process_name = "Recording"
+
+    @staticmethod
+    def _map_function(row: NDArray[Any], gain: float) -> dict[str, Any]:
+        if int(row[0]) % 9 == 4:
+            note_call(row)
+            raise ValueError(f"position {int(row[0])} is bad")
+        return Measured._map_function(row, gain)
+
+
 def _noted_mean(row: NDArray[Any], *args: Any, **kwargs: Any) -> float:
     note_call(row)
     return float(row.mean())
@@ -238,6 +251,7 @@ class HooksZipped(HooksPlain):
 
 PROCESSES: dict[str, Callable[..., Any] | Any] = {
     "declared": Measured,
+    "recording": Recording,
     "hooks": HooksPlain,
     "hooks, chunked": HooksChunked,
     "hooks, gzip": HooksZipped,
@@ -248,8 +262,14 @@ def expected(layout: Layout) -> dict[str, NDArray[Any]]:
     """Return what an undisturbed run gives for each output, `(n_positions, width)`."""
     data = raw_data()
     means = np.array([[row.mean()] for row in data])
-    if layout.kind == "declared":
-        return {"Mean": means, "Scaled": np.array([2.0 * row for row in data]).astype("f4")}
+    if layout.kind in ("declared", "recording"):
+        found = {"Mean": means, "Scaled": np.array([2.0 * row for row in data]).astype("f4")}
+        if layout.kind == "recording":
+            bad = np.arange(N_POSITIONS) % 9 == 4
+            for values in found.values():
+                values[bad] = np.nan
+            found["position_status"] = np.where(bad, 2, 1).astype("u1")
+        return found
     return {"Results": means.astype("f4")}
 
 
@@ -268,6 +288,7 @@ LAYOUTS = [
     Layout("path, contiguous, newest format, 20 siblings", n_siblings=20, file={"libver": "latest"}),
     Layout("path, source by handle, existing file", target="existing", source_handle=True),
     Layout("path, resuming chunked results", begun={"chunks": (5, 1), "compression": "gzip"}),
+    Layout("path, bad positions recorded", kind="recording"),
     Layout("path, contiguous, two workers", cores=2),
     Layout("handle, resuming chunked results", source_handle=True, begun={"chunks": (5, 1), "compression": "gzip"}),
     Layout("handle, contiguous, 0 siblings", n_siblings=0, source_handle=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from dataclasses import dataclass, field
@@ -242,7 +243,7 @@ def sample(points: list[Any], number: int, chance: random.Random) -> list[Any]:
     if len(points) <= number:
         return points
     edges = [round(place * len(points) / number) for place in range(number + 1)]
-    return [points[chance.randrange(start, stop)] for start, stop in zip(edges, edges[1:], strict=False)]
+    return [points[chance.randrange(start, stop)] for start, stop in itertools.pairwise(edges)]
 
 
 def try_phase(scene: Scene, phase: str, number: int | None = None, chance: random.Random | None = None) -> Tally:

@@ -1,0 +1,257 @@
+"""Do the work of a declared process on all ranks that have opened the file together (``driver="mpio"``).
+
+The script runs on every rank, and every rank calls `compute`. Changes of the file's structure are collective in
+parallel HDF5: all ranks make the same ones, with the same values. Between them no HDF5 is used: each rank takes blocks
+from a shared counter, writes their rows by their bytes, and marks its own blocks in the status mask, data first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import h5py
+
+from lazyproc.core.errors import ArgumentValueError, LazyprocError
+from lazyproc.core.events import BlockDone, Event, Finished, Listener, Started
+from lazyproc.core.identity import function_name
+from lazyproc.core.probe import Probe
+from lazyproc.core.runs import Runs
+from lazyproc.declared import Declared, stored_probe
+from lazyproc.drain import Drain, how_far, nothing_yet
+from lazyproc.engine.choose import Scheduler
+from lazyproc.engine.failure import raise_failures
+from lazyproc.engine.kernel import Kernel
+from lazyproc.engine.ranks import Ranks, run_shared
+from lazyproc.hdf5.extents import find_extent
+from lazyproc.hdf5.lock import Fence, RunLock
+from lazyproc.hdf5.place import HandlePlace
+from lazyproc.hdf5.record import Provenance, create_group, ensure_mask, environment, note_end
+from lazyproc.hdf5.search import Found, Work, remaining_positions
+from lazyproc.hdf5.sink import Sink
+from lazyproc.hdf5.source import source_of
+from lazyproc.hdf5.target import InPlaceTarget
+from lazyproc.perform import probe_function, warn_of
+from lazyproc.progress import quiet
+from lazyproc.run import Committer, run_loop
+
+log = logging.getLogger("lazyproc")
+
+
+def opened_together(dataset: h5py.Dataset) -> bool:
+    """Tell whether a dataset's file was opened by several ranks together."""
+    return bool(dataset) and dataset.file.driver == "mpio"
+
+
+def perform_together(
+    declared: Declared,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    override: bool,
+    chosen: str | None,
+    listener: Listener,
+) -> str:
+    """Return the name of a results group in which the work is done; does what is missing. To be called on all ranks.
+
+    Parameters
+    ----------
+    declared, args, kwargs, override, chosen, listener
+        As for `lazyproc.perform.perform`, the same on all ranks.
+
+    Raises
+    ------
+    ArgumentValueError
+        If the results would go into a file that is not opened together, or failures are to be recorded.
+    LazyprocError
+        Whatever went wrong, on all ranks; finished blocks are committed.
+
+    Notes
+    -----
+    An error that only one rank has, outside of a block, ends the whole job by ``MPI_Abort``: the others would wait for
+    it in the next collective call. The results are then as after a kill, and the next run goes on from there.
+    """
+    _check(declared)
+    ranks = Ranks(declared.main.file.id.get_access_plist().get_fapl_mpio()[0])
+    with ranks.ending_all():
+        declared = _by_bytes(declared)
+        kernel, work = declared.kernel(args, kwargs), declared.work(args, kwargs)
+        drain = Drain(nothing_yet(declared.process_name))
+        declared.main.file.flush()
+        with drain.on_signals(), _locked_by_first(declared, ranks) as fence:
+            found = ranks.once(lambda: declared.found(work))
+            duplicates = [one for one in found if one.is_complete]
+            if duplicates and not override:
+                return duplicates[-1].name
+            name, remaining, probe = _begin(declared, work, kernel, ranks, found, override, chosen)
+            _run(declared, work, kernel, name, fence, remaining, probe, ranks, drain, listener)
+            return name
+
+
+def _check(declared: Declared) -> None:
+    place = declared.place
+    if not isinstance(place, HandlePlace) or place.handle.file.driver != "mpio":
+        raise ArgumentValueError(
+            f"h5_target_group: {place.path} came; expected a group of a file that all ranks have opened together with "
+            "driver='mpio', as the main dataset's: its structure can only be changed by all."
+        )
+    if declared.max_failures is not None:
+        raise ArgumentValueError(
+            "on_error: 'record' came, for a file opened by several ranks with driver='mpio'; expected 'raise'. Give "
+            "the dataset by its address, under lazyproc.cluster(), to record failures."
+        )
+
+
+def _by_bytes(declared: Declared) -> Declared:
+    """Let contiguous data be read by their bytes; parallel HDF5 keeps none of them in memory of its own."""
+    path = os.path.abspath(declared.main.file.filename)
+    return replace(declared, source=source_of(declared.main, path)) if find_extent(declared.main, path) else declared
+
+
+@contextmanager
+def _locked_by_first(declared: Declared, ranks: Ranks) -> Iterator[Fence]:
+    """Let rank 0 hold the run's lock for all."""
+    path = os.path.abspath(declared.place.path)
+    lock = RunLock(path, ranks.once(lambda: uuid.uuid4().hex))
+    try:
+        ranks.once(lock.acquire)
+        yield lock.fence
+        ranks.gather(None)  # nobody may still want to write when the lock is given back
+    finally:
+        if ranks.rank == 0:
+            lock.release()
+
+
+def _begin(
+    declared: Declared,
+    work: Work,
+    kernel: Kernel,
+    ranks: Ranks,
+    found: list[Found],
+    override: bool,
+    chosen: str | None,
+) -> tuple[str, Runs, Probe]:
+    """Find the group to resume, or probe and create one; on all ranks the same."""
+    partial = {one.name: one for one in found if one.is_partial}
+    if override or not partial:
+        probe = ranks.once(lambda: _probe(declared, kernel, Runs.full(declared.n_positions), begun=False))
+        provenance = ranks.once(lambda: _provenance(declared, probe))
+        group = declared.place.group()
+        assert group is not None
+        name = create_group(group, declared.main, work, provenance, None)
+        group.file.flush()
+        return name, Runs.full(declared.n_positions), probe
+    name = chosen if chosen in partial else list(partial)[-1]
+    if ranks.rank == 0:
+        warn_of(partial[name])
+    group = declared.place.results(name)
+    remaining = ranks.once(lambda: remaining_positions(group, work.n_positions, work.status_name))
+    if work.status_name not in group:
+        ensure_mask(group, name, work)
+        group.file.flush()
+    probe = ranks.once(lambda: stored_probe(group) or _probe(declared, kernel, remaining, begun=True))
+    return name, remaining, probe
+
+
+def _probe(declared: Declared, kernel: Kernel, remaining: Runs, *, begun: bool) -> Probe:
+    """Probe, and leave what was computed behind: it is little, and would have to be told to one rank only."""
+    return replace(probe_function(declared, kernel, remaining, begun=begun), computed=[])
+
+
+def _provenance(declared: Declared, probe: Probe) -> Provenance:
+    return Provenance(
+        function=function_name(declared.function),
+        fingerprint=declared.fingerprint(),
+        versions=environment(),
+        probe={
+            "seconds_per_position": probe.seconds_per_position,
+            "temporary_bytes": probe.temporary_bytes,
+            "fixed_bytes": probe.fixed_bytes,
+            "thread_gain": probe.thread_gain,
+        },
+    )
+
+
+def _run(
+    declared: Declared,
+    work: Work,
+    kernel: Kernel,
+    name: str,
+    fence: Fence,
+    remaining: Runs,
+    probe: Probe,
+    ranks: Ranks,
+    drain: Drain,
+    listener: Listener,
+) -> None:
+    """Do this rank's part of the blocks, then agree on how it ended."""
+    target = _target(declared, name, fence)
+    n_before = work.n_positions - remaining.n_positions
+    tell = listener if ranks.rank == 0 else quiet
+    committer = Committer(target, declared.interval, n_before, _without_commits(tell))
+    scheduler = Scheduler("processes", ranks.size)
+    sizes = ranks.once(lambda: declared.blocks(remaining, scheduler, probe, driver_writes=False))
+    kernel = kernel.for_run(target.sink, 1)
+    tell(Started(declared.process_name, work.n_positions, n_before, f"{ranks.size} ranks"))
+    counter = ranks.counter()
+    try:
+        receipts = run_shared(kernel, sizes.plan, counter, drain.requested, lambda n: tell(BlockDone(n)))
+        outcome = run_loop(receipts, committer, drain)
+    finally:
+        target.close()
+    ends: list[tuple[bytes, int, int, int | None]] = ranks.gather(
+        (pickle.dumps(outcome.failures), committer.n_done, outcome.n_blocks, drain.signal)
+    )
+    counter.free()
+    n_done = n_before + sum(end[1] for end in ends)
+    tell(Finished(n_done))
+    drain.message = how_far(declared.process_name, n_done, work.n_positions, declared.place.path)
+    drain.signal = drain.signal or next((end[3] for end in ends if end[3] is not None), None)
+    failures = [failure for end in ends for failure in pickle.loads(end[0])]
+    if n_done == work.n_positions:
+        _note_end(declared, work, name, ranks, sum(end[2] for end in ends))
+    with ranks.agreeing():
+        if failures:
+            raise_failures(failures, declared.process_name, declared.label)
+        if n_done < work.n_positions and drain.signal is None:
+            raise LazyprocError(drain.message)
+
+
+def _target(declared: Declared, name: str, fence: Fence) -> InPlaceTarget:
+    """Return where this rank writes its rows and marks its blocks."""
+    path = os.path.abspath(declared.place.path)
+    group = declared.place.results(name)
+    extents = [find_extent(group[output.name], path) for output in declared.outputs]
+    mask = find_extent(group[declared.status_name], path)
+    found = tuple(extent for extent in extents if extent is not None)
+    if mask is None or len(found) != len(extents):
+        raise LazyprocError(
+            f"{name}: the results are chunked or compressed; expected contiguous ones, as lazyproc makes, which ranks "
+            "can write at the same time. Compute with override=True."
+        )
+    return InPlaceTarget(Sink(found, fence, shares_lock=False), mask)
+
+
+def _note_end(declared: Declared, work: Work, name: str, ranks: Ranks, n_blocks: int) -> None:
+    group = declared.place.group()
+    assert group is not None
+    when = ranks.once(time.time)
+    note_end(group, name, work, f"{ranks.size} ranks, {n_blocks} blocks", when)
+    group.file.flush()
+
+
+def _without_commits(listener: Listener) -> Callable[[Event], None]:
+    """Hand on what happens to blocks; what is committed in all no single rank knows."""
+
+    def tell(event: Event) -> None:
+        if isinstance(event, BlockDone):
+            listener(event)
+
+    return tell

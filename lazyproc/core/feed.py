@@ -1,0 +1,83 @@
+"""The blocks of a run, one by one; divided anew when positions turn out to take longer, or less long, than was thought.
+
+What a probe of a few positions tells may be wrong by far where their cost varies. Blocks that are much too long leave
+workers idle at the end, blocks that are much too short are more than a scheduler can hand out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from lazyproc.core.blocks import Block, BlockPlan
+from lazyproc.core.runs import Runs
+
+_WRONG = 1.5
+"""Only if positions take so many times longer, or less long, the rest is divided anew."""
+_LEAST_BLOCKS = 4
+
+
+class BlockFeed:
+    """An iterator over the blocks of a plan, told meanwhile how long they took.
+
+    Parameters
+    ----------
+    plan : BlockPlan
+        What to begin with.
+    seconds_per_position : float or None
+        What it reckons with; None if that is not known.
+    divide : callable
+        Divides positions, given how long one takes, into another plan.
+    n_workers : int
+        How many blocks are computed at the same time. Since the first to come back are the shortest ones, twice as many
+        are waited for before anything is concluded.
+
+    Notes
+    -----
+    The blocks are disjoint, in order and hold exactly the positions of the plan, however often these are divided anew;
+    they are numbered from 0. Used by one thread. Memory does not depend on how many blocks there are.
+    """
+
+    def __init__(
+        self,
+        plan: BlockPlan,
+        seconds_per_position: float | None,
+        divide: Callable[[Runs, float], BlockPlan],
+        n_workers: int,
+    ) -> None:
+        self._remaining = plan.remaining
+        self._blocks = iter(plan)
+        self._expected = seconds_per_position
+        self._divide = divide
+        self._enough = max(_LEAST_BLOCKS, 2 * n_workers)
+        self._next = 0
+        self._stop = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._n_blocks, self._n_positions, self._seconds = 0, 0, 0.0
+
+    def __iter__(self) -> Iterator[Block]:
+        return self
+
+    def __next__(self) -> Block:
+        block = replace(next(self._blocks), index=self._next)
+        self._next += 1
+        self._stop = block.stop
+        return block
+
+    def note(self, n_positions: int, seconds: float) -> None:
+        """Take note of a block that is done: how many positions it had and how long it took."""
+        self._n_blocks += 1
+        self._n_positions += n_positions
+        self._seconds += seconds
+        if self._n_blocks < self._enough:
+            return
+        measured = self._seconds / self._n_positions
+        if self._expected is None or not 1 / _WRONG < measured / max(self._expected, 1e-12) < _WRONG:
+            rest = self._remaining.clip(self._stop, 2**63 - 1)
+            if rest:
+                self._remaining = rest
+                self._blocks = iter(self._divide(rest, measured))
+            self._expected = measured
+        self._forget()

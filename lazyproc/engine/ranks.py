@@ -1,0 +1,182 @@
+"""Ranks that have opened one file together (`driver="mpio"`): agreement, and blocks handed out by a shared counter.
+
+The ranks run the same script. What only one may do (the lock, the search, the probe) rank 0 does, and tells the others
+what came of it, errors too. Blocks are taken from a counter in rank 0's memory, which all ranks raise by one-sided
+communication: whoever is free takes the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from lazyproc.core.blocks import Block
+from lazyproc.core.errors import Interrupted, LazyprocError
+from lazyproc.engine.kernel import Kernel, Receipt, run_block
+
+_STOP = 2**60
+"""Raises the counter beyond all blocks."""
+
+T = TypeVar("T")
+log = logging.getLogger("lazyproc")
+
+
+class Ranks:
+    """The ranks of a communicator, all of which call the same methods in the same order.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        A communicator of our own: no message of the script's can be mistaken for one of ours.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm.Dup()
+        self.rank: int = self._comm.Get_rank()
+        self.size: int = self._comm.Get_size()
+        self._agreed: BaseException | None = None
+
+    @contextmanager
+    def ending_all(self) -> Iterator[None]:
+        """End all ranks if this one fails on its own: the others would wait for it for ever."""
+        try:
+            yield
+        except BaseException as error:
+            if error is self._agreed or isinstance(error, Interrupted | SystemExit):
+                raise
+            log.critical("rank %d of %d failed, which ends all", self.rank, self.size, exc_info=error)
+            self._comm.Abort(1)
+        finally:
+            self._comm.Free()
+
+    def once(self, action: Callable[[], T]) -> T:
+        """Do something in rank 0 only, and return on all ranks what came of it.
+
+        Raises
+        ------
+        Exception
+            What was raised in rank 0, on all ranks.
+        """
+        told: tuple[bool, bytes] = False, b""
+        failed: BaseException | None = None
+        if self.rank == 0:
+            try:
+                told = True, pickle.dumps(action())
+            except Exception as error:
+                failed, told = error, (False, _dumps(error))
+        fine, content = self._comm.bcast(told, root=0)
+        if fine:
+            result: T = pickle.loads(content)
+            return result
+        self._raise(failed or pickle.loads(content))
+        raise AssertionError
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in their order, on all of them."""
+        found: list[Any] = self._comm.allgather(value)
+        return found
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Take what is raised in the context for something that all ranks raise."""
+        try:
+            yield
+        except BaseException as error:
+            self._agreed = error
+            raise
+
+    def _raise(self, error: BaseException) -> None:
+        self._agreed = error
+        raise error
+
+    def counter(self) -> Counter:
+        """Return a counter that all ranks share, at 0."""
+        return Counter(self._comm)
+
+
+class Counter:
+    """A number in rank 0's memory that any rank may raise at any time. Made and freed by all ranks together."""
+
+    def __init__(self, comm: Any) -> None:
+        import numpy as np
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self._window = MPI.Win.Allocate(8 if comm.Get_rank() == 0 else 0, 8, comm=comm)
+        self._result = np.zeros(1, np.int64)
+        if comm.Get_rank() == 0:
+            self._window.Lock(0)
+            np.asarray(self._window.tomemory(), np.uint8).view(np.int64)[:] = 0
+            self._window.Unlock(0)
+        comm.Barrier()
+
+    def next(self, by: int = 1) -> int:
+        """Raise it, and return what it was before."""
+        import numpy as np
+
+        self._window.Lock(0)
+        self._window.Fetch_and_op(np.array([by], np.int64), self._result, 0, 0, self._mpi.SUM)
+        self._window.Unlock(0)
+        return int(self._result[0])
+
+    def stop(self) -> None:
+        """Let no rank take anything more."""
+        self.next(_STOP)
+
+    def free(self) -> None:
+        """Give the memory back; on all ranks."""
+        self._window.Free()
+
+
+def run_shared(
+    kernel: Kernel,
+    blocks: Iterable[Block],
+    counter: Counter,
+    stopping: Callable[[], bool],
+    passed: Callable[[int], None],
+) -> Iterator[Receipt]:
+    """Do, in this rank, the blocks whose numbers it draws from the counter.
+
+    Parameters
+    ----------
+    kernel : Kernel
+        What is done to a block.
+    blocks : iterable of Block
+        All of them, the same on all ranks.
+    counter : Counter
+        Hands out their numbers.
+    stopping : callable
+        Tells whether nothing new shall be started, here or on any rank.
+    passed : callable
+        Is told the positions of blocks that others have taken.
+    """
+    wanted = -1
+    try:
+        for number, block in enumerate(blocks):
+            if wanted < number:
+                if stopping():
+                    break
+                wanted = counter.next()
+            if wanted > number:
+                passed(block.n_positions)
+                continue
+            receipt = run_block(kernel, block)
+            if receipt.failure is not None:
+                counter.stop()
+            yield receipt
+    finally:
+        if stopping():
+            counter.stop()
+
+
+def _dumps(error: BaseException) -> bytes:
+    """Serialise an error for the other ranks; its text at least."""
+    try:
+        content = pickle.dumps(error)
+        pickle.loads(content)
+    except Exception:
+        content = pickle.dumps(LazyprocError(f"{type(error).__name__}: {error}"))
+    return content

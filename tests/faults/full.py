@@ -1,0 +1,157 @@
+"""Runs on a disk that is full, or fills up. In a child of its own, which may mount."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+from typing import Any
+
+import h5py
+
+from faults import serve
+from faults.subject import N_POSITIONS, make_scan, masks, opened, problems, results_path
+from lazyproc.core.errors import LazyprocError
+from lazyproc.hdf5.extents import find_extent
+from lazyproc.hdf5.transaction import recover_locked
+
+PAGE = 4096
+
+
+class Disk:
+    """A folder with little room.
+
+    Parameters
+    ----------
+    folder : str
+        Where it is.
+    kind : str
+        "disk": a small file system is mounted there, and filled with ballast. "limit": the size of files is limited.
+    size : int
+        Bytes of the small file system.
+    """
+
+    def __init__(self, folder: str, kind: str, size: int = 8 * 2**20) -> None:
+        self.folder, self.kind = folder, kind
+        self._ballast = os.path.join(folder, "ballast")
+        if kind == "disk":
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=True)
+
+    def leave(self, n_bytes: int, path: str) -> None:
+        """Leave so much room: on the disk, or for the file to grow."""
+        if self.kind == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path) + n_bytes, resource.RLIM_INFINITY))
+            return
+        free = os.statvfs(self.folder)
+        with open(self._ballast, "wb") as file:
+            if (size := free.f_bavail * free.f_frsize - n_bytes) > 0:
+                os.posix_fallocate(file.fileno(), 0, size)
+
+    def make_room(self) -> None:
+        """Take the ballast, or the limit, away."""
+        if self.kind == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        elif os.path.exists(self._ballast):
+            os.unlink(self._ballast)
+
+
+def attempt(path: str, by: str, **options: Any) -> dict[str, Any]:
+    """Compute, and tell what came of it."""
+    try:
+        with opened(path, by, **options) as process:
+            process.compute()
+    except (LazyprocError, OSError) as error:
+        return {"error": type(error).__name__, "errno": getattr(error, "errno", None), "text": str(error)}
+    return {"error": "", "errno": None, "text": ""}
+
+
+def create(folder: str, scan: str, kind: str, by: str, levels: list[int], seconds: float = 0.0) -> list[dict[str, Any]]:
+    """For each level leave so much room, compute, look at the file, make room, and compute again."""
+    disk = Disk(folder, kind)
+    path = os.path.join(folder, "scan.h5")
+    told = []
+    for level in levels:
+        shutil.copy(scan, path)
+        disk.leave(level, path)
+        before = open(path, "rb").read()
+        told.append(one := {"level": level, **attempt(path, by, parms_dict={"seconds": seconds} if seconds else None)})
+        one["same"] = open(path, "rb").read() == before
+        one["left"] = sorted(set(os.listdir(folder)) - {"scan.h5", "ballast", os.path.basename(results_path(path, by))})
+        recover(path, by)
+        one["problems"] = problems(path, by, scan)
+        one["masks"] = masks(path, by)
+        disk.make_room()
+        one["again"] = attempt(path, by, parms_dict={"seconds": seconds} if seconds else None)
+        one["problems again"] = problems(path, by, scan)
+        one["masks again"] = masks(path, by)
+        for name in os.listdir(folder):
+            os.unlink(os.path.join(folder, name))
+    return told
+
+
+def recover(path: str, by: str) -> None:
+    """Do what `lazyproc recover` does."""
+    for one in {path, results_path(path, by)}:
+        if os.path.exists(one):
+            recover_locked(one)
+
+
+def sparse(folder: str, scan: str, partial: str, which: str) -> dict[str, Any]:
+    """Go on with a copy of partial results of which nothing but metadata takes any room, on a disk that is full.
+
+    `which` tells what of the results has room already: "nothing", or the "outputs", so that the mask has none.
+    """
+    disk = Disk(folder, "disk")
+    path = os.path.join(folder, "scan.h5")
+    subprocess.run(["cp", "--sparse=always", partial, path], check=True)
+    if which == "outputs":
+        with h5py.File(path, "r") as file:
+            group = file["/Measurement_000/Channel_000/Raw_Data-Twice_000"]
+            extents = [find_extent(group[name]) for name in ("Double", "Mean")]
+        with open(path, "r+b") as file:
+            for extent in extents:
+                os.posix_fallocate(file.fileno(), extent.offset, extent.stop - extent.offset)
+    disk.leave(6 * PAGE, path)  # for the lock files, and a little more
+    told = attempt(path, "path", parms_dict={"seconds": 0.001})
+    told["problems"] = problems(path, "path", scan)
+    told["masks"] = masks(path, "path")
+    disk.make_room()
+    told["again"] = attempt(path, "path", parms_dict={"seconds": 0.001})
+    told["problems again"] = problems(path, "path", scan)
+    told["masks again"] = masks(path, "path")
+    return told
+
+
+def begin(path: str) -> None:
+    """Make partial results in which nothing is done yet, as a kill right after the creation leaves them."""
+    make_scan(path)
+    with opened(path, "path", parms_dict={"seconds": 0.001}) as process:
+        process.compute()
+    with h5py.File(path, "r+") as file:
+        group = file["/Measurement_000/Channel_000/Raw_Data-Twice_000"]
+        for name in ("Double", "Mean", "completed_positions"):
+            group[name][...] = 0
+        group.attrs["last_pixel"] = 0
+
+
+def full_at(path: str, by: str, flag: str, cores: int, seconds: float) -> dict[str, Any]:
+    """Compute while calls fail (see faults.c), then once more when they do not."""
+    scan = f"{path}.copy"
+    make_scan(path)
+    shutil.copy(path, scan)
+    open(flag, "w").close()
+    options = {"cores": cores, "parms_dict": {"seconds": seconds}} if by != "hooks" else {"cores": 1}
+    told = attempt(path, by, **options)
+    os.unlink(flag)
+    recover(path, by)
+    told["problems"] = problems(path, by, scan)
+    told["masks"] = masks(path, by)
+    told["again"] = attempt(path, by, **options)
+    told["problems again"] = problems(path, by, scan)
+    told["masks again"] = masks(path, by)
+    return told
+
+
+if __name__ == "__main__":
+    serve({"create": create, "sparse": sparse, "begin": begin, "full_at": full_at, "n": lambda: N_POSITIONS})

@@ -1,0 +1,203 @@
+"""Scripts that open the file on every rank with driver="mpio": a real parallel h5py under a real mpiexec.
+
+Runs on demand, since h5py has to be built with MPI: LAZYPROC_TEST_MPIO=1 builds one from source against Debian's
+libhdf5-mpich-dev (some minutes); LAZYPROC_MPIO_PYTHON names a Python that has one, and lazyproc, already. Its mpiexec
+has to be MPICH's, as mpiexec.mpich or mpiexec.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from usid_files import CHANNEL, make_usid_file
+
+MAIN = f"{CHANNEL}/Raw_Data"
+HDF5 = Path("/usr/lib/x86_64-linux-gnu/hdf5/mpich")
+LIBRARIES = (
+    "click cloudpickle dask distributed isal loky matplotlib numcodecs psutil scipy tblib threadpoolctl tqdm xarray "
+    "xxhash zarr"
+)
+
+pytestmark = [
+    pytest.mark.skipif(
+        not (os.environ.get("LAZYPROC_TEST_MPIO") == "1" or os.environ.get("LAZYPROC_MPIO_PYTHON")),
+        reason="runs on demand: LAZYPROC_TEST_MPIO=1 builds h5py with MPI, or LAZYPROC_MPIO_PYTHON names a Python",
+    ),
+    pytest.mark.timeout(1200),
+]
+
+SCRIPT = """
+import os, signal, sys, time
+from mpi4py import MPI
+import h5py
+import lazyproc
+
+path, main, mode = sys.argv[1:4]
+os.environ["MODE"] = mode  # no parameter: the work stays the same
+
+
+class Together(lazyproc.Process):
+    outputs = {
+        "Mean": lazyproc.Output("f8"),
+        "Twice": lazyproc.Output("f4", shape_from_main=True),
+    }
+
+    @staticmethod
+    def _map_function(row):
+        mode = os.environ["MODE"]
+        if mode == "raise" and row[0] == 77:
+            raise ValueError("seventy-seven")
+        if mode in ("slow", "die"):
+            time.sleep(0.02)
+        if mode == "die" and row[0] == 60:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"Mean": row.mean(), "Twice": 2 * row}
+
+
+with h5py.File(path, "r+", driver="mpio", comm=MPI.COMM_WORLD) as file:
+    group = Together(file[main], checkpoint_interval=0.1).compute()
+    done = int(group["completed_positions"][:].sum())
+if MPI.COMM_WORLD.Get_rank() == 0:
+    print("done", done, MPI.COMM_WORLD.Get_size(), flush=True)
+"""
+
+
+def build(folder: Path) -> str:
+    """Make an environment with an h5py of its own, and return its Python."""
+    if not HDF5.exists() and os.getuid() == 0 and shutil.which("apt-get"):
+        subprocess.run(
+            ["apt-get", "install", "-y", "--no-install-recommends", "libhdf5-mpich-dev", "mpich"], check=True
+        )
+    if not HDF5.exists():
+        pytest.skip("libhdf5-mpich-dev is not installed, and cannot be: not root, or no apt-get")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = str(folder / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    built = {**os.environ, "CC": "mpicc.mpich", "MPICC": "mpicc.mpich", "HDF5_MPI": "ON", "HDF5_DIR": str(HDF5)}
+    subprocess.run([*pip, "cython<4", "pkgconfig", "setuptools>=77", "numpy<2.5"], check=True)
+    subprocess.run([*pip, "--no-binary=mpi4py", "mpi4py>=4"], check=True, env=built)
+    subprocess.run([*pip, "--no-build-isolation", "--no-binary=h5py", "h5py"], check=True, env=built)
+    subprocess.run([*pip, *LIBRARIES.split()], check=True)
+    subprocess.run([*pip, "--no-deps", "-e", str(Path(__file__).parents[1])], check=True)
+    return python
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return os.environ.get("LAZYPROC_MPIO_PYTHON") or build(tmp_path_factory.mktemp("mpio") / "venv")
+
+
+def raw_data() -> np.ndarray:
+    data = np.random.default_rng(4).standard_normal((120, 8))
+    data[:, 0] = np.arange(120)
+    return data
+
+
+def make_scan(folder: Path) -> Path:
+    make_usid_file(folder / "scan.h5", n_rows=12, n_cols=10, n_spectral=8, data=raw_data())
+    (folder / "script.py").write_text(SCRIPT)
+    return folder / "scan.h5"
+
+
+def start(python: str, ranks: int, path: Path, mode: str) -> subprocess.Popen[str]:
+    mpiexec = shutil.which("mpiexec.mpich") or "mpiexec"
+    command = [mpiexec, "-n", str(ranks), python, str(path.parent / "script.py"), str(path), MAIN, mode]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def run(python: str, ranks: int, path: Path, mode: str = "calm") -> tuple[int, str, str]:
+    process = start(python, ranks, path, mode)
+    try:
+        output, errors = process.communicate(timeout=180)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output, errors
+
+
+def check(path: Path, *, complete: bool = True) -> np.ndarray:
+    data = raw_data()
+    with h5py.File(path) as file:
+        assert (file[MAIN][:] == data).all()
+        (name,) = (name for name in file[CHANNEL] if name.startswith("Raw_Data-Together"))
+        group = file[CHANNEL][name]
+        done = group["completed_positions"][:].astype(bool)
+        assert done.all() or not complete
+        assert (group["Mean"][:, 0][done] == np.array([row.mean() for row in data])[done]).all()
+        assert (group["Twice"][:][done] == (2 * data).astype("f4")[done]).all()
+        assert (int(group.attrs["last_pixel"]) == 120) == complete
+    return done
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_all_ranks_compute(python: str, tmp_path: Path, ranks: int) -> None:
+    path = make_scan(tmp_path)
+    code, output, errors = run(python, ranks, path)
+    assert (code, output) == (0, f"done 120 {ranks}\n"), errors
+    assert not errors
+    check(path)
+    assert not list(tmp_path.glob(".*lazyproc*"))
+    code, output, errors = run(python, ranks, path)  # the finished group is returned
+    assert (code, output) == (0, f"done 120 {ranks}\n"), errors
+    check(path)
+
+
+def test_error_of_the_function_reaches_all_ranks(python: str, tmp_path: Path) -> None:
+    path = make_scan(tmp_path)
+    code, _, errors = run(python, 3, path, "raise")
+    assert code != 0
+    assert errors.count("FunctionError") >= 3, errors
+    assert "seventy-seven" in errors
+    assert "position 77" in errors
+    check(path, complete=False)
+
+
+def test_death_of_a_rank_ends_the_job_and_the_rest_is_kept(python: str, tmp_path: Path) -> None:
+    path = make_scan(tmp_path)
+    code, _, _ = run(python, 3, path, "die")
+    assert code != 0
+    done = check(path, complete=False)
+    assert not done[60]
+    code, output, errors = run(python, 2, path)
+    assert (code, output) == (0, "done 120 2\n"), errors
+    check(path)
+
+
+def test_signal_drains_all_ranks(python: str, tmp_path: Path) -> None:
+    path = make_scan(tmp_path)
+    process = start(python, 2, path, "slow")
+    deadline = time.monotonic() + 120
+    while not committed(path):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    check(path, complete=False)
+    code, output, errors = run(python, 4, path)
+    assert (code, output) == (0, "done 120 4\n"), errors
+    check(path)
+
+
+def committed(path: Path) -> bool:
+    try:
+        with open(path, "rb") as raw, h5py.File(raw) as file:
+            names = [name for name in file[CHANNEL] if name.startswith("Raw_Data-Together")]
+            return (
+                bool(names)
+                and "completed_positions" in file[CHANNEL][names[0]]
+                and bool(file[CHANNEL][names[0]]["completed_positions"][:].any())
+            )
+    except (OSError, KeyError, RuntimeError):
+        return False
