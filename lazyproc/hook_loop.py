@@ -23,14 +23,13 @@ from lazyproc.core.runs import Runs
 from lazyproc.drain import Drain, how_far
 from lazyproc.engine.cluster import active_client
 from lazyproc.hdf5.extents import real_path
-from lazyproc.hdf5.guard import BatchGuards, guarded
+from lazyproc.hdf5.guard import BatchGuards, finish_pending, guarded
 from lazyproc.hdf5.hook_record import WriteWatch, sync_files
 from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.settled import allocate, datasets_below, is_settled
 from lazyproc.hdf5.source import source_of
-from lazyproc.hdf5.undo import refuse_pending
 
 if TYPE_CHECKING:
     from lazyproc.hooks import HookContract
@@ -58,7 +57,7 @@ def locked(file: h5py.File) -> Iterator[None]:
     lock.acquire()
     held = _HELD.set(_HELD.get() | {path})
     try:
-        refuse_pending(path, locked=True)
+        finish_pending(file, path)
         with writing(path, "the results", in_hdf5=True):
             yield
     finally:

@@ -25,7 +25,7 @@ from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel, failure_of
 from lazyproc.engine.local import Receipts
-from lazyproc.hdf5.guard import flush_guarded
+from lazyproc.hdf5.guard import finish_pending, flush_guarded
 from lazyproc.hdf5.lock import Fence, RunLock
 from lazyproc.hdf5.place import HandlePlace
 from lazyproc.hdf5.record import (
@@ -43,7 +43,6 @@ from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.search import Found, Work, remaining_positions
 from lazyproc.hdf5.target import Target
 from lazyproc.hdf5.transaction import recover
-from lazyproc.hdf5.undo import refuse_pending
 from lazyproc.recording import check_limit, raise_limit, say_failed
 from lazyproc.run import Committer, Outcome, run_loop
 
@@ -118,8 +117,8 @@ def locked(declared: Declared) -> Any:
     lock = RunLock(path, uuid.uuid4().hex)
     lock.acquire()
     try:
-        if declared.place.by_handle:
-            refuse_pending(path, locked=True)
+        if isinstance(declared.place, HandlePlace):
+            finish_pending(declared.place.handle.file, path)
         elif recover(path):
             log.warning("%s: a change that was cut off has been settled", path)
         with writing(path, "the results"):

@@ -296,6 +296,7 @@ class Process(HookContract):
         one = examine(group, declared.work(args, kwargs))
         lines = list(one.differences) or [
             f"no difference: {one.n_done} of {one.n_positions} positions of the same work are done"
+            + (f", {one.n_failed} of them failed" if one.n_failed else "")
         ]
         return "\n".join([*lines, *(f"code: {remark}" for remark in one.remarks)])
 

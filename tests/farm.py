@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -210,6 +211,8 @@ def _be(what: str, folder: Path, options: dict[str, Any]) -> None:
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
+        with contextlib.suppress(OSError, AttributeError):  # Linux: be killed when the farm has ended
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         with open(os.devnull) as nothing, open(folder / f"{what}.log", "a") as log:
             os.dup2(nothing.fileno(), 0)
             os.dup2(log.fileno(), 1)

@@ -781,6 +781,27 @@ def test_retry_on_a_read_only_object_is_refused(scan: str) -> None:
             process.retry_failed()
 
 
+@pytest.mark.parametrize("by", ["path", "handle"])
+def test_an_end_that_was_not_recorded_is_recorded_later(scan: str, by: str) -> None:
+    """A death between the last commit and the end: all is done, but older readers are told otherwise."""
+    path, _, main = scan.partition("::")
+    with Fit(scan, cores=1) as process:
+        name = process.compute().name
+    with h5py.File(path, "r+") as file:
+        file[name].attrs["last_pixel"] = 7
+        file[name].attrs["lazyproc_finished"] = "".ljust(19)
+        if by == "handle":
+            group = Fit(file[main], cores=1).compute()
+            assert group.name == name
+    if by == "path":
+        with Fit(scan, cores=1) as process:
+            assert process.compute().name == name
+    with h5py.File(path, "r") as file:
+        assert file[name].attrs["last_pixel"] == N_POSITIONS
+        assert file[name].attrs["lazyproc_finished"].strip()
+    assert len(Fit.calls) == N_POSITIONS
+
+
 # -- what people and other programs see ------------------------------------------------------------------------------
 
 

@@ -218,6 +218,12 @@ class Talk:
         self.process.communicate()
 
 
+def living(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return what lives of a driver's session; whoever was killed and not seen off yet does not."""
+    found = [one for one in psutil.process_iter(["status"]) if session_of(one.pid) == process.pid]
+    return [one for one in found if one.info["status"] != psutil.STATUS_ZOMBIE]
+
+
 def session_of(pid: int) -> int | None:
     try:
         return os.getsid(pid)
@@ -483,7 +489,7 @@ def test_the_command_line_leaves_with_75(tmp_path: Path, kind: str) -> None:
             os.killpg(process.pid, signal.SIGTERM)
         talk.wait_for("The same call of compute() goes on from there")
         assert process.wait(60) == 75
-        assert not [one for one in psutil.process_iter(["pid"]) if session_of(one.pid) == process.pid]
+        assert living(process) == []
     finally:
         talk.close()
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
@@ -752,3 +758,52 @@ def test_a_grace_that_is_no_number(scan: str, monkeypatch: pytest.MonkeyPatch, t
 
 def test_grace() -> None:
     assert grace_seconds() == GRACE_SECONDS < 30
+
+
+PROGRAMS = """
+import os, subprocess, sys, time
+import lazyproc
+
+class Runs(lazyproc.Process):
+    outputs = {"Code": lazyproc.Output("i4")}
+
+    @staticmethod
+    def _map_function(row, folder):
+        seconds = 1000 if os.path.exists(os.path.join(folder, "hang")) else 0.03
+        running = subprocess.Popen(["sleep", str(seconds)])
+        open(os.path.join(folder, f"pid {running.pid}"), "w").close()
+        return running.wait()
+
+if __name__ == "__main__":
+    Runs(sys.argv[1], parms_dict={"folder": sys.argv[2]}, cores=2, verbose=True).compute()
+"""
+
+
+@pytest.mark.parametrize("kind", ["once", "twice"])
+def test_programs_that_the_function_runs(tmp_path: Path, kind: str) -> None:
+    """Ctrl-C does not end them, so that blocks under way can be finished; a second one ends them, too."""
+    (tmp_path / "runs.py").write_text(PROGRAMS)
+    scan = make_scan(tmp_path)
+    process = start(tmp_path / "runs.py", f"{scan}::{MAIN}", str(tmp_path))
+    talk = Talk(process)
+    try:
+        talk.wait_for("positions in")
+        if kind == "twice":
+            (tmp_path / "hang").touch()
+        before = len(os.listdir(tmp_path))
+        while len(os.listdir(tmp_path)) < before + 2:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGINT)
+        talk.wait_for("interrupt again")
+        if kind == "twice":
+            os.killpg(process.pid, signal.SIGINT)
+        talk.wait_for("The same call of compute() goes on from there")
+        process.wait(60)
+        assert living(process) == []
+    finally:
+        talk.close()
+    with h5py.File(scan) as file:
+        group = file[f"{CHANNEL}/Raw_Data-Runs_000"]
+        done = group["completed_positions"][:] == 1
+        assert 0 < done.sum() < N_POSITIONS
+        assert set(group["Code"][:, 0][done]) == {0}

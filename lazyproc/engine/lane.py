@@ -32,6 +32,8 @@ _LOOK_SECONDS = 0.5
 """How often a worker process looks whether its driver is still there, and the driver whether a worker is."""
 _LEAVE_SECONDS = 5.0
 """How long a worker process that has nothing more to do may take to end."""
+_FOR_THE_DRIVER = (signal.SIGTERM, signal.SIGUSR1)
+"""Slurm sends them to each process of a job; the driver drains."""
 _DEATHS_IN_A_ROW = 100
 """So many processes may die without one block being finished in between."""
 _STARTS = 3
@@ -53,10 +55,6 @@ def set_up_worker() -> None:
     threading.Thread(target=_leave_with, args=(os.getppid(),), name="lazyproc-driver", daemon=True).start()
 
 
-def _go_on(number: int, frame: Any) -> None:
-    """Do nothing."""
-
-
 def _leave_with(driver: int) -> None:
     """End this process soon after the driver has gone: a driver that is killed cannot send its workers home."""
     while os.getppid() == driver:
@@ -67,8 +65,16 @@ def _leave_with(driver: int) -> None:
 def serve(descriptor: int) -> None:
     """Do blocks until the driver hangs up; the first message is the packed kernel."""
     set_up_worker()
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm sends them to each process of a job; the driver drains
-        signal.signal(number, _go_on)  # unlike SIG_IGN not inherited by programs that the function starts
+    worker = os.getpid()
+
+    def go_on(number: int, frame: Any) -> None:
+        if os.getpid() != worker:  # forked by the function: not ours to protect
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in _FOR_THE_DRIVER:
+        signal.signal(number, go_on)  # unlike SIG_IGN not inherited by programs that the function starts
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_DRIVER)
     driver = Connection(descriptor)
     try:
         packed = driver.recv_bytes()
@@ -124,13 +130,18 @@ class _Lane:
         self._socket, theirs = Pipe()
         one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR")}
         folders = json.dumps([str(folder) for folder in sys.path])
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, str(theirs.fileno()), folders],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                env=os.environ | one_thread,
-            )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_DRIVER)  # the process is to begin so
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _MAIN, str(theirs.fileno()), folders],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    env=os.environ | one_thread,
+                    process_group=0,  # Ctrl-C does not reach programs that the function runs; killed together
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._socket.send_bytes(self._packed)
 
     def _receive(self) -> bytes:
@@ -161,19 +172,26 @@ class _Lane:
     def kill(self) -> None:
         """Kill the process; from any thread."""
         if self._process is not None:
-            self._process.kill()
+            _kill(self._process)
 
     def end(self, seconds: float = 0.0) -> None:
         """Wait so long for the process to end, then kill it; when no other thread uses the lane."""
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(max(0.0, seconds))
-            self._process.kill()
+            _kill(self._process)
             self._process.wait()
             self._process = None
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a worker process, if it is still there, with all that its function has started."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Lanes:

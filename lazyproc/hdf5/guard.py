@@ -19,8 +19,10 @@ import h5py
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.raw_bytes import Ranges, RawBytes, Rewritten
+from lazyproc.hdf5.room import writing
+from lazyproc.hdf5.session import session_of
 from lazyproc.hdf5.settled import address_of, datasets_below, is_settled
-from lazyproc.hdf5.undo import drop_undo, kept_fresh, read_ranges, refuse_pending, write_undo
+from lazyproc.hdf5.undo import drop_undo, kept_fresh, load_undo, read_ranges, refuse_pending, write_undo
 
 LARGEST = 256 * 2**20
 """Bytes of metadata: of more no journal is kept."""
@@ -89,6 +91,33 @@ def _below(results: Iterable[h5py.Group | h5py.Dataset]) -> list[h5py.Dataset]:
     return [dataset for one in results for dataset in datasets_below(one)]
 
 
+def finish_pending(file: h5py.File, path: str) -> None:
+    """Have HDF5 write what it could not write before, as when the disk was full; refuse what waits of others.
+
+    Parameters
+    ----------
+    file : h5py.File
+        Open for writing.
+    path : str
+        The file on disk; the caller holds the run's lock.
+
+    Raises
+    ------
+    JournalError
+        If a change by a process that died, or by another opening of the file, has not been undone yet.
+    NoRoomError
+        If there is still no room.
+    """
+    journal = load_undo(path)
+    if journal is not None and file.mode != "r" and journal.session == session_of(file):
+        with writing(path, "what was to be written before"):
+            file.flush()
+            file.flush()
+            os.fdatasync(file.id.get_vfd_handle())
+        drop_undo(path)
+    refuse_pending(path, locked=True)
+
+
 def _rewritten(file: h5py.File, datasets: Iterable[h5py.Dataset], rows: Runs | None, n_rows: int) -> Rewritten:
     addresses = frozenset(address_of(dataset) for dataset in datasets if dataset.file == file)
     return Rewritten(addresses, Runs.empty() if rows is None else rows, -1 if rows is None else n_rows)
@@ -147,7 +176,8 @@ class _Guard:
         What the caller has changed and HDF5 holds back yet comes first. Writing it changes the file's structure, too,
         so the metadata on the disk are kept meanwhile; if that has changed them, they are kept anew.
         """
-        refuse_pending(self.path, locked=True)
+        if self._file:
+            finish_pending(self._file, self.path)
         for _ in range(_MOST_TRIES):
             self._keep()
             if self._kept is None or not self.changed():
@@ -173,7 +203,7 @@ class _Guard:
                 n_bytes // 2**20,
             )
             return
-        write_undo(self.path, descriptor, size, kept)
+        write_undo(self.path, descriptor, size, kept, session_of(self._file))
         self._kept = kept
         self._state = self._state_of(descriptor, kept)
         self._fresh.enter_context(kept_fresh(self.path))

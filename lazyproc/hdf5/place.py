@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.guard import guarded
 from lazyproc.hdf5.lock import sidecar
 from lazyproc.hdf5.room import changing, gone
+from lazyproc.hdf5.session import session_of
 from lazyproc.hdf5.transaction import transaction
 from lazyproc.hdf5.undo import refuse_pending
 
@@ -212,7 +213,7 @@ def place_of(target: Any, main: h5py.Dataset, main_path: str | None, files: File
         If a change of a file that is open here was cut off by a death, and has not been undone.
     """
     if main_path is None:
-        refuse_pending(real_path(main.file))
+        _refuse_pending(main.file)
     if target is None:
         if main_path is not None:
             return PathPlace(main_path, str(main.parent.name), files, may_make=False)
@@ -227,20 +228,27 @@ def place_of(target: Any, main: h5py.Dataset, main_path: str | None, files: File
         )
     if not target:
         raise ArgumentValueError("h5_target_group: the group's file is closed. Open it again.")
-    refuse_pending(real_path(target.file))
+    _refuse_pending(target.file)
     return HandlePlace(target)
+
+
+def _refuse_pending(file: h5py.File) -> None:
+    path = real_path(file)
+    if path is not None:
+        refuse_pending(path, session=session_of(file))
 
 
 def _make_file(path: str) -> None:
     """Make an empty HDF5 file, complete and durable before it gets its name; the caller holds the run's lock."""
     temporary = sidecar(path, "new")
-    with h5py.File(temporary, "w"):  # one that a death has left is used again
-        pass
     try:
+        with h5py.File(temporary, "w"):  # one that a death has left is used again
+            pass
         sync_file(temporary)
         os.link(temporary, path)  # unlike rename, never replaces a file that somebody made meanwhile
     except FileExistsError:
         pass
     finally:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
     sync_folder(path)

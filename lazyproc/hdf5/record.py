@@ -28,9 +28,10 @@ from lazyproc.hdf5.seal import PLACES, write_places, write_seal
 from lazyproc.hdf5.search import Work, remaining_positions
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.target import InPlaceTarget, Target
+from lazyproc.hdf5.usid import ancillary_handles
 
-_METADATA_BYTES = 2**20
-"""What attributes, labels, copied dimensions and HDF5's own structures take, mostly less."""
+_METADATA_BYTES = 2**18
+"""What attributes, labels and HDF5's own structures take, mostly less."""
 _TIME = "%Y-%m-%d %H:%M:%S"
 
 
@@ -125,7 +126,7 @@ def create_group(
     if not same_file:
         attrs["source_file_path"] = work.main_file
     n_failures = None if max_failures is None else min(max_failures, work.n_positions)
-    with reserved(parent.file, _results_bytes(work, n_failures), "the results"):
+    with reserved(parent.file, _results_bytes(main, work, n_failures, same_file=same_file), "the results"):
         group = create_results_group(parent, main, work.process_name, attrs)
         write_parameters(group, work.parameters)
         for output in work.outputs:
@@ -138,11 +139,12 @@ def create_group(
         return str(group.name)
 
 
-def _results_bytes(work: Work, n_failures: int | None) -> int:
+def _results_bytes(main: h5py.Dataset, work: Work, n_failures: int | None, *, same_file: bool) -> int:
     """Return how much room a results group takes in its file, generously."""
     results = sum(work.n_positions * output.row_bytes + 32 * output.width for output in work.outputs)
     failures = 0 if n_failures is None else n_failures * EMPTY_ROW.itemsize + work.n_positions
-    return results + work.n_positions + failures + _METADATA_BYTES
+    copied = 0 if same_file else sum(int(dataset.nbytes) for dataset in ancillary_handles(main))
+    return results + work.n_positions + failures + copied + _METADATA_BYTES
 
 
 def _written(work: Work) -> list[str]:

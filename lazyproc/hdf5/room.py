@@ -12,6 +12,7 @@ import errno
 import functools
 import os
 import re
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,8 +125,8 @@ def no_room(path: str, what: str, code: int, n_bytes: int | None = None) -> NoRo
     """Return the error of a full disk."""
     needed = "" if n_bytes is None else f"{_amount(n_bytes)} needed, "
     return NoRoomError(
-        f"{path}: no room for {what}: {_WHY[code]} ({needed}{_free(path)} free). What is done so far is kept: make "
-        "room and run the same again, or give h5_target_group in a file on another disk.",
+        f"{path}: no room for {what}: {_WHY[code]} ({needed}{_free(path)} free on the disk). What is done so far is "
+        "kept: make room and run the same again, or give h5_target_group in a file on another disk.",
         code,
     )
 
@@ -159,8 +160,13 @@ def reserve(descriptor: int, start: int, n_bytes: int, path: str, what: str) -> 
     NoRoomError
         If there is not so much. The file is as it was. File systems that cannot reserve pass.
     """
+    if n_bytes <= 0:
+        return
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and start + n_bytes > limit:
+        raise no_room(path, what, errno.EFBIG, n_bytes)
     allocate = _fallocate()
-    if allocate is None or n_bytes <= 0:
+    if allocate is None:
         return
     while True:
         code = allocate(descriptor, _KEEP_SIZE, start, n_bytes)

@@ -64,6 +64,8 @@ class UndoJournal:
         Whether the bytes are compressed.
     place : int
         Where in the journal they begin.
+    session : str
+        Which opening of the file the change was made through.
     """
 
     name: str
@@ -72,6 +74,7 @@ class UndoJournal:
     ranges: Ranges
     compressed: bool
     place: int
+    session: str
 
     def pieces(self) -> Iterator[tuple[int, bytes]]:
         """Give the bytes that stood in the file, in pieces with their places."""
@@ -85,7 +88,7 @@ class UndoJournal:
                 del waiting[: end - offset]
 
 
-def write_undo(path: str, descriptor: int, size: int, ranges: Ranges) -> None:
+def write_undo(path: str, descriptor: int, size: int, ranges: Ranges, session: str = "") -> None:
     """Keep bytes of the file in an undo journal beside it, durably.
 
     Parameters
@@ -98,6 +101,8 @@ def write_undo(path: str, descriptor: int, size: int, ranges: Ranges) -> None:
         Its bytes.
     ranges : ndarray
         What to keep: `(n_ranges, 2)` starts and stops.
+    session : str
+        Which opening of the file the change is made through.
     """
     journal = sidecar(path, "undo")
     compressed = int((ranges[:, 1] - ranges[:, 0]).sum()) > _UNCOMPRESSED
@@ -106,6 +111,7 @@ def write_undo(path: str, descriptor: int, size: int, ranges: Ranges) -> None:
         "size": size,
         "ranges": ranges.tolist(),
         "compressed": compressed,
+        "session": session,
     }
     pieces = (piece for _, piece in read_ranges(descriptor, ranges))
     out = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -220,7 +226,9 @@ def load_undo(path: str) -> UndoJournal | None:
     except FileNotFoundError:
         return None
     ranges = np.array(about["ranges"], np.int64).reshape(-1, 2)
-    return UndoJournal(journal, about["inode"], about["size"], ranges, about["compressed"], place)
+    return UndoJournal(
+        journal, about["inode"], about["size"], ranges, about["compressed"], place, about.get("session", "")
+    )
 
 
 def _check(path: str, journal: UndoJournal, *, force: bool = False) -> None:
@@ -331,7 +339,7 @@ def _is_as_before(path: str, journal: UndoJournal) -> bool:
     return True
 
 
-def refuse_pending(path: str | None, *, locked: bool = False) -> None:
+def refuse_pending(path: str | None, *, locked: bool = False, session: str = "") -> None:
     """Make sure that no change of an open file waits to be undone: the handle may have read what is damaged.
 
     Parameters
@@ -341,6 +349,9 @@ def refuse_pending(path: str | None, *, locked: bool = False) -> None:
     locked : bool
         Whether the caller holds the run's lock; then a journal that has nothing to put back is dropped. If not,
         somebody else may be just at it; then nothing is refused.
+    session : str
+        The opening of the file that the caller has. What waits in this very one is not refused: HDF5 could not write
+        it, since the disk was full, and will as soon as it can.
 
     Raises
     ------
@@ -351,11 +362,14 @@ def refuse_pending(path: str | None, *, locked: bool = False) -> None:
         return
     if not locked and (holder(path) is not None or load_undo(path) is None):
         return
+    if session and session == journal.session:
+        return
     if _is_as_before(path, journal):
         if locked:
             drop_undo(path)
         return
     raise JournalError(
-        f"{path}: the process that changed this file last was killed in the middle of it, so what is open here may be "
-        f"damaged; nothing was written. Close the file, run 'lazyproc recover {path}', and open it again."
+        f"{path}: the process that changed this file last was killed in the middle of it, or found the disk full, so "
+        f"what is open here may be damaged; nothing was written. Close the file, run 'lazyproc recover {path}', and "
+        "open it again."
     )
