@@ -1,8 +1,9 @@
 """Do the work of a declared process on all ranks that have opened the file together (``driver="mpio"``).
 
 The script runs on every rank, and every rank calls `compute`. Changes of the file's structure are collective in
-parallel HDF5: all ranks make the same ones, with the same values. Between them no HDF5 is used: each rank takes blocks
-from a shared counter, writes their rows by their bytes, and marks its own blocks in the status mask, data first.
+parallel HDF5, and so are some questions: all ranks make the same ones, with the same values. Between them no HDF5 is
+used: each rank takes blocks from a shared counter, writes their rows by their bytes, and marks its own blocks in the
+status mask, data first.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def perform_together(
         drain = Drain(nothing_yet(declared.process_name))
         declared.main.file.flush()
         with drain.on_signals(), _locked_by_first(declared, ranks) as fence:
-            found = ranks.once(lambda: declared.found(work))
+            found = ranks.first(declared.found(work))
             duplicates = [one for one in found if one.is_complete]
             if duplicates and not override:
                 return duplicates[-1].name
@@ -110,9 +111,14 @@ def _check(declared: Declared) -> None:
 
 
 def _by_bytes(declared: Declared) -> Declared:
-    """Let contiguous data be read by their bytes; parallel HDF5 keeps none of them in memory of its own."""
+    """Let contiguous data be read by their bytes; parallel HDF5 keeps none of them in memory of its own.
+
+    With its path known, nothing asks HDF5 for the file's driver any more: that question duplicates the communicator, so
+    it is collective.
+    """
     path = os.path.abspath(declared.main.file.filename)
-    return replace(declared, source=source_of(declared.main, path)) if find_extent(declared.main, path) else declared
+    by_bytes = find_extent(declared.main, path) is not None
+    return replace(declared, main_path=path, source=source_of(declared.main, path) if by_bytes else declared.source)
 
 
 @contextmanager
@@ -152,12 +158,12 @@ def _begin(
     if ranks.rank == 0:
         warn_of(partial[name])
     group = declared.place.results(name)
-    remaining = ranks.once(lambda: remaining_positions(group, work.n_positions, work.status_name))
+    remaining = ranks.first(remaining_positions(group, work.n_positions, work.status_name))
     if work.status_name not in group:
         ensure_mask(group, name, work)
         group.file.flush()
-    probe = ranks.once(lambda: stored_probe(group) or _probe(declared, kernel, remaining, begun=True))
-    return name, remaining, probe
+    stored = ranks.first(stored_probe(group))
+    return name, remaining, stored or ranks.once(lambda: _probe(declared, kernel, remaining, begun=True))
 
 
 def _probe(declared: Declared, kernel: Kernel, remaining: Runs, *, begun: bool) -> Probe:

@@ -96,13 +96,12 @@ def measure(row: Any, folder: str, ballast: bytes = bytes(20_000)) -> dict[str, 
     from pathlib import Path
 
     place, position, here = Path(folder), int(row[0]), os.getpid()
-    if here == int((place / "driver").read_text()):
-        time.sleep(0.03)  # long enough for worker processes to pay
-    else:
+    time.sleep(0.03)  # long enough for worker processes to pay, and for each position to be a block of its own
+    if here != int((place / "driver").read_text()):
         with open(place / "begun", "a") as file:
             file.write(f"{position} {here}\n")
-        slow = place / "slow"
-        time.sleep(float(slow.read_text()) if slow.exists() else 0.005)
+        if (place / "slow").exists():
+            time.sleep(float((place / "slow").read_text()))
         order = place / f"at_{position}"
         if order.exists():
             exec(order.read_text(), {"place": place, "position": position, "os": os, "time": time})

@@ -16,12 +16,10 @@ import pytest
 from deaths import shim
 from deaths.layouts import LAYOUTS
 from deaths.server import Stage
+from deaths.trials import Scene, Tally
 
 SEED = os.environ.get("LAZYPROC_TEST_SEED", "2024")
 EXHAUSTIVE = bool(os.environ.get("LAZYPROC_EXHAUSTIVE"))
-KEPT = (0.0, 0.1, 0.5, 0.9, 1.0)
-"""Chances that something pending is kept."""
-
 pytestmark = [
     pytest.mark.skipif(shim.compiler() is None, reason="no C compiler: install gcc, or set CC, to build the shim"),
     pytest.mark.timeout(6 * 3600 if EXHAUSTIVE else 600),
@@ -39,39 +37,26 @@ def stage(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield stage
 
 
-def cuts(n_events: int, chance: random.Random, number: int) -> Iterator[dict[str, Any]]:
-    """Choose where the power is cut, and how much of what is pending is kept."""
-    places = (
-        [place for place in range(1, n_events + 1) for _ in range(4)]
-        if EXHAUSTIVE
-        else [chance.randint(1, n_events) for _ in range(number)]
-    )
-    for number, place in enumerate(places):
-        yield {
-            "n_events": place,
-            "seed": f"{SEED} {number}",
-            "keep": chance.choice(KEPT),
-            "recover": chance.random() < 0.5,
-        }
+def cut_all(stage: Stage, name: str, steps: list[dict[str, Any]], number: int, **how: Any) -> Tally:
+    """Record drivers of a layout, one after the other, and cut the power at many places."""
+    seed = f"{SEED} {name} {steps}"
+    chance = random.Random(seed)
+    scene = Scene(stage, name)
+    n_events = len(list(shim.read_record(stage.ask("record", steps=steps)["record"])))
+    places = [chance.randint(1, n_events) for _ in range(number)]
+    if EXHAUSTIVE:
+        places = [place for place in range(1, n_events + 1) for _ in range(4)]
+    return scene.cut_all(places, chance, seed, **how)
 
 
-def cut_all(stage: Stage, steps: list[dict[str, Any]], chance: random.Random, number: int, **how: Any) -> list[str]:
-    """Record some drivers, one after the other, cut the power at many places, and return what went wrong."""
-    recorded = stage.ask("record", steps=steps)
-    events = list(shim.read_record(recorded["record"]))
-    found: list[str] = []
-    for cut in cuts(len(events), chance, number):
-        problems = stage.ask("cut", **cut, **how)["problems"]
-        if problems:
-            found.append(f"after {events[cut['n_events'] - 1]}, {cut}: {problems[:3]}")
-    return found
+def report(tally: Tally) -> str:
+    return "\n".join([f"{tally.failed} of {tally.tried} cuts failed", *tally.problems[:5]])
 
 
 @pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS if layout.cores == 1])
 def test_power_is_cut_during_a_run(stage: Stage, name: str) -> None:
-    stage.ask("set_layout", name=name)
-    problems = cut_all(stage, [{}], random.Random(f"{SEED} {name}"), 6)
-    assert not problems, "\n".join([f"{len(problems)} cuts failed", *problems[:5]])
+    tally = cut_all(stage, name, [{}], 5)
+    assert not tally.failed, report(tally)
 
 
 @pytest.mark.parametrize(
@@ -88,35 +73,30 @@ def test_power_is_cut_during_a_second_run(stage: Stage, name: str) -> None:
         if event.kind == shim.UNLINK and not event.path.endswith(("-fence", "-lock", "-new"))
     ]
     for at in (journals[0], calls[len(calls) // 2].count):
-        problems = cut_all(stage, [{"at": at}, {}], random.Random(f"{SEED} {name} {at}"), 5)
-        assert not problems, "\n".join([f"killed at call {at}: {len(problems)} cuts failed", *problems[:5]])
+        tally = cut_all(stage, name, [{"at": at}, {}], 4)
+        assert not tally.failed, report(tally)
 
 
 def test_a_cut_costs_no_more_than_the_checkpoint_interval(library: Path, tmp_path: Path) -> None:
     """No block waits for its commit while others are finished an interval after it."""
-    interval = 0.04
-    with Stage(tmp_path, library, pause=0.004) as stage:
-        stage.ask("set_layout", name="path, contiguous, 3 siblings")
-        recorded = stage.ask("record", steps=[{"interval": interval}])
-        events = list(shim.read_record(recorded["record"]))
-        waiting: list[float] = []
-        n_commits = n_together = 0
-        for event in events:
-            if event.kind == shim.NOTE and event.path.startswith("done"):
-                assert not waiting or waiting[-1] - waiting[0] < interval, waiting
-                waiting.append(event.time)
-            elif event.kind == shim.NOTE and event.path.startswith("committed"):
-                n_commits += 1
-                n_together += len(waiting) > 1
-                waiting = []
-        assert n_commits >= 3
-        assert n_together >= 1
-        problems = cut_all(stage, [{"interval": interval}], random.Random(f"{SEED} interval"), 5)
-        assert not problems, "\n".join(problems)
+    interval = 0.2
+    with Stage(tmp_path, library, pause=0.02) as stage:
+        tally = cut_all(stage, "path, contiguous, 3 siblings", [{"interval": interval}], 4)
+        assert not tally.failed, report(tally)
+        events = list(shim.read_record(tmp_path / "replayed"))
+    notes = [(event.path.split()[0], event.time) for event in events if event.kind == shim.NOTE]
+    assert sum(word == "committed" for word, _ in notes) >= 2
+    waiting: list[float] = []
+    for word, time in notes[notes.index(next(note for note in notes if note[0] == "started")) :]:
+        if word == "done":
+            assert not waiting or waiting[-1] - waiting[0] < interval, waiting
+            waiting.append(time)
+        elif word == "committed":
+            waiting = []
+    assert not waiting
 
 
 def test_without_syncs_it_would_fail(stage: Stage) -> None:
     """Can it fail at all? The same record, with all syncs left out of the replay."""
-    stage.ask("set_layout", name="path, contiguous, 3 siblings")
-    problems = cut_all(stage, [{}], random.Random(SEED), 16, syncs=False)
-    assert len(problems) >= 4, problems
+    tally = cut_all(stage, "path, contiguous, 3 siblings", [{}], 16, syncs=False)
+    assert tally.failed >= 4, report(tally)

@@ -111,17 +111,24 @@ def test_blocks_stay_disjoint_and_complete_however_often_they_are_divided_anew(s
     assert covered == remaining.positions().tolist()
 
 
-@pytest.mark.parametrize("wrong", [0.1, 10.0])
-def test_blocks_are_divided_anew_once_it_is_known_how_long_they_take(wrong):
-    remaining, seconds = Runs.full(10**6), 0.01
-    feed = feed_of(remaining, wrong * seconds)
+# positions take so many times longer than was guessed, with so many workers -> blocks change
+WRONG = [(10.0, 8, True), (0.1, 8, False), (0.001, 8, True), (0.1, 500, True)]
+
+
+@pytest.mark.parametrize(("wrong", "n_workers", "changes"), WRONG)
+def test_blocks_are_divided_anew_once_it_is_known_how_long_they_take(wrong: float, n_workers: int, changes: bool):
+    """Smaller ones if that is longer; larger ones only if all workers could not be given new ones in time."""
+    division = Division(10**9, n_workers, 1, 1, 2**60, 10.0)
+    usual = max(1.0, 4 * n_workers * 0.001)
+    feed = feed_of(Runs.full(10**9), 0.01, division)
     sizes = []
-    for block, _ in zip(feed, range(200), strict=False):
+    for block, _ in zip(feed, range(4 * n_workers), strict=False):
         sizes.append(block.n_positions)
-        feed.note(block.n_positions, seconds * block.n_positions)
-    assert sizes[0] == pytest.approx(1 / (wrong * seconds), abs=1)
-    assert sizes[-1] == pytest.approx(1 / seconds, abs=1)
-    assert sizes.count(sizes[0]) == 2 * AMPLE.n_workers, "as soon as two blocks a worker have come back"
+        feed.note(block.n_positions, wrong * 0.01 * block.n_positions)
+    assert sizes[0] == pytest.approx(usual / 0.01, abs=1)
+    assert sizes[-1] == pytest.approx(usual / 0.01 / (wrong if changes else 1), rel=0.01)
+    assert sizes[: 2 * n_workers] == sizes[:1] * 2 * n_workers, "until two blocks a worker have come back"
+    assert sizes[2 * n_workers :] == sizes[-1:] * 2 * n_workers
 
 
 def test_a_guess_that_is_about_right_stays():

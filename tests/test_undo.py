@@ -454,6 +454,55 @@ def test_recovery_keeps_away_from_writers(cut_off: Path) -> None:
         holding.communicate(b"\n", timeout=60)
 
 
+def clear_flag(path: Path) -> None:
+    """Do as ``h5clear -s`` does: note in a superblock of version 3 that nobody has the file open."""
+    content = bytearray(path.read_bytes())
+    assert content[8] == 3
+    assert content[11] == 1, "marked as open"
+    content[11] = 0
+    content[44:48] = _lookup3(bytes(content[:44])).to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+def _lookup3(data: bytes) -> int:
+    """Return Jenkins' hash of bytes, which HDF5 has as its checksum of metadata."""
+
+    def turn(value: int, bits: int) -> int:
+        return (value << bits | value >> (32 - bits)) & 0xFFFFFFFF
+
+    a = b = c = (0xDEADBEEF + len(data)) & 0xFFFFFFFF
+    while data:
+        last, words = len(data) <= 12, np.frombuffer(data[:12].ljust(12, b"\0"), "<u4").tolist()
+        a, b, c = ((one + word) & 0xFFFFFFFF for one, word in zip((a, b, c), words, strict=True))
+        data = data[12:]
+        if not last:
+            for x in (4, 6, 8, 16, 19, 4):
+                a, b, c = (a - c ^ turn(c, x)) & 0xFFFFFFFF, b, (c + b) & 0xFFFFFFFF
+                a, b, c = b, c, a
+        else:
+            for x in (14, 11, 25, 16, 4, 14, 24):
+                c = ((c ^ b) - turn(b, x)) & 0xFFFFFFFF
+                a, b, c = b, c, a
+            a, b, c = c, a, b
+    return c
+
+
+def test_a_file_of_the_newest_format_is_right_once_it_is_cleared(tmp_path: Path) -> None:
+    """HDF5 itself marks such files as open, and lets nobody in after a death: recover, then ``h5clear -s``."""
+    path = make_file(tmp_path / "scan.h5", libver="latest")
+    done = run_script(DIE_IN_GUARD, path, "latest 2")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert recover(str(path))
+    with pytest.raises(OSError, match="already open for write"):
+        content_of(path)
+    before = Path(f"{path}.before")
+    clear_flag(path)
+    clear_flag(before)
+    found = content_of(path)
+    assert "zipped" in found
+    assert found == content_of(before)
+
+
 # -- guards ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
-"""The blocks of a run, one by one; divided anew when positions turn out to take longer, or less long, than was thought.
+"""The blocks of a run, one by one; divided anew when positions turn out to take another time than was thought.
 
 What a probe of a few positions tells may be wrong by far where their cost varies. Blocks that are much too long leave
-workers idle at the end, blocks that are much too short are more than a scheduler can hand out.
+workers idle at the end; blocks that are much too short can be more than are handed out in time to all workers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from lazyproc.core.blocks import Block, BlockPlan
 from lazyproc.core.runs import Runs
+from lazyproc.core.sizing import HANDOUT_SECONDS
 
 _WRONG = 1.5
 """Only if positions take so many times longer, or less long, the rest is divided anew."""
@@ -34,6 +35,8 @@ class BlockFeed:
 
     Notes
     -----
+    Blocks become smaller if positions take longer; larger only if blocks are done faster than workers get new ones.
+
     The blocks are disjoint, in order and hold exactly the positions of the plan, however often these are divided anew;
     they are numbered from 0. Used by one thread. Memory does not depend on how many blocks there are.
     """
@@ -49,7 +52,7 @@ class BlockFeed:
         self._blocks = iter(plan)
         self._expected = seconds_per_position
         self._divide = divide
-        self._enough = max(_LEAST_BLOCKS, 2 * n_workers)
+        self._n_workers = n_workers
         self._next = 0
         self._stop = 0
         self._forget()
@@ -71,13 +74,20 @@ class BlockFeed:
         self._n_blocks += 1
         self._n_positions += n_positions
         self._seconds += seconds
-        if self._n_blocks < self._enough:
-            return
-        measured = self._seconds / self._n_positions
-        if self._expected is None or not 1 / _WRONG < measured / max(self._expected, 1e-12) < _WRONG:
-            rest = self._remaining.clip(self._stop, 2**63 - 1)
-            if rest:
-                self._remaining = rest
-                self._blocks = iter(self._divide(rest, measured))
-            self._expected = measured
-        self._forget()
+        if self._n_blocks >= max(_LEAST_BLOCKS, 2 * self._n_workers):
+            measured = self._seconds / self._n_positions
+            if self._expected is None or self._is_wrong(measured, self._expected):
+                self._divide_rest(measured)
+            self._forget()
+
+    def _is_wrong(self, measured: float, expected: float) -> bool:
+        if measured < expected:
+            return measured * _WRONG < expected and self._seconds / self._n_blocks < self._n_workers * HANDOUT_SECONDS
+        return measured > expected * _WRONG
+
+    def _divide_rest(self, seconds: float) -> None:
+        self._expected = seconds
+        rest = self._remaining.clip(self._stop, 2**63 - 1)
+        if rest:
+            self._remaining = rest
+            self._blocks = iter(self._divide(rest, seconds))

@@ -10,7 +10,7 @@ from lazyproc.core.runs import Runs
 
 _SHARES = 2
 """In the tail a worker would have at least so many more blocks to do of what is left, if all got equal shares."""
-_HANDOUT_SECONDS = 0.001
+HANDOUT_SECONDS = 0.001
 """What a block costs whoever hands them out, one after the other: measured 0.7-1.2 ms with a distributed scheduler."""
 _USUAL_SECONDS, _LEAST_SECONDS = 1.0, 0.05
 
@@ -87,7 +87,7 @@ def block_seconds(n_workers: int, interval: float) -> tuple[float, float]:
     >>> block_seconds(8, interval=10.0), block_seconds(512, interval=10.0)
     ((1.0, 0.05), (2.048, 0.512))
     """
-    round_seconds = n_workers * _HANDOUT_SECONDS
+    round_seconds = n_workers * HANDOUT_SECONDS
     usual = min(_USUAL_SECONDS, max(_LEAST_SECONDS, interval / 4))
     return max(usual, 4 * round_seconds), max(_LEAST_SECONDS, round_seconds)
 

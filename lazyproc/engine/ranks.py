@@ -8,6 +8,7 @@ communication: whoever is free takes the next one.
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,9 @@ class Ranks:
     """
 
     def __init__(self, comm: Any) -> None:
-        self._comm = comm.Dup()
+        from mpi4py import MPI
+
+        self._comm = MPI.Intracomm(comm).Dup()
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
         self._agreed: BaseException | None = None
@@ -48,7 +51,9 @@ class Ranks:
             if error is self._agreed or isinstance(error, Interrupted | SystemExit):
                 raise
             log.critical("rank %d of %d failed, which ends all", self.rank, self.size, exc_info=error)
+            leave = _without_farewell()  # kept here: the C library calls it at exit
             self._comm.Abort(1)
+            del leave
         finally:
             self._comm.Free()
 
@@ -73,6 +78,11 @@ class Ranks:
             return result
         self._raise(failed or pickle.loads(content))
         raise AssertionError
+
+    def first(self, value: T) -> T:
+        """Return rank 0's value on all ranks; for what all find by calls that are collective."""
+        found: T = self._comm.bcast(value, root=0)
+        return found
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in their order, on all of them."""
@@ -170,6 +180,15 @@ def run_shared(
     finally:
         if stopping():
             counter.stop()
+
+
+def _without_farewell() -> Any:
+    """Let the process end without closing files: HDF5 would do so at exit, together with ranks that do not come."""
+    import ctypes
+
+    leave = ctypes.CFUNCTYPE(None)(lambda: os._exit(1))
+    ctypes.CDLL(None).atexit(leave)
+    return leave
 
 
 def _dumps(error: BaseException) -> bytes:

@@ -7,6 +7,7 @@ change by anybody. Results groups do not count: they are what was being changed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -40,16 +41,18 @@ def changes_since(path: str, before: list[Patch], size: int) -> list[str]:
         overlay.seek(offset)
         overlay.write(piece)
     overlay.truncate(size)
-    try:
-        with open(path, "rb") as raw, h5py.File(overlay, "r") as old:
+    with open(path, "rb") as raw, contextlib.closing(overlay):
+        try:
+            now = h5py.File(raw, "r")
+        except _ERRORS:
+            return []
+        with now:
             try:
-                now = h5py.File(raw, "r")
-            except _ERRORS:
-                return []
-            with now:
+                old = h5py.File(overlay, "r")
+            except _ERRORS:  # superblock 3 says that it is open for writing
+                return ["it was opened, and cannot be compared with what it was"]
+            with old:
                 return list(_compare(now, old))
-    finally:
-        overlay.close()
 
 
 def _compare(now: h5py.File, old: h5py.File) -> Iterator[str]:

@@ -22,7 +22,8 @@ from lazyproc.core.parameters import arguments_text, same_arguments
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.attributes import read_parameters
 from lazyproc.hdf5.create import create_status_mask
-from lazyproc.hdf5.extents import real_path
+from lazyproc.hdf5.extents import real_path, using
+from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.search import file_differences, named_groups, remaining_positions, source_name
 from lazyproc.hdf5.usid import read_text
 
@@ -251,9 +252,12 @@ def sync_files(files: Iterable[h5py.File]) -> None:
     for file in files:
         if file.mode == "r":
             continue
-        file.flush()
-        if real_path(file) is not None:
-            os.fdatasync(file.id.get_vfd_handle())
+        path = real_path(file)
+        with writing(str(file.filename), "the results"):
+            file.flush()
+            if path is not None:
+                with using(path, "what was written"):
+                    os.fdatasync(file.id.get_vfd_handle())
 
 
 class WriteWatch:

@@ -249,7 +249,8 @@ class RunLock:
 
 def _overwrite(descriptor: int, text: str) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
+    if text:
+        os.pwrite(descriptor, text.encode(), 0)
 
 
 def _remove(lock_path: str, about: dict[str, Any]) -> None:

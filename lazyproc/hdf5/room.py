@@ -58,7 +58,7 @@ def writing(path: str, what: str, n_bytes: int | None = None, *, in_hdf5: bool =
         raise
     except (OSError, RuntimeError, ValueError) as error:  # h5py raises any of them
         code = full_code(error)
-        if code is None or (in_hdf5 and getattr(error, "errno", None) is not None):
+        if code is None or (in_hdf5 and not _IN_HDF5.search(str(error))):
             raise
         raise no_room(path, what, code, n_bytes) from error
 
@@ -79,7 +79,7 @@ def changing(path: str, what: str) -> Iterator[None]:
     NoRoomError
         If there is no room.
     FileChangedError
-        If the file is gone.
+        If the file is gone, or its disk fails.
     ReadOnlyFileError
         If the file may not be written.
     ResultsError
@@ -93,14 +93,20 @@ def changing(path: str, what: str) -> Iterator[None]:
     except H5_ERRORS as error:
         if not os.path.exists(path):
             raise gone(path, what) from error
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+        code = getattr(error, "errno", None)
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ReadOnlyFileError(
                 f"{path}: {what} cannot be written ({error}). Give h5_target_group in another file, or change the "
                 "permissions."
             ) from error
+        if code is not None:
+            raise FileChangedError(
+                f"{path}: {what} cannot be written ({error}). Look for faults of the disk or the network; then run the "
+                "same again."
+            ) from error
         raise ResultsError(
-            f"{path}: {what} cannot be written ({error}). The file is damaged there, or its disk fails: give "
-            "h5_target_group in another file, or restore this one from a copy."
+            f"{path}: {what} cannot be written ({error}). The file is damaged there: give h5_target_group in another "
+            "file, or restore this one from a copy."
         ) from error
 
 

@@ -19,7 +19,7 @@ from lazyproc.core.blocks import Block
 from lazyproc.core.errors import ResultsError
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.extents import Extent, using
-from lazyproc.hdf5.room import writing
+from lazyproc.hdf5.room import reserve, writing
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.transaction import share_lock
 
@@ -59,6 +59,15 @@ class InPlaceTarget:
     -----
     Only one driver may use it (the run's lock sees to that). Nothing of the HDF5 structure changes, so readers and a
     kill at any instant find a file that opens. The order data, sync, mask, sync holds for power loss, too.
+
+    Raises
+    ------
+    FileBusyError
+        If another program has the file open for writing.
+    FileChangedError
+        If the file is gone, or is no longer the same.
+    NoRoomError
+        If the results take room that they do not have yet, and there is none.
     """
 
     def __init__(self, sink: Sink, mask: Extent) -> None:
@@ -66,12 +75,14 @@ class InPlaceTarget:
         self._sink = sink
         self._mask = mask
         self._descriptor = mask.open(os.O_RDWR)
-        if sink.shares_lock:
-            try:
+        try:
+            if sink.shares_lock:
                 share_lock(self._descriptor, mask.path)
-            except BaseException:
-                os.close(self._descriptor)
-                raise
+            for extent in (*sink.extents, mask):  # a copy of partial results may have holes
+                reserve(self._descriptor, extent.offset, extent.stop - extent.offset, mask.path, extent.name)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
     def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> None:
         """Write the rows of a block from the driver. A kill in between leaves them unmarked, so they do not count."""

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc import cli
+from lazyproc.hdf5.files import Files
 from lazyproc.status import file_status
 
 from .layouts import CALLS, MASK, N_POSITIONS, Layout, expected
@@ -25,6 +26,7 @@ Snapshot = dict[str, Any]
 
 _CHANGES = {
     "timestamp", "lazyproc_run_id", "lazyproc_probe", "lazyproc_started", "lazyproc_finished", "lazyproc_workers",
+    "lazyproc_places",
     "lazyproc_seal",
 }  # fmt: skip
 """Attributes of a results group that no two runs have in common."""
@@ -42,6 +44,8 @@ class Findings:
         Positions marked done when the process died.
     n_lost : int
         Positions computed before the death that had to be computed again.
+    n_again : int
+        Positions computed to get to the end.
     recovered : bool
         Whether there was anything to recover.
     """
@@ -49,19 +53,33 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     n_marked: int = 0
     n_lost: int = 0
+    n_again: int = 0
     recovered: bool = False
 
 
 def snapshot(path: str | Path) -> Snapshot:
     """Read all of a file with plain h5py."""
+    with h5py.File(path, "r") as file:
+        return _content(file)
+
+
+def seen_by_lazyproc(path: str) -> Snapshot:
+    """Read all of a file as lazyproc sees it, which is as it will be once it is recovered."""
+    files = Files()
+    try:
+        return _content(files.open(path))
+    finally:
+        files.close()
+
+
+def _content(file: h5py.File) -> Snapshot:
     found: Snapshot = {}
 
     def visit(name: str, item: Any) -> None:
         found[f"/{name}"] = [_form(item), {key: _plain(item.attrs[key], item.file) for key in sorted(item.attrs)}]
 
-    with h5py.File(path, "r") as file:
-        visit("", file)
-        file.visititems(visit)
+    visit("", file)
+    file.visititems(visit)
     return found
 
 
@@ -139,33 +157,32 @@ class Checker:
         """
         findings = Findings()
         recover = recover or self.layout.needs_recover
+        # While a journal lies there, plain h5py may find anything, and may even hang. lazyproc sees through it.
+        found = self._problems_now(seen_by_lazyproc if self._has_journal() else snapshot)
+        findings.problems += [f"as it was left: {one}" for one in found]
         with _collect(findings, "status"):
             if self.layout.results(self.folder).exists():
                 file_status(str(self.layout.results(self.folder)))
-        unsettled = self._problems_now()
         if recover:
             with _collect(findings, "recover"):
                 findings.recovered = any([recover_file(path) for path in self._files()])
-            if unsettled and not findings.recovered:
-                findings.problems += [f"plain h5py, nothing to recover: {one}" for one in unsettled]
-            findings.problems += [f"recovered: {one}" for one in self._problems_now()]
-        elif unsettled and not self._has_journal():
-            findings.problems += [f"plain h5py, no journal: {one}" for one in unsettled]
-        self._go_on(findings, looked=recover or not (unsettled or self._has_journal()))
+            findings.problems += [f"recovered: {one}" for one in self._problems_now(snapshot)]
+        self._go_on(findings, looked=not self._has_journal())
         return findings
 
     def _go_on(self, findings: Findings, *, looked: bool) -> None:
         lines = _lines()
         called, committed = _positions(lines), _positions(lines[: _last_commit(lines)])
         marked = np.zeros(N_POSITIONS, bool)
-        with contextlib.suppress(Exception):
-            marked = self.marked()
+        if looked:
+            with contextlib.suppress(Exception):
+                marked = self.marked()
         with _collect(findings, "resuming"), self.layout.process(self.folder) as process:
             process._progress = lambda event: None
             process.compute()
         again = sorted(_positions(_lines()[len(lines) :]))
         findings.n_marked = int(marked.sum())
-        findings.n_lost = len(called.intersection(again))
+        findings.n_lost, findings.n_again = len(called.intersection(again)), len(again)
         if self.layout.cores == 1 and committed.intersection(again):
             findings.problems.append(f"committed, but computed again: {sorted(committed.intersection(again))}")
         if looked and not findings.problems and again != np.flatnonzero(~marked).tolist():
@@ -179,21 +196,22 @@ class Checker:
     def _has_journal(self) -> bool:
         return any(".lazyproc-" in name and not name.endswith(("-lock", "-fence")) for name in os.listdir(self.folder))
 
-    def _problems_now(self) -> list[str]:
+    def _problems_now(self, look: Callable[[str], Snapshot]) -> list[str]:
         problems: list[str] = []
         for path in self._files():
             try:
-                now = snapshot(path)
+                now = look(path)
             except Exception as error:
                 problems.append(f"{os.path.basename(path)} cannot be read: {type(error).__name__}: {error}")
                 continue
             before = self.before.get(os.path.basename(path))
             if before is not None:
                 problems += _differences(before, self._without_begun(now), self.new_group)
-        try:
-            self.marked()
-        except Exception as error:
-            problems.append(f"{type(error).__name__}: {error}")
+        if look is snapshot and not problems:
+            try:
+                self.marked()
+            except Exception as error:
+                problems.append(f"{type(error).__name__}: {error}")
         return problems
 
     def _without_begun(self, now: Snapshot) -> Snapshot:

@@ -62,6 +62,8 @@ class Layout:
         Phases (of `trials.PHASES`) in which a death is not promised to be harmless: points there are not tried.
     may_leave_groups : bool
         A death while the class itself creates its group may leave that group behind, without a mask.
+    used_before : bool
+        The caller has changed the structure of the results' file through its handle before.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Layout:
     begun: dict[str, Any] | None = None
     unsafe: frozenset[str] = frozenset()
     may_leave_groups: bool = False
+    used_before: bool = False
 
     def scan(self, folder: str | Path) -> Path:
         """Return the file with the main dataset."""
@@ -123,8 +126,27 @@ class Layout:
                 target = stack.enter_context(h5py.File(self.results(folder), "r+"))[TARGET]
             options: dict[str, Any] = {"on_error": "record"} if self.kind == "recording" else {}
             options |= {"cores": self.cores, "h5_target_group": target, "checkpoint_interval": interval}
+            if self.used_before:
+                _change_and_take_back((target or main).file)
             made = PROCESSES[self.kind](main, parms_dict={"gain": 2.0}, **options)
             yield stack.enter_context(made)
+
+
+def _change_and_take_back(file: h5py.File) -> None:
+    """Do what leaves unused space and half-empty buffers in a file that is open, but nothing else."""
+    from .actions import note
+
+    for number in range(12):
+        group = file.create_group(f"Scratch/{number}")
+        group.attrs["text"] = "x" * 500
+        group["values"] = np.arange(1000) * number
+        group.create_dataset("zipped", data=np.arange(900), chunks=(100,), compression="gzip")
+    for number in range(0, 12, 2):
+        del file[f"Scratch/{number}"]
+    file.flush()
+    del file["Scratch"]
+    file.flush()
+    note("ready")
 
 
 def siblings(n_siblings: int) -> Iterator[tuple[str, NDArray[np.int64], dict[str, Any]]]:
@@ -302,19 +324,19 @@ LAYOUTS = [
         source_handle=True,
         target_handle=True,
     ),
-    Layout("hooks, handle", source_handle=True, kind="hooks", may_leave_groups=True),
-    Layout("hooks, path", kind="hooks", may_leave_groups=True),
+    Layout("handle, used before", n_siblings=20, source_handle=True, used_before=True),
+    Layout("hooks, handle", source_handle=True, kind="hooks"),
+    Layout("hooks, path", kind="hooks"),
+    Layout("hooks, handle, chunked results", source_handle=True, kind="hooks, chunked"),
+    Layout("hooks, handle, gzip results", source_handle=True, kind="hooks, gzip"),
+    Layout("hooks, handle, gzip results, used before", source_handle=True, kind="hooks, gzip", used_before=True),
     Layout(
-        "hooks, handle, chunked results",
+        "hooks, handle, gzip results, existing file, 200 siblings",
+        n_siblings=200,
+        target="existing",
         source_handle=True,
-        kind="hooks, chunked",
-        may_leave_groups=True,
-    ),
-    Layout(
-        "hooks, handle, gzip results",
-        source_handle=True,
+        target_handle=True,
         kind="hooks, gzip",
-        may_leave_groups=True,
     ),
 ]
 

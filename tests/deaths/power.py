@@ -158,7 +158,15 @@ def put_back(folder: Path, files: dict[str, tuple[int, bytes]], keepers: Path) -
             file.write(content)
 
 
-def claimed(events: list[shim.Event]) -> int:
-    """Return how many positions the driver had said to be committed."""
-    told = [int(event.path.split()[1]) for event in events if event.kind == shim.NOTE and event.path[:9] == "committed"]
-    return told[-1] if told else 0
+def claimed(events: list[shim.Event], *, each_block: bool) -> int:
+    """Return how many positions the driver had said to be committed; with `each_block` a finished block says so."""
+    total = 0
+    for event in events:
+        if event.kind != shim.NOTE:
+            continue
+        word, _, number = event.path.partition(" ")
+        if word == "committed" or (word == "started" and each_block):
+            total = int(number)
+        elif word == "done" and each_block:
+            total += int(number)
+    return total

@@ -203,7 +203,7 @@ class Server:
         self.drivers.append(pid)
         self.end_drivers()
         if "error" in answer or answer["signal"]:
-            return {"problems": [f"examining: {answer}"], "n_marked": 0, "n_lost": 0, "recovered": False}
+            return {"problems": [f"examining: {answer}"], "n_marked": 0, "n_lost": 0, "n_again": 0}
         return dict(answer["answer"])
 
     # -- power cuts
@@ -236,6 +236,7 @@ class Server:
 
     def cut(self, n_events: int, seed: str, keep: float, recover: bool = True, syncs: bool = True) -> dict[str, Any]:
         """Cut the power after so many calls of the record, and examine what is left; without syncs all is pending."""
+        from .layouts import N_POSITIONS
         from .power import Disk, claimed, put_back
 
         disk = Disk(self.work, self.files)
@@ -244,9 +245,9 @@ class Server:
         (self.folder / "calls").unlink(missing_ok=True)
         put_back(self.work, disk.after_cut(random.Random(seed), keep), self.keepers)
         findings = self.examine(recover)
-        promised = claimed(self.events[:n_events])
-        if findings["n_marked"] < promised:
-            findings["problems"].append(f"{findings['n_marked']} positions are marked, {promised} had been committed")
+        promised = claimed(self.events[:n_events], each_block=self.layout.kind.startswith("hooks"))
+        if findings["n_again"] > N_POSITIONS - promised:
+            findings["problems"].append(f"{findings['n_again']} positions were computed, {promised} were committed")
         return findings
 
 

@@ -3,7 +3,7 @@
  * All processes of a run share one control block, a small file named by LAZYPROC_DEATHS and mapped into each of them,
  * so they share one count. Call number `at` is the point of death: before the call, half-way through it (half of the
  * bytes of a write), or after it. Instead, or as well, all calls are recorded with their bytes, for a replay.
- * With `skip_syncs` all syncs are left out. The layout of `struct control` and `struct event` is known to shim.py.
+ * With `skip_syncs` all syncs are left out; else their time is added up. The layout of `struct control` and `struct event` is known to shim.py.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -31,7 +31,8 @@ enum { WRITE = 1, TRUNCATE, SYNC, DATASYNC, CREATE, RENAME, LINK, UNLINK, NOTE }
 
 struct control {
     int32_t armed, moment, victim, counted, driver, record, skip_syncs, lock;
-    int64_t count, at, died_kind;
+    int64_t count, at, died_kind, syncs;
+    double sync_seconds;
     char folder[PATH_MAX], record_path[PATH_MAX], died_path[PATH_MAX];
 };
 
@@ -134,6 +135,12 @@ static void begin_record(void) {
     }
 }
 
+static double seconds_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
 static void put(const void *data, size_t size) {
     const char *next = data;
     while (size) {
@@ -150,14 +157,11 @@ static void end_record(int kind, int64_t count, uint64_t inode, const char *path
     if (record_descriptor < 0)
         record_descriptor = (int)syscall(SYS_openat, AT_FDCWD, control->record_path,
                                          O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
     struct event event = {
         .kind = kind, .pid = getpid(), .inode = inode, .offset = offset, .size = parts ? size : 0, .count = count,
         .path_size = (int32_t)strlen(path), .other_size = (int32_t)strlen(other),
-        .time = (double)now.tv_sec + 1e-9 * (double)now.tv_nsec,
+        .time = seconds_now(),
     };
-    if (!parts) event.offset = offset;
     put(&event, sizeof event);
     put(path, strlen(path));
     put(other, strlen(other));
@@ -332,16 +336,26 @@ int truncate64(const char *name, off64_t size) {
 
 int truncate(const char *name, off_t size) { return truncate64(name, size); }
 
+/* How long syncs take all in all: they are the driver's, so nobody else adds at the same time. */
+static int timed_sync(int (*sync)(int), int descriptor) {
+    if (control->skip_syncs) return 0;
+    double begin = seconds_now();
+    int result = sync(descriptor);
+    control->sync_seconds += seconds_now() - begin;
+    control->syncs++;
+    return result;
+}
+
 int fsync(int descriptor) {
     char path[PATH_MAX];
     if (!armed() || !path_of_descriptor(descriptor, path)) return get_fsync()(descriptor);
-    CHANGE(SYNC, path, "", inode_of(descriptor), 0, control->skip_syncs ? 0 : get_fsync()(descriptor));
+    CHANGE(SYNC, path, "", inode_of(descriptor), 0, timed_sync(get_fsync(), descriptor));
 }
 
 int fdatasync(int descriptor) {
     char path[PATH_MAX];
     if (!armed() || !path_of_descriptor(descriptor, path)) return get_fdatasync()(descriptor);
-    CHANGE(DATASYNC, path, "", inode_of(descriptor), 0, control->skip_syncs ? 0 : get_fdatasync()(descriptor));
+    CHANGE(DATASYNC, path, "", inode_of(descriptor), 0, timed_sync(get_fdatasync(), descriptor));
 }
 
 /* Opening changes something where it makes a file, or empties one. */

@@ -61,6 +61,8 @@ class Block(ctypes.Structure):
         ("count", ctypes.c_int64),
         ("at", ctypes.c_int64),
         ("died_kind", ctypes.c_int64),
+        ("syncs", ctypes.c_int64),
+        ("sync_seconds", ctypes.c_double),
         ("folder", ctypes.c_char * PATH_MAX),
         ("record_path", ctypes.c_char * PATH_MAX),
         ("died_path", ctypes.c_char * PATH_MAX),
@@ -114,7 +116,7 @@ class Control:
         block.armed = 0
         block.moment, block.victim, block.counted, block.driver = moment, victim, counted, os.getpid()
         block.record, block.skip_syncs, block.lock, block.count, block.at = bool(record), skip_syncs, 0, 0, at
-        block.died_kind, block.died_path = 0, b""
+        block.died_kind, block.died_path, block.syncs, block.sync_seconds = 0, b"", 0, 0.0
         block.folder, block.record_path = os.path.realpath(folder).encode(), record.encode()
         block.armed = 1
 

@@ -15,6 +15,9 @@ from .server import Stage
 PHASES = ("creation", "loop", "completion", "resume", "recovery")
 """The three parts of a first run; a second run of what a first one left half done; recovery from a cut-off change."""
 
+KEPT = (0.0, 0.1, 0.5, 0.9, 1.0)
+"""Chances that something is kept that was not synced when the power was cut."""
+
 Step = dict[str, Any]
 
 
@@ -71,8 +74,8 @@ class Tally:
     ----------
     tried, failed, missed : int
         Points at which a process died; those with problems; those that the run did not come to.
-    most_lost : int
-        Most positions that had to be computed again.
+    most_lost, all_lost : int
+        Most positions that had to be computed again after one death, and the sum over all.
     problems : list of str
         The first problem of each failure, with its point.
     """
@@ -81,6 +84,7 @@ class Tally:
     failed: int = 0
     missed: int = 0
     most_lost: int = 0
+    all_lost: int = 0
     problems: list[str] = field(default_factory=list)
 
     def add(self, outcome: Outcome) -> None:
@@ -89,7 +93,17 @@ class Tally:
         self.missed += not outcome.reached
         self.failed += bool(outcome.problems)
         self.most_lost = max(self.most_lost, outcome.n_lost)
+        self.all_lost += outcome.n_lost
         self.problems += [f"{outcome.point}: {outcome.problems[:3]}"] if outcome.problems else []
+
+    def join(self, other: Tally) -> None:
+        """Count another tally's trials, too."""
+        self.tried += other.tried
+        self.failed += other.failed
+        self.missed += other.missed
+        self.most_lost = max(self.most_lost, other.most_lost)
+        self.all_lost += other.all_lost
+        self.problems += other.problems
 
 
 class Scene:
@@ -162,7 +176,7 @@ class Scene:
             return []
         return [
             Point(phase, (first, {"action": action, "at": event.count, "moment": moment}), _text(event, moment))
-            for event in part(list(shim.read_record(record)))
+            for event in part(_after_ready(list(shim.read_record(record))))
             if event.kind != shim.NOTE and event.count > 0
             for moment in _moments(event)
         ]
@@ -184,12 +198,23 @@ class Scene:
         point = Point("random", steps, f"killed after {steps[-1]['after']:.4f} s")
         return self.try_point(point, recover=chance.random() < 0.5)
 
+    def cut_all(self, places: list[int], chance: random.Random, seed: str, **how: Any) -> Tally:
+        """Cut the power at places of the stage's record (`server.Server.record`), and examine what is left."""
+        tally = Tally()
+        for number, place in enumerate(places):
+            cut = {"n_events": place, "seed": f"{seed} {number}", "keep": chance.choice(KEPT)}
+            cut["recover"] = chance.random() < 0.5
+            answer = self.stage.ask("cut", **cut, **how)
+            point = Point("power", (cut,), f"cut after {place} calls and notes")
+            tally.add(Outcome(point, True, answer["problems"], answer["n_marked"], answer["n_lost"]))
+        return tally
+
 
 def split_phases(events: list[shim.Event]) -> dict[str, list[shim.Event]]:
     """Divide the calls of a run that was not disturbed."""
     parts: dict[str, list[shim.Event]] = {"creation": [], "loop": [], "completion": []}
     phase = "creation"
-    for event in events:
+    for event in _after_ready(events):
         if event.kind == shim.NOTE:
             word = event.path.split()[0]
             if word in ("started", "done") and phase == "creation":
@@ -199,6 +224,15 @@ def split_phases(events: list[shim.Event]) -> dict[str, list[shim.Event]]:
         elif event.count > 0:
             parts[phase].append(event)
     return parts
+
+
+def _after_ready(events: list[shim.Event]) -> list[shim.Event]:
+    """Leave out what a caller does who has used the file before: the changes, and closing it with what they left."""
+    notes = [event.path if event.kind == shim.NOTE else "" for event in events]
+    if "ready" not in notes:
+        return events
+    last = notes.index("returned") if "returned" in notes else len(events)
+    return events[notes.index("ready") : last]
 
 
 def _is_journal(event: shim.Event) -> bool:
@@ -252,6 +286,14 @@ def try_phase(scene: Scene, phase: str, number: int | None = None, chance: rando
     for place, point in enumerate(scene.points(phase, number, chance)):
         tally.add(scene.try_point(point, recover=place % 2 == 0))
     return tally
+
+
+def worker_calls(events: list[shim.Event]) -> dict[int, int]:
+    """Count the calls of an undisturbed run with worker processes, for `worker_points`."""
+    calls = [event for event in events if event.kind != shim.NOTE]
+    n_driver = sum(event.pid == events[0].pid for event in calls)
+    # Of the workers only half: how many calls there are depends on the blocks, which depend on the clock.
+    return {shim.ALL: len(calls), shim.DRIVERS: n_driver, shim.WORKERS: (len(calls) - n_driver) // 2}
 
 
 def worker_points(counts: dict[int, int], number: int, chance: random.Random) -> list[Point]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -11,8 +12,7 @@ from typing import Any
 import h5py
 
 from faults import serve
-from faults.subject import N_POSITIONS, make_scan, masks, opened, problems, results_path
-from lazyproc.core.errors import LazyprocError
+from faults.subject import CHANNEL, MASK, make_scan, masks, opened, problems, results_path
 from lazyproc.hdf5.extents import find_extent
 from lazyproc.hdf5.transaction import recover_locked
 
@@ -57,16 +57,37 @@ class Disk:
 
 
 def attempt(path: str, by: str, **options: Any) -> dict[str, Any]:
-    """Compute, and tell what came of it."""
+    """Compute in a process of its own, and tell what came of it; what HDF5 could not close then dies with it."""
+    readable, writable = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writable, json.dumps(_attempt(path, by, **options)).encode())
+        finally:
+            os._exit(0)
+    os.close(writable)
+    with os.fdopen(readable) as pipe:
+        told = json.loads(pipe.read() or "{}")
+    os.waitpid(child, 0)
+    return told
+
+
+def _attempt(path: str, by: str, **options: Any) -> dict[str, Any]:
     try:
         with opened(path, by, **options) as process:
             process.compute()
-    except (LazyprocError, OSError) as error:
-        return {"error": type(error).__name__, "errno": getattr(error, "errno", None), "text": str(error)}
-    return {"error": "", "errno": None, "text": ""}
+    except Exception as error:
+        names = [one.__name__ for one in type(error).__mro__]
+        return {
+            "error": names[0],
+            "known": "LazyprocError" in names,
+            "errno": getattr(error, "errno", None),
+            "text": str(error),
+        }
+    return {"error": "", "known": True, "errno": None, "text": ""}
 
 
-def create(folder: str, scan: str, kind: str, by: str, levels: list[int], seconds: float = 0.0) -> list[dict[str, Any]]:
+def create(folder: str, scan: str, kind: str, by: str, levels: list[int]) -> list[dict[str, Any]]:
     """For each level leave so much room, compute, look at the file, make room, and compute again."""
     disk = Disk(folder, kind)
     path = os.path.join(folder, "scan.h5")
@@ -75,14 +96,14 @@ def create(folder: str, scan: str, kind: str, by: str, levels: list[int], second
         shutil.copy(scan, path)
         disk.leave(level, path)
         before = open(path, "rb").read()
-        told.append(one := {"level": level, **attempt(path, by, parms_dict={"seconds": seconds} if seconds else None)})
+        told.append(one := {"level": level, **attempt(path, by)})
         one["same"] = open(path, "rb").read() == before
         one["left"] = sorted(set(os.listdir(folder)) - {"scan.h5", "ballast", os.path.basename(results_path(path, by))})
+        disk.make_room()
         recover(path, by)
         one["problems"] = problems(path, by, scan)
         one["masks"] = masks(path, by)
-        disk.make_room()
-        one["again"] = attempt(path, by, parms_dict={"seconds": seconds} if seconds else None)
+        one["again"] = attempt(path, by)
         one["problems again"] = problems(path, by, scan)
         one["masks again"] = masks(path, by)
         for name in os.listdir(folder):
@@ -97,8 +118,8 @@ def recover(path: str, by: str) -> None:
             recover_locked(one)
 
 
-def sparse(folder: str, scan: str, partial: str, which: str) -> dict[str, Any]:
-    """Go on with a copy of partial results of which nothing but metadata takes any room, on a disk that is full.
+def sparse(folder: str, scan: str, partial: str, which: str, free: int) -> dict[str, Any]:
+    """Go on with a copy of partial results that have holes, on a disk that is full.
 
     `which` tells what of the results has room already: "nothing", or the "outputs", so that the mask has none.
     """
@@ -107,30 +128,28 @@ def sparse(folder: str, scan: str, partial: str, which: str) -> dict[str, Any]:
     subprocess.run(["cp", "--sparse=always", partial, path], check=True)
     if which == "outputs":
         with h5py.File(path, "r") as file:
-            group = file["/Measurement_000/Channel_000/Raw_Data-Twice_000"]
-            extents = [find_extent(group[name]) for name in ("Double", "Mean")]
+            extent = find_extent(file[CHANNEL]["Raw_Data-Narrow_000/Mean"])
         with open(path, "r+b") as file:
-            for extent in extents:
-                os.posix_fallocate(file.fileno(), extent.offset, extent.stop - extent.offset)
-    disk.leave(6 * PAGE, path)  # for the lock files, and a little more
-    told = attempt(path, "path", parms_dict={"seconds": 0.001})
+            os.posix_fallocate(file.fileno(), extent.offset, extent.stop - extent.offset)
+    disk.leave(free, path)
+    told = attempt(path, "narrow")
+    disk.make_room()
     told["problems"] = problems(path, "path", scan)
     told["masks"] = masks(path, "path")
-    disk.make_room()
-    told["again"] = attempt(path, "path", parms_dict={"seconds": 0.001})
+    told["again"] = attempt(path, "narrow")
     told["problems again"] = problems(path, "path", scan)
     told["masks again"] = masks(path, "path")
     return told
 
 
 def begin(path: str) -> None:
-    """Make partial results in which nothing is done yet, as a kill right after the creation leaves them."""
-    make_scan(path)
-    with opened(path, "path", parms_dict={"seconds": 0.001}) as process:
+    """Make results in which nothing is done yet, as a kill right after their creation leaves them."""
+    make_scan(path, n_rows=160, n_cols=256, n_spectral=4)
+    with opened(path, "narrow") as process:
         process.compute()
     with h5py.File(path, "r+") as file:
-        group = file["/Measurement_000/Channel_000/Raw_Data-Twice_000"]
-        for name in ("Double", "Mean", "completed_positions"):
+        group = file[CHANNEL]["Raw_Data-Narrow_000"]
+        for name in ("Mean", MASK):
             group[name][...] = 0
         group.attrs["last_pixel"] = 0
 
@@ -154,4 +173,4 @@ def full_at(path: str, by: str, flag: str, cores: int, seconds: float) -> dict[s
 
 
 if __name__ == "__main__":
-    serve({"create": create, "sparse": sparse, "begin": begin, "full_at": full_at, "n": lambda: N_POSITIONS})
+    serve({"create": create, "sparse": sparse, "begin": begin, "full_at": full_at})

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import h5py
@@ -65,9 +65,21 @@ class OldTwice(lazyproc.Process):
         super()._read_data_chunk()
 
 
+class Narrow(lazyproc.Process):
+    """So little a position that the status mask is a good part of the results."""
+
+    process_name = "Narrow"
+    outputs = {"Mean": lazyproc.Output("f8", units="V")}
+
+    @staticmethod
+    def _block_function(block):
+        return block.mean(axis=1, dtype=float)
+
+
 def make_scan(path: str, **storage: Any) -> None:
     """Write a scan with neighbours in its group."""
-    make_usid_file(path, n_rows=12, n_cols=20, n_spectral=N_SPECTRAL, seed=5, **storage)
+    storage = {"n_rows": 12, "n_cols": 20, "n_spectral": N_SPECTRAL, "seed": 5, **storage}
+    make_usid_file(path, **storage)
     with h5py.File(path, "r+") as file:
         for number in range(4):
             notes = file.create_group(f"{CHANNEL}/Notes_{number}")
@@ -85,8 +97,13 @@ def opened(path: str, by: str, **options: Any) -> Iterator[lazyproc.Process]:
         with Twice(f"{path}::{MAIN}", **options) as process:
             yield process
         return
-    with h5py.File(path, "r+") as file, (OldTwice if by == "hooks" else Twice)(file[MAIN], **options) as process:
-        yield process
+    file = h5py.File(path, "r+")
+    try:
+        with (OldTwice if by == "hooks" else Twice)(file[MAIN], **options) as process:
+            yield process
+    finally:
+        with suppress(Exception):  # on a full disk HDF5 cannot close it, and what came before matters more
+            file.close()
 
 
 def results_path(path: str, by: str) -> str:
@@ -155,4 +172,6 @@ def masks(path: str, by: str) -> dict[str, int]:
         return {}
     with h5py.File(results, "r") as file:
         groups = file.get("/results" if by == "elsewhere" else CHANNEL, {})
-        return {name: int(group[MASK][()].sum()) for name, group in groups.items() if "-Twice_" in name and MASK in group}
+        return {
+            name: int(group[MASK][()].sum()) for name, group in groups.items() if "-Twice_" in name and MASK in group
+        }
