@@ -330,8 +330,12 @@ class Process(HookContract):
             If one position does not fit into `max_mem_mb`.
         FileBusyError
             If somebody else computes into this file, or has it open for writing.
+        LockingError
+            If the file system cannot lock files; says what can be set.
         Interrupted
             After Ctrl-C (it is a KeyboardInterrupt); what was finished is committed.
+        SystemExit
+            With code 75, after SIGTERM or SIGUSR1; what was finished is committed.
 
         Notes
         -----
@@ -385,7 +389,7 @@ class Process(HookContract):
         declared = self._declared()
         try:
             with self._logging():
-                name = work(self._declared(), args, kwargs)
+                name = work(declared, args, kwargs)
         except BaseException:
             with contextlib.suppress(Exception):  # what stopped the run is what the user must see
                 self._look(declared, args, kwargs)
