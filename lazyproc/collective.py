@@ -12,13 +12,9 @@ import logging
 import os
 import pickle
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
-
-import h5py
 
 from lazyproc.core.errors import ArgumentValueError, LazyprocError
 from lazyproc.core.events import BlockDone, Event, Finished, Listener, Started
@@ -32,23 +28,19 @@ from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.ranks import Ranks, run_shared
 from lazyproc.hdf5.extents import find_extent
-from lazyproc.hdf5.lock import Fence, RunLock
+from lazyproc.hdf5.lock import Fence
 from lazyproc.hdf5.place import HandlePlace
 from lazyproc.hdf5.record import Provenance, create_group, ensure_mask, environment, note_end
 from lazyproc.hdf5.search import Found, Work, remaining_positions
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.source import source_of
 from lazyproc.hdf5.target import InPlaceTarget
+from lazyproc.hook_ranks import locked_by_first, ranks_of
 from lazyproc.perform import probe_function, warn_of
 from lazyproc.progress import quiet
 from lazyproc.run import Committer, run_loop
 
 log = logging.getLogger("lazyproc")
-
-
-def opened_together(dataset: h5py.Dataset) -> bool:
-    """Tell whether a dataset's file was opened by several ranks together."""
-    return bool(dataset) and dataset.file.driver == "mpio"
 
 
 def perform_together(
@@ -80,19 +72,20 @@ def perform_together(
     it in the next collective call. The results are then as after a kill, and the next run goes on from there.
     """
     _check(declared)
-    ranks = Ranks(declared.main.file.id.get_access_plist().get_fapl_mpio()[0])
+    ranks = ranks_of(declared.main.file)
     with ranks.ending_all():
         declared = _by_bytes(declared)
         kernel, work = declared.kernel(args, kwargs), declared.work(args, kwargs)
         drain = Drain(nothing_yet(declared.process_name))
         declared.main.file.flush()
-        with drain.on_signals(), _locked_by_first(declared, ranks) as fence:
+        path = os.path.abspath(declared.place.path)
+        with drain.on_signals(), locked_by_first(path, ranks) as lock:
             found = ranks.first(declared.found(work))
             duplicates = [one for one in found if one.is_complete]
             if duplicates and not override:
                 return duplicates[-1].name
             name, remaining, probe = _begin(declared, work, kernel, ranks, found, override, chosen)
-            _run(declared, work, kernel, name, fence, remaining, probe, ranks, drain, listener)
+            _run(declared, work, kernel, name, lock.fence, remaining, probe, ranks, drain, listener)
             return name
 
 
@@ -119,20 +112,6 @@ def _by_bytes(declared: Declared) -> Declared:
     path = os.path.abspath(declared.main.file.filename)
     by_bytes = find_extent(declared.main, path) is not None
     return replace(declared, main_path=path, source=source_of(declared.main, path) if by_bytes else declared.source)
-
-
-@contextmanager
-def _locked_by_first(declared: Declared, ranks: Ranks) -> Iterator[Fence]:
-    """Let rank 0 hold the run's lock for all."""
-    path = os.path.abspath(declared.place.path)
-    lock = RunLock(path, ranks.once(lambda: uuid.uuid4().hex))
-    try:
-        ranks.once(lock.acquire)
-        yield lock.fence
-        ranks.gather(None)  # nobody may still want to write when the lock is given back
-    finally:
-        if ranks.rank == 0:
-            lock.release()
 
 
 def _begin(

@@ -213,7 +213,7 @@ class HookLoop:
         with WriteWatch(files_of(process)) as watch:
             with _lazy_on_cluster(process._lazy), drain.interruptible():
                 process._unit_computation(*args, **kwargs)
-            _check_number(process, block.n_positions)
+            check_number(process, block.n_positions)
             last = not process._lazyproc_batches
             with self._guards.batch(files_of(process), written_by(process), block, self._n_positions, last):
                 with drain.interruptible():
@@ -267,7 +267,7 @@ def _lazy_on_cluster(lazy: bool) -> Iterator[None]:
         yield
 
 
-def _check_number(process: HookContract, n_positions: int) -> None:
+def check_number(process: HookContract, n_positions: int) -> None:
     """Raise ResultsError if ``self._results`` is a list with a number of results that cannot be right.
 
     It is right for one result a position or a row of ``self.data``, for several a position, and for columns with one

@@ -44,6 +44,7 @@ from lazyproc.hdf5.hook_record import (
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.source import source_of
 from lazyproc.hook_loop import Batches, HookLoop, allocate_results, check_group, files_of, locked, settle_end
+from lazyproc.hook_ranks import RankedLoop, locked_by_first, opened_together, ranks_of
 
 if TYPE_CHECKING:
     from lazyproc.process import Process
@@ -272,6 +273,8 @@ class HookContract:
         if afresh and self.h5_results_grp is not None and _belongs_to_one_phase(self.h5_results_grp, work):
             self.h5_results_grp = None
         drain = Drain(nothing_yet(str(self.process_name)), self._progress)
+        if opened_together(self.h5_main):
+            return self._compute_together(work, arguments, afresh, drain, args, kwargs)
         with ExitStack() as locks:
             locks.enter_context(drain.on_signals())
             locks.enter_context(locked(self._h5_target_group.file))
@@ -290,6 +293,32 @@ class HookContract:
                     mask = ensure_status_mask(self.h5_results_grp, work, arguments, afresh=afresh)
                     allocate_results(self)
             HookLoop(self, mask).go(args, kwargs, drain)
+        return self.h5_results_grp
+
+    def _compute_together(
+        self,
+        work: HookWork,
+        arguments: str,
+        afresh: bool,
+        drain: Drain,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> h5py.Group:
+        """Do the same on all ranks of a file that they have opened together."""
+        ranks = ranks_of(self.h5_main.file)
+        path = os.path.abspath(self._h5_target_group.file.filename)
+        with ranks.ending_all(), drain.on_signals(), locked_by_first(path, ranks):
+            if self.h5_results_grp is None:
+                self._create_results_datasets()
+                check_group(self)
+                self._write_source_dset_provenance()
+            else:
+                self._get_existing_datasets()
+            check_group(self)
+            work = replace(self._hook_work(), parameters=work.parameters, searched=work.searched)
+            mask = ensure_status_mask(self.h5_results_grp, work, arguments, afresh=afresh)
+            allocate_results(self)
+            RankedLoop(self, mask, ranks).go(args, kwargs, drain)
         return self.h5_results_grp
 
     def _take_partial(self, work: HookWork, arguments: str) -> None:

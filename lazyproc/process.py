@@ -26,7 +26,7 @@ from lazyproc.arguments import (
     check_positions,
     check_verify,
 )
-from lazyproc.collective import opened_together, perform_together
+from lazyproc.collective import perform_together
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, DefinitionError
 from lazyproc.core.events import Listener
 from lazyproc.core.plan import Plan, html_table
@@ -40,6 +40,7 @@ from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.place import place_of
 from lazyproc.hdf5.search import Found, examine
 from lazyproc.hdf5.source import source_of
+from lazyproc.hook_ranks import opened_together
 from lazyproc.hooks import HookContract
 from lazyproc.main_handle import MainDatasetHandle
 from lazyproc.opening import open_main, target_handle

@@ -57,14 +57,40 @@ class Together(lazyproc.Process):
         if mode == "raise" and row[0] == 77:
             raise ValueError("seventy-seven")
         if mode in ("slow", "die"):
-            time.sleep(0.02)
+            time.sleep(0.1 if mode == "slow" else 0.02)
         if mode == "die" and row[0] == 60:
             os.kill(os.getpid(), signal.SIGKILL)
         return {"Mean": row.mean(), "Twice": 2 * row}
 
 
+class Old(lazyproc.Process):
+    "As subclasses for pyUSID are written."
+
+    process_name = "Together"
+
+    def _create_results_datasets(self):
+        parent = self.h5_main.parent
+        self.h5_results_grp = parent.create_group("Raw_Data-Together_000")
+        self.h5_results_grp.attrs["tool"] = "Together"
+        self.mean = self.h5_results_grp.create_dataset("Mean", (120, 1), "f8")
+        self.twice = self.h5_results_grp.create_dataset("Twice", (120, 8), "f4")
+
+    def _get_existing_datasets(self):
+        self.mean, self.twice = self.h5_results_grp["Mean"], self.h5_results_grp["Twice"]
+
+    def _write_results_chunk(self):
+        pixels = self._get_pixels_in_current_batch()
+        self.mean[pixels, 0] = [one["Mean"] for one in self._results]
+        self.twice[pixels] = [one["Twice"] for one in self._results]
+
+    @staticmethod
+    def _map_function(row):
+        return Together._map_function(row)
+
+
+kind = Old if sys.argv[4:] == ["old"] else Together
 with h5py.File(path, "r+", driver="mpio", comm=MPI.COMM_WORLD) as file:
-    group = Together(file[main], checkpoint_interval=0.1).compute()
+    group = kind(file[main], checkpoint_interval=0.1).compute()
     done = int(group["completed_positions"][:].sum())
 if MPI.COMM_WORLD.Get_rank() == 0:
     print("done", done, MPI.COMM_WORLD.Get_size(), flush=True)
@@ -108,15 +134,15 @@ def make_scan(folder: Path) -> Path:
     return folder / "scan.h5"
 
 
-def start(python: str, ranks: int, path: Path, mode: str) -> subprocess.Popen[str]:
+def start(python: str, ranks: int, path: Path, mode: str, kind: str = "declared") -> subprocess.Popen[str]:
     mpiexec = shutil.which("mpiexec.mpich") or "mpiexec"
-    command = [mpiexec, "-n", str(ranks), python, str(path.parent / "script.py"), str(path), MAIN, mode]
+    command = [mpiexec, "-n", str(ranks), python, str(path.parent / "script.py"), str(path), MAIN, mode, kind]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-def run(python: str, ranks: int, path: Path, mode: str = "calm") -> tuple[int, str, str]:
-    process = start(python, ranks, path, mode)
+def run(python: str, ranks: int, path: Path, mode: str = "calm", kind: str = "declared") -> tuple[int, str, str]:
+    process = start(python, ranks, path, mode, kind)
     try:
         output, errors = process.communicate(timeout=180)
     finally:
@@ -135,7 +161,7 @@ def check(path: Path, *, complete: bool = True) -> np.ndarray:
         assert done.all() or not complete
         assert (group["Mean"][:, 0][done] == np.array([row.mean() for row in data])[done]).all()
         assert (group["Twice"][:][done] == (2 * data).astype("f4")[done]).all()
-        assert (int(group.attrs["last_pixel"]) == 120) == complete
+        assert (int(group.attrs.get("last_pixel", 0)) == 120) == complete
     return done
 
 
@@ -170,6 +196,23 @@ def test_death_of_a_rank_ends_the_job_and_the_rest_is_kept(python: str, tmp_path
     assert not done[60]
     code, output, errors = run(python, 2, path)
     assert (code, output) == (0, "done 120 2\n"), errors
+    check(path)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_class_with_the_old_hooks(python: str, tmp_path: Path, ranks: int) -> None:
+    path = make_scan(tmp_path)
+    code, output, errors = run(python, ranks, path, "die" if ranks == 3 else "calm", "old")
+    if ranks == 3:  # a rank died; the rest is resumed
+        assert code != 0
+        done = check(path, complete=False)
+        assert not done[60]
+        code, output, errors = run(python, ranks, path, "raise", "old")
+        assert code != 0
+        assert "seventy-seven" in errors
+        assert not check(path, complete=False)[77]
+        code, output, errors = run(python, 2, path, "calm", "old")
+    assert (code, output) == (0, f"done 120 {min(2, ranks)}\n"), errors
     check(path)
 
 

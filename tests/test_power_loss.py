@@ -53,7 +53,7 @@ def report(tally: Tally) -> str:
     return "\n".join([f"{tally.failed} of {tally.tried} cuts failed", *tally.problems[:5]])
 
 
-@pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS if layout.cores == 1])
+@pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS if layout.cores == 1 and not layout.used_before])
 def test_power_is_cut_during_a_run(stage: Stage, name: str) -> None:
     tally = cut_all(stage, name, [{}], 5)
     assert not tally.failed, report(tally)
@@ -97,6 +97,6 @@ def test_a_cut_costs_no_more_than_the_checkpoint_interval(library: Path, tmp_pat
 
 
 def test_without_syncs_it_would_fail(stage: Stage) -> None:
-    """Can it fail at all? The same record, with all syncs left out of the replay."""
-    tally = cut_all(stage, "path, contiguous, 3 siblings", [{}], 16, syncs=False)
-    assert tally.failed >= 4, report(tally)
+    """Can it fail at all? The same record, with all syncs left out of the replay, and nothing kept."""
+    tally = cut_all(stage, "path, contiguous, 3 siblings", [{}], 8, syncs=False, keep=0.0)
+    assert tally.failed >= 2, report(tally)

@@ -278,7 +278,7 @@ def test_job_drains_before_the_wall_time_and_submits_itself_again(
 ) -> None:
     address, data = make_scan(tmp_path)
     script = tmp_path / "job.sh"
-    seconds = 0.25 * max(1, ntasks - 1)  # 150 s of work for one minute of wall time
+    seconds = 0.15 * max(1, ntasks - 1)  # 90 s of work for one minute of wall time
     command = (
         lazyproc_command(),
         "run",

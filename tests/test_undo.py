@@ -35,7 +35,7 @@ from lazyproc.hdf5.lock import RunLock, sidecar
 from lazyproc.hdf5.raw_bytes import RawBytes, Rewritten
 from lazyproc.hdf5.settled import address_of, allocate, datasets_below, is_settled
 from lazyproc.hdf5.transaction import read_journal, recover, recover_locked
-from lazyproc.hdf5.undo import load_undo, write_undo
+from lazyproc.hdf5.undo_journal import load_undo, write_undo
 from lazyproc.status import file_status
 
 MAIN = f"{CHANNEL}/Raw_Data"

@@ -22,7 +22,8 @@ from lazyproc.hdf5.raw_bytes import Ranges, RawBytes, Rewritten
 from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.session import session_of
 from lazyproc.hdf5.settled import address_of, datasets_below, is_settled
-from lazyproc.hdf5.undo import drop_undo, kept_fresh, load_undo, read_ranges, refuse_pending, write_undo
+from lazyproc.hdf5.undo import refuse_pending
+from lazyproc.hdf5.undo_journal import drop_undo, kept_fresh, load_undo, read_ranges, write_undo
 
 LARGEST = 256 * 2**20
 """Bytes of metadata: of more no journal is kept."""
@@ -212,6 +213,8 @@ class _Guard:
         """Make the changes durable and drop the journal. It stays if HDF5 cannot write them."""
         try:
             self._settle()
+        except Exception:  # HDF5 could not write: to ask it again at once brings it out of step
+            raise
         except BaseException:
             self._settle()  # an interrupt that comes late must not leave a journal for what has been done
             raise

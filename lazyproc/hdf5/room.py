@@ -58,7 +58,7 @@ def writing(path: str, what: str, n_bytes: int | None = None, *, in_hdf5: bool =
         raise
     except (OSError, RuntimeError, ValueError) as error:  # h5py raises any of them
         code = full_code(error)
-        if code is None or (in_hdf5 and not _IN_HDF5.search(str(error))):
+        if code is None or (in_hdf5 and not of_hdf5(error)):
             raise
         raise no_room(path, what, code, n_bytes) from error
 
@@ -118,13 +118,31 @@ def gone(path: str, what: str) -> FileChangedError:
     )
 
 
+def of_hdf5(error: BaseException) -> bool:
+    """Tell whether an error, or the one before it, came from inside HDF5."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if _IN_HDF5.search(str(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 def full_code(error: BaseException) -> int | None:
-    """Return ENOSPC, EDQUOT or EFBIG if that is what an error is about, also one of HDF5; else None."""
-    code = getattr(error, "errno", None)
-    if code is None:
-        match = _IN_HDF5.search(str(error))
-        code = int(match[1]) if match else None
-    return code if code in FULL else None
+    """Return ENOSPC, EDQUOT or EFBIG if that is what an error is about, also one of HDF5; else None.
+
+    After HDF5 could not write, what is asked of it next may fail for reasons of its own: then the error before tells.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        code = getattr(seen, "errno", None)
+        if code is None:
+            match = _IN_HDF5.search(str(seen))
+            code = int(match[1]) if match else None
+        if code in FULL:
+            return int(code)
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def no_room(path: str, what: str, code: int, n_bytes: int | None = None) -> NoRoomError:

@@ -204,7 +204,7 @@ class Scene:
         for number, place in enumerate(places):
             cut = {"n_events": place, "seed": f"{seed} {number}", "keep": chance.choice(KEPT)}
             cut["recover"] = chance.random() < 0.5
-            answer = self.stage.ask("cut", **cut, **how)
+            answer = self.stage.ask("cut", **{**cut, **how})
             point = Point("power", (cut,), f"cut after {place} calls and notes")
             tally.add(Outcome(point, True, answer["problems"], answer["n_marked"], answer["n_lost"]))
         return tally

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
 import shutil
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import h5py
 
 from faults import serve
-from faults.subject import CHANNEL, MASK, make_scan, masks, opened, problems, results_path
+from faults.subject import CHANNEL, MAIN, MASK, OldTwice, Twice, make_scan, masks, opened, problems, results_path
 from lazyproc.hdf5.extents import find_extent
 from lazyproc.hdf5.transaction import recover_locked
 
@@ -61,21 +63,27 @@ def attempt(path: str, by: str, **options: Any) -> dict[str, Any]:
     readable, writable = os.pipe()
     child = os.fork()
     if child == 0:
+        faulthandler.enable()
         try:
-            os.write(writable, json.dumps(_attempt(path, by, **options)).encode())
+            os.write(writable, json.dumps(told_of(_attempt, path, by, **options)).encode())
         finally:
             os._exit(0)
     os.close(writable)
     with os.fdopen(readable) as pipe:
         told = json.loads(pipe.read() or "{}")
-    os.waitpid(child, 0)
-    return told
+    _, status = os.waitpid(child, 0)
+    return told or {"error": f"died with {status}", "known": False, "errno": None, "text": ""}
 
 
-def _attempt(path: str, by: str, **options: Any) -> dict[str, Any]:
+def _attempt(path: str, by: str, **options: Any) -> None:
+    with opened(path, by, **options) as process:
+        process.compute()
+
+
+def told_of(action: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, Any]:
+    """Do something and tell what it raised."""
     try:
-        with opened(path, by, **options) as process:
-            process.compute()
+        action(*arguments, **options)
     except Exception as error:
         names = [one.__name__ for one in type(error).__mro__]
         return {
@@ -154,6 +162,23 @@ def begin(path: str) -> None:
         group.attrs["last_pixel"] = 0
 
 
+def goes_on(path: str, by: str, flag: str) -> dict[str, Any]:
+    """Compute while calls fail, and once more with the same object and the same open file when they do not."""
+    scan = f"{path}.copy"
+    make_scan(path)
+    shutil.copy(path, scan)
+    with h5py.File(path, "r+") as file:
+        process = (OldTwice if by == "hooks" else Twice)(file[MAIN], cores=1)
+        open(flag, "w").close()
+        told = told_of(process.compute)
+        os.unlink(flag)
+        told["again"] = told_of(process.compute)
+    told["problems"] = told["problems again"] = problems(path, by, scan)
+    told["masks again"] = masks(path, by)
+    told["left"] = sorted(name for name in os.listdir(os.path.dirname(path)) if "lazyproc" in name)
+    return told
+
+
 def full_at(path: str, by: str, flag: str, cores: int, seconds: float) -> dict[str, Any]:
     """Compute while calls fail (see faults.c), then once more when they do not."""
     scan = f"{path}.copy"
@@ -173,4 +198,4 @@ def full_at(path: str, by: str, flag: str, cores: int, seconds: float) -> dict[s
 
 
 if __name__ == "__main__":
-    serve({"create": create, "sparse": sparse, "begin": begin, "full_at": full_at})
+    serve({"create": create, "sparse": sparse, "begin": begin, "full_at": full_at, "goes_on": goes_on})

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import h5py
@@ -89,21 +89,19 @@ def make_scan(path: str, **storage: Any) -> None:
 
 @contextmanager
 def opened(path: str, by: str, **options: Any) -> Iterator[lazyproc.Process]:
-    """Open a process by "path", by "handle", by "hooks", or with "elsewhere" results in another file."""
+    """Open a process by "path", by "handle", by "hooks", with results "elsewhere", or a "narrow" one by its path."""
     options = {"cores": 1, "checkpoint_interval": 0.0, **options}
     if by == "elsewhere":
         options["h5_target_group"] = f"{path}.out.h5::/results"
-    if by in ("path", "elsewhere"):
-        with Twice(f"{path}::{MAIN}", **options) as process:
+    if by in ("path", "elsewhere", "narrow"):
+        with (Narrow if by == "narrow" else Twice)(f"{path}::{MAIN}", **options) as process:
             yield process
         return
+    # After an error it stays open: on a full disk HDF5 cannot close it, and may crash when it tries.
     file = h5py.File(path, "r+")
-    try:
-        with (OldTwice if by == "hooks" else Twice)(file[MAIN], **options) as process:
-            yield process
-    finally:
-        with suppress(Exception):  # on a full disk HDF5 cannot close it, and what came before matters more
-            file.close()
+    with (OldTwice if by == "hooks" else Twice)(file[MAIN], **options) as process:
+        yield process
+    file.close()
 
 
 def results_path(path: str, by: str) -> str:
@@ -116,7 +114,7 @@ def others(path: str) -> str:
     digest = hashlib.sha256()
 
     def take(name: str, item: Any) -> None:
-        if "-Twice_" in name:
+        if _is_results(name):
             return
         digest.update(name.encode())
         for key in sorted(item.attrs):
@@ -153,12 +151,14 @@ def problems(path: str, by: str, scan: str) -> list[str]:
         return found
     with h5py.File(results, "r") as file:
         for name, group in file.get("/results" if by == "elsewhere" else CHANNEL, {}).items():
-            if "-Twice_" not in name or MASK not in group:
+            if not _is_results(name) or MASK not in group:
                 continue
             mask = group[MASK][()]
             if mask.max() > 1:
                 found.append(f"{name}: the mask holds {mask.max()}")
             for key, values in expected.items():
+                if key not in group:
+                    continue
                 bad = np.flatnonzero((group[key][()] != values).any(axis=1) & (mask == 1))
                 if bad.size:
                     found.append(f"{name}/{key}: wrong at {bad.tolist()[:10]}")
@@ -173,5 +173,9 @@ def masks(path: str, by: str) -> dict[str, int]:
     with h5py.File(results, "r") as file:
         groups = file.get("/results" if by == "elsewhere" else CHANNEL, {})
         return {
-            name: int(group[MASK][()].sum()) for name, group in groups.items() if "-Twice_" in name and MASK in group
+            name: int(group[MASK][()].sum()) for name, group in groups.items() if _is_results(name) and MASK in group
         }
+
+
+def _is_results(name: str) -> bool:
+    return "Raw_Data-" in name
