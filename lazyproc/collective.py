@@ -21,6 +21,7 @@ from lazyproc.core.events import BlockDone, Event, Finished, Listener, Started
 from lazyproc.core.identity import function_name
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
+from lazyproc.core.specs import POSITION_STATUS
 from lazyproc.declared import Declared, stored_probe
 from lazyproc.drain import Drain, how_far, nothing_yet
 from lazyproc.engine.choose import Scheduler
@@ -137,6 +138,12 @@ def _begin(
     if ranks.rank == 0:
         warn_of(partial[name])
     group = declared.place.results(name)
+    if POSITION_STATUS in group:
+        raise ArgumentValueError(
+            f"{name}: failures were recorded in these results, which a run of several ranks with driver='mpio' does "
+            "not keep up; expected results without. Give the dataset by its address, under lazyproc.cluster(), to go "
+            "on with them, or override=True."
+        )
     remaining = ranks.first(remaining_positions(group, work.n_positions, work.status_name))
     if work.status_name not in group:
         ensure_mask(group, name, work)

@@ -381,6 +381,11 @@ class Process(HookContract):
         instant: recorded positions that were not computed again yet are then not done any more, and `compute` or
         `retry_failed` goes on with them.
         """
+        if opened_together(self.h5_main):
+            raise ArgumentValueError(
+                "h5_main: the dataset of a file that several ranks have opened with driver='mpio' came; expected one "
+                "that this process has to itself. Give its address, under lazyproc.cluster(), to retry."
+            )
         return self._settle(partial(retry, chosen=self._chosen, listener=self._progress), args, kwargs)
 
     def _settle(self, work: Callable[..., str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> h5py.Group:

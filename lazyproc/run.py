@@ -216,6 +216,7 @@ def run_loop(receipts: Receipts, committer: Committer, drain: Drain) -> Outcome:
         if close is not None:
             close()
         committer.commit()
+    drain.turn()
     return committer.outcome(failures)
 
 

@@ -40,6 +40,7 @@ from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.kernel import Kernel
 from lazyproc.hdf5.failure_log import FailureLog
 from lazyproc.hdf5.failures import counting_rows
+from lazyproc.hdf5.transaction import recover_locked
 
 MAIN = f"{CHANNEL}/Raw_Data"
 MASK, STATUS, TABLE = "completed_positions", "position_status", "failed_positions"
@@ -508,6 +509,7 @@ class Driver:
         working = process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
+        recover_locked(str(self.scan))  # as `lazyproc recover` does, for one who opens the file before compute() can
         return working
 
     def finish(self, what: str) -> list[int]:

@@ -166,7 +166,7 @@ CLUSTER = """
 import sys
 from distributed import LocalCluster
 if __name__ == "__main__":
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
         print(cluster.scheduler_address, flush=True)
         sys.stdin.read()
 """
@@ -241,7 +241,7 @@ def drive(engine: str, folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
         (folder / "cluster.py").write_text(CLUSTER)
         cluster = start(folder / "cluster.py")
         assert cluster.stdout is not None
-        scheduler = cluster.stdout.readline().strip()
+        scheduler = next(line.strip() for line in cluster.stdout if line.startswith("tcp://"))
     process = start(folder / "driver.py", json.dumps([engine, path, MAIN, str(folder), CASES, scheduler]))
     talk = Talk(process)
     reports = {}

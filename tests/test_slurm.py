@@ -298,7 +298,7 @@ def test_job_drains_before_the_wall_time_and_submits_itself_again(
     check(tmp_path, data)
     text = (slurm.folder / f"drain-{ntasks}.out").read_text()
     assert text.count("in a row") >= 2, text
-    assert "CANCELLED" not in text
+    assert "CANCELLED" not in text, text
 
 
 JOBQUEUE = """

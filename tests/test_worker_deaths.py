@@ -441,13 +441,14 @@ def test_workers_that_were_cut_off_write_nothing_late(stage: Stage) -> None:
     """Three workers are stopped and declared lost, and go on later. The function returns who computed a position.
 
     The first one ends while another worker is at its block, the second one when its block is done and marked, the third
-    one when the run is over.
+    one when the run is over. The free workers may have tried to get the function, which is too large to be sent with
+    each task, from one that was stopped, and then wait for it: the driver sees that.
     """
     scheduler = stage.start_cluster(5, ttl="1s")
     (stage.folder / "slow").write_text("0.25")  # worth it for Dask to give blocks to whoever is free
     for position in (FIRST, SECOND, THIRD):
         stage.order(position, "while not (place / f'gate_{os.getpid()}').exists(): time.sleep(0.01)")
-    stage.start(scheduler=scheduler)
+    stage.start(scheduler=scheduler, patience=5.0)
     lost = [stage.worker_at(position) for position in (FIRST, SECOND, THIRD)]
     free = set(stage.workers) - set(lost)
     for pid in lost:

@@ -124,6 +124,8 @@ class _ClusterRun:
                     self._start_more()
                 if not self._pending:
                     return
+                if self._pulse.is_stuck() and not self._finished and not self._fetches:
+                    self._start_over()
             yield from self._turn()
 
     def _start_more(self) -> None:
@@ -139,6 +141,13 @@ class _ClusterRun:
             futures = self._client.get(graph, keys, sync=False, fifo_timeout="0s")
             self._pending.update(zip(futures, blocks, strict=True))
             self._done.update(futures)
+
+    def _start_over(self) -> None:
+        """Take back what is under way, which then comes back as cancelled, and send the function anew."""
+        log.warning("the cluster's workers do nothing, though blocks wait for them: these are submitted again")
+        self._sent = None
+        self._pulse.beat()
+        self._client.cancel(list(self._pending))
 
     def _next_blocks(self, size: int) -> list[Block]:
         blocks = [self._again.popleft() for _ in range(min(len(self._again), size))]

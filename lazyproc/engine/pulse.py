@@ -68,6 +68,9 @@ class Pulse:
     A client that loses its connection tries for some time to get it back (``distributed.comm.timeouts.connect``, 30 s)
     and then closes itself. A scheduler may also stop to answer while the connection stands, and all workers may be
     gone, or have stopped taking tasks for lack of memory: each of these is borne for `PATIENCE_SECONDS`.
+
+    Workers may also wait for each other without end: one that is to have the function from another one, which is
+    stopped though its connection stands, waits for as long as that lasts. `is_stuck` tells of that.
     """
 
     def __init__(self, client: Any, n_threads: int) -> None:
@@ -77,7 +80,7 @@ class Pulse:
         self._looked = self._asked = self._busy = time.monotonic()
         self._question: Future[Any] | None = None
         self._since: dict[str, float] = {}
-        """Since when something has been wrong: the connection "cut", the scheduler "mute", the workers "away"."""
+        """Since when something has been wrong: the connection "cut", the scheduler "mute", the workers "away", "idle"."""
         self._workers = ""
 
     def beat(self) -> None:
@@ -122,6 +125,10 @@ class Pulse:
                 f"({self._workers}). {_GO_ON}"
             )
 
+    def is_stuck(self) -> bool:
+        """Tell whether workers have been there for long without one of them at a task."""
+        return self._too_long("idle")
+
     def _note(self, what: str, wrong: bool) -> None:
         if wrong:
             self._since.setdefault(what, self._looked)
@@ -148,10 +155,12 @@ class Pulse:
 
     def _count(self, workers: dict[str, Any]) -> None:
         running = [one for one in workers.values() if one.get("status") == "running"]
-        executing = sum(one.get("metrics", {}).get("executing", 0) for one in workers.values())
+        counts = [one.get("metrics", {}).get("task_counts", {}) for one in workers.values()]
+        executing = sum(count.get("executing", 0) + count.get("long-running", 0) for count in counts)
         self.n_threads = sum(one["nthreads"] for one in running)
         self._workers = f"{len(workers)} paused, as they do for lack of memory" if workers else "all workers are gone"
         self._note("away", not running and not executing)
+        self._note("idle", bool(running) and not executing)
 
     def close(self) -> None:
         """Ask no more."""

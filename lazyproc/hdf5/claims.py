@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import BlockTakenError
-from lazyproc.hdf5.lock import Fence, FencedError
+from lazyproc.hdf5.lock import Fence, FencedError, open_sidecar
 
 _PLACE_BYTES = 8
 _NOBODY = bytes(_PLACE_BYTES)
@@ -66,7 +66,7 @@ class Claims:
 
     def begin(self) -> None:
         """Make the file, all places empty. By the driver, which holds the run's lock."""
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666))
+        os.close(open_sidecar(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC))
 
     def end(self) -> None:
         """Let nobody write anymore, and remove the file. By the driver, however the run ends."""

@@ -16,7 +16,9 @@ from contextvars import ContextVar
 
 import h5py
 
+from lazyproc.core.errors import NoRoomError
 from lazyproc.core.runs import Runs
+from lazyproc.hdf5.durable import JournalError
 from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.raw_bytes import Ranges, RawBytes, Rewritten
 from lazyproc.hdf5.room import writing
@@ -105,16 +107,26 @@ def finish_pending(file: h5py.File, path: str) -> None:
     Raises
     ------
     JournalError
-        If a change by a process that died, or by another opening of the file, has not been undone yet.
+        If a change by a process that died, or by another opening of the file, has not been undone yet; or HDF5 cannot
+        write it even now.
     NoRoomError
         If there is still no room.
     """
     journal = load_undo(path)
     if journal is not None and file.mode != "r" and journal.session == session_of(file):
-        with writing(path, "what was to be written before"):
-            file.flush()
-            file.flush()
-            os.fdatasync(file.id.get_vfd_handle())
+        try:
+            with writing(path, "what was to be written before"):
+                file.flush()
+                file.flush()
+                os.fdatasync(file.id.get_vfd_handle())
+        except NoRoomError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:  # HDF5 2.0 can never flush again, once it could not
+            raise JournalError(
+                f"{path}: a change could not be written before, as when the disk is full, and HDF5 cannot write it "
+                f"now ({error}). Nothing was computed. End this program, or restart the notebook's kernel; then run "
+                f"'lazyproc recover {path}', which takes the change back, and go on."
+            ) from error
         drop_undo(path)
     refuse_pending(path, locked=True)
 

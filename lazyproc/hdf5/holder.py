@@ -13,6 +13,8 @@ from lazyproc.hdf5.locking import FLOCK, KINDS, NONE, lock
 
 TIME = "%Y-%m-%d %H:%M:%S"
 """How a lock file tells since when."""
+_LONGEST = 2**14
+"""Characters: what is longer was not written by a run."""
 _SLACK_SECONDS = 2.0
 """How much later than its lock file a process may seem to have started."""
 
@@ -23,10 +25,21 @@ def sidecar(path: str, kind: str) -> str:
     return os.path.join(folder, f".{name}.lazyproc-{kind}")
 
 
+def open_sidecar(path: str, flags: int) -> int:
+    """Open a file beside an HDF5 file: itself, never what a link in its place leads to, and without waiting.
+
+    Raises
+    ------
+    OSError
+        If there is none, or something else than a file has its name.
+    """
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 def is_locked(path: str, kind: str) -> bool:
     """Tell whether somebody holds the lock exclusively; the question itself holds it shared for a moment."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_sidecar(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
@@ -67,22 +80,42 @@ def is_held(lock_path: str, about: dict[str, Any]) -> bool:
 
 def is_alive(about: dict[str, Any]) -> bool:
     """Tell whether the process that wrote a lock file on this host is still there, and no later one with its number."""
-    import psutil
-
     try:
-        process = psutil.Process(int(about["pid"]))
+        pid = int(about["pid"])
         since = time.mktime(time.strptime(about["since"], TIME))
-        return bool(process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + _SLACK_SECONDS)
-    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):  # gone, or killed before it had told its number
+        os.kill(pid, 0)
+    except PermissionError:  # somebody else's
+        pass
+    except (
+        ProcessLookupError,
+        KeyError,
+        OverflowError,
+        TypeError,
+        ValueError,
+    ):  # gone, or nobody can have written this
         return False
+    state, started = _look_up(pid)
+    return state != "Z" and started <= since + _SLACK_SECONDS
+
+
+def _look_up(pid: int) -> tuple[str, float]:
+    """Return a process's state, "Z" if it has ended and nobody has noticed, and when it started."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+        with open("/proc/stat", encoding="ascii", errors="replace") as file:
+            booted = next(int(line.split()[1]) for line in file if line.startswith("btime"))
+        return fields[0], booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, StopIteration):  # no Linux
+        return "", 0.0
 
 
 def read_holder(lock_path: str) -> dict[str, Any] | None:
     """Return what a lock file tells; nothing if it is empty or damaged, None if there is none."""
     try:
-        with open(lock_path, encoding="utf-8") as file:
-            return dict(json.load(file))
+        with os.fdopen(open_sidecar(lock_path, os.O_RDONLY), encoding="utf-8") as file:
+            return dict(json.loads(file.read(_LONGEST)))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}

@@ -30,6 +30,7 @@ from typing import Any
 from lazyproc.core.errors import FileBusyError, LazyprocError, LockingError, ReadOnlyFileError
 from lazyproc.hdf5.holder import TIME, is_alive, is_held, is_locked, read_holder, say_who
 from lazyproc.hdf5.holder import holder as holder
+from lazyproc.hdf5.holder import open_sidecar as open_sidecar
 from lazyproc.hdf5.holder import sidecar as sidecar
 from lazyproc.hdf5.locking import FLOCK, NONE, lock, locking, unlock
 from lazyproc.hdf5.room import full_code, no_room
@@ -78,7 +79,7 @@ class Fence:
             If another run has the file now, or the driver of this run is gone.
         """
         try:
-            descriptor = os.open(self.fence_path, os.O_RDONLY)
+            descriptor = open_sidecar(self.fence_path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise FencedError(f"The run {self.run_id} is over: {self.fence_path} is gone.") from error
         try:
@@ -143,8 +144,9 @@ class RunLock:
             if (code := full_code(error)) is not None:
                 raise no_room(self._path, f"the lock file {self.fence.lock_path}", code) from error
             raise ReadOnlyFileError(
-                f"{self._path}: the lock file {self.fence.lock_path} cannot be written ({error.strerror}). Results "
-                "need a folder that can be written: give h5_target_group in another file."
+                f"{self._path}: the lock file {error.filename or self.fence.lock_path} cannot be written "
+                f"({error.strerror}). Results need a folder that can be written, with nothing else of this name in it: "
+                "remove that, or give h5_target_group in another file."
             ) from error
 
     def _about(self) -> str:
@@ -162,7 +164,7 @@ class RunLock:
         lock_path = self.fence.lock_path
         # A worker's question holds the lock shared for microseconds: try a few times before believing in a holder.
         for _ in range(20):
-            descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = open_sidecar(lock_path, os.O_RDWR | os.O_CREAT)
             try:
                 taken = lock(descriptor, self._path, self.fence.locking, exclusive=True)
                 if taken and _same_file(descriptor, lock_path):
@@ -189,7 +191,7 @@ class RunLock:
         lock_path = self.fence.lock_path
         for _ in range(20):
             with suppress(FileExistsError):
-                descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                descriptor = open_sidecar(lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
                 log.warning("%s: no locks: nothing keeps other programs from writing into this file", self._path)
                 return descriptor
             about = read_holder(lock_path)
@@ -213,7 +215,7 @@ class RunLock:
         return FileBusyError(f"{self._path}: {say_who(about)}. {hint}")
 
     def _set_fence(self, text: str) -> None:
-        descriptor = os.open(self.fence.fence_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = open_sidecar(self.fence.fence_path, os.O_RDWR | os.O_CREAT)
         try:
             deadline = time.monotonic() + _WRITE_SECONDS
             while not lock(descriptor, self._path, self.fence.locking, exclusive=True):
@@ -235,13 +237,13 @@ class RunLock:
         try:
             self._set_fence("")
             os.unlink(self.fence.fence_path)
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 os.unlink(sidecar(self._path, "claims"))  # if a driver was killed that had a cluster
             os.unlink(self.fence.lock_path)
         except FileNotFoundError:
             pass
-        except FileBusyError as error:  # the files stay, so that the next run waits at the fence, too
-            log.warning(str(error))
+        except OSError as error:  # the files stay, so that the next run waits at the fence, too
+            log.warning("%s: %s", self._path, error)
         finally:
             os.close(self._descriptor)
             self._descriptor = None

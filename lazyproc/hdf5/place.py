@@ -242,7 +242,9 @@ def _make_file(path: str) -> None:
     """Make an empty HDF5 file, complete and durable before it gets its name; the caller holds the run's lock."""
     temporary = sidecar(path, "new")
     try:
-        with h5py.File(temporary, "w"):  # one that a death has left is used again
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)  # which a death has left
+        with h5py.File(temporary, "x"):
             pass
         sync_file(temporary)
         os.link(temporary, path)  # unlike rename, never replaces a file that somebody made meanwhile

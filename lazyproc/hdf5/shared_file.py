@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from lazyproc.hdf5.file_id import FileId, this_machine
-from lazyproc.hdf5.lock import Fence, FencedError, sidecar
+from lazyproc.hdf5.lock import Fence, FencedError, open_sidecar, sidecar
 from lazyproc.hdf5.locking import lock
 
 _MARK_BYTES = 8
@@ -95,7 +95,7 @@ class Trial:
 
     def begin(self, n_places: int) -> None:
         """Make the small file, with places for the driver and so many workers."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        descriptor = open_sidecar(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             os.pwrite(descriptor, _NOTHING * (n_places + 1), 0)
             os.fsync(descriptor)

@@ -29,7 +29,8 @@ from lazyproc.core.errors import FileBusyError, ReadOnlyFileError
 from lazyproc.hdf5.durable import JournalError, sync_folder, write_all
 from lazyproc.hdf5.extents import check_same_file
 from lazyproc.hdf5.file_id import FileId
-from lazyproc.hdf5.lock import RunLock, sidecar
+from lazyproc.hdf5.journal_file import read_journal_file, understood
+from lazyproc.hdf5.lock import RunLock, open_sidecar, sidecar
 from lazyproc.hdf5.locking import lock_hdf5, locking
 from lazyproc.hdf5.overlay import Overlay, Patch
 from lazyproc.hdf5.room import reserve, writing
@@ -158,7 +159,7 @@ def _write_journal(journal: str, status: os.stat_result, patches: list[Patch]) -
             ],
         }
     ).encode()
-    descriptor = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    descriptor = open_sidecar(journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         write_all(descriptor, b"%08x\n" % zlib.crc32(body) + body, 0)
         os.fsync(descriptor)
@@ -208,16 +209,13 @@ def _read_redo(path: str) -> list[Patch] | None:
 
 def _load_journal(journal: str) -> tuple[int, list[Patch]] | None:
     """Return the inode and the changes that a complete journal holds."""
-    try:
-        with open(journal, "rb") as file:
-            checksum, _, body = file.read().partition(b"\n")
-    except FileNotFoundError:
+    body = read_journal_file(journal)
+    if body is None:
         return None
-    if checksum != b"%08x" % zlib.crc32(body):
-        return None
-    content = json.loads(body)
     decode = base64.b64decode
-    return content["inode"], [(offset, decode(old), decode(new)) for offset, old, new in content["patches"]]
+    with understood(journal):
+        content = json.loads(body)
+        return content["inode"], [(offset, decode(old), decode(new)) for offset, old, new in content["patches"]]
 
 
 def _between(now: bytes, old: bytes, new: bytes) -> bool:

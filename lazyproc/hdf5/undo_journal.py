@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lazyproc.hdf5.durable import sync_folder, write_all
-from lazyproc.hdf5.lock import sidecar
+from lazyproc.hdf5.holder import open_sidecar, sidecar
+from lazyproc.hdf5.journal_file import JOURNAL_HEAD, is_complete, opened_journal, understood
 from lazyproc.hdf5.raw_bytes import Ranges
 from lazyproc.hdf5.room import writing
 
@@ -22,8 +23,6 @@ _BEAT = 0.1
 _PIECE = 4 * 2**20
 _UNCOMPRESSED = 2**18
 """Bytes: what is smaller is not worth compressing."""
-_HEAD = 9
-"""Bytes of the checksum and a line feed."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,9 @@ def write_undo(path: str, descriptor: int, size: int, ranges: Ranges, session: s
         "session": session,
     }
     pieces = (piece for _, piece in read_ranges(descriptor, ranges))
-    out = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    out = open_sidecar(journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
-        checksum, place = 0, _HEAD
+        checksum, place = 0, JOURNAL_HEAD
         with writing(path, f"the journal {journal}, which makes the change safe"):
             for block in _blocks([json.dumps(about).encode() + b"\n"], _compress(pieces) if compressed else pieces):
                 write_all(out, block, place)
@@ -193,19 +192,13 @@ def kept_fresh(path: str) -> Iterator[None]:
 def load_undo(path: str) -> UndoJournal | None:
     """Return the file's undo journal; None if there is none, or an incomplete one."""
     journal = sidecar(path, "undo")
-    try:
-        with open(journal, "rb") as file:
-            checksum, now = file.read(_HEAD), 0
-            while piece := file.read(_PIECE):
-                now = zlib.crc32(piece, now)
-            if checksum != b"%08x\n" % now:
-                return None
-            file.seek(_HEAD)
-            about = json.loads(file.readline())
-            place = file.tell()
-    except FileNotFoundError:
-        return None
-    ranges = np.array(about["ranges"], np.int64).reshape(-1, 2)
-    return UndoJournal(
-        journal, about["inode"], about["size"], ranges, about["compressed"], place, about.get("session", "")
-    )
+    with opened_journal(journal) as file, understood(journal):
+        if file is None or not is_complete(file):
+            return None
+        file.seek(JOURNAL_HEAD)
+        about = json.loads(file.readline())
+        place = file.tell()
+        ranges = np.array(about["ranges"], np.int64).reshape(-1, 2)
+        return UndoJournal(
+            journal, about["inode"], about["size"], ranges, about["compressed"], place, about.get("session", "")
+        )

@@ -60,12 +60,17 @@ class Disk:
 
 def attempt(path: str, by: str, **options: Any) -> dict[str, Any]:
     """Compute in a process of its own, and tell what came of it; what HDF5 could not close then dies with it."""
+    return in_child(lambda: told_of(_attempt, path, by, **options))
+
+
+def in_child(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do something in a forked process, which ends without ado, and return what it returned."""
     readable, writable = os.pipe()
     child = os.fork()
     if child == 0:
         faulthandler.enable()
         try:
-            os.write(writable, json.dumps(told_of(_attempt, path, by, **options)).encode())
+            os.write(writable, json.dumps(action()).encode())
         finally:
             os._exit(0)
     os.close(writable)
@@ -163,17 +168,25 @@ def begin(path: str) -> None:
 
 
 def goes_on(path: str, by: str, flag: str) -> dict[str, Any]:
-    """Compute while calls fail, and once more with the same object and the same open file when they do not."""
+    """Compute while calls fail, once more with the same object when they do not, and then in another process."""
     scan = f"{path}.copy"
     make_scan(path)
     shutil.copy(path, scan)
-    with h5py.File(path, "r+") as file:
+
+    def twice() -> dict[str, Any]:
+        file = h5py.File(path, "r+")  # never closed: HDF5 may crash then
         process = (OldTwice if by == "hooks" else Twice)(file[MAIN], cores=1)
         open(flag, "w").close()
         told = told_of(process.compute)
         os.unlink(flag)
-        told["again"] = told_of(process.compute)
-    told["problems"] = told["problems again"] = problems(path, by, scan)
+        told["same object"] = told_of(process.compute)
+        return told
+
+    told = in_child(twice)
+    recover(path, by)
+    told["problems"] = problems(path, by, scan)
+    told["again"] = attempt(path, by)
+    told["problems again"] = problems(path, by, scan)
     told["masks again"] = masks(path, by)
     told["left"] = sorted(name for name in os.listdir(os.path.dirname(path)) if "lazyproc" in name)
     return told
