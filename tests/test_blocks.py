@@ -308,9 +308,9 @@ AMPLE = {  # nothing limits but what remains
         ({"seconds_per_position": 0.01}, 100),
         ({"seconds_per_position": 0.0}, 1000),  # too quick for the clock
         ({"seconds_per_position": 0.001}, 250),  # sixteen for each worker, of a quarter of a second
-        ({"seconds_per_position": 0.0002}, 500),  # or as many as last a tenth of a second
-        ({"seconds_per_position": 0.0001}, 1000),  # which they do already
-        ({"seconds_per_position": 0.001, "least_seconds": 0.4}, 800),
+        ({"seconds_per_position": 0.0005}, 400),  # or as many as last a fifth of a second
+        ({"seconds_per_position": 0.0002}, 1000),  # which they do already
+        ({"seconds_per_position": 0.001, "least_seconds": 0.2}, 800),
         ({"seconds_per_position": 60.0}, 1),  # a position that takes longer than a block should
         ({"align": 64}, 960),  # whole chunks
         ({"align": 1000}, 1000),

@@ -159,12 +159,12 @@ def test_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ho
             stack.callback(work.close)
             return work
 
-        partial(make, 41, monkeypatch)
+        partial(make, 43, monkeypatch)
         with fresh(way.results) as file:
             group = file[find_results(file)]
             done = check(group, data, complete=False)
         assert 0 < done.sum() < N_POSITIONS
-        assert not done[41]
+        assert not done[43]
         before = called()
         assert set(np.flatnonzero(done)) <= set(before)
         group = make().compute()
@@ -213,7 +213,7 @@ def test_a_caller_who_holds_a_dataset_of_the_results(
         def make() -> Work:
             return Work(file[MAIN], cores=1, checkpoint_interval=0.0)
 
-        partial(make, 41, monkeypatch)
+        partial(make, 43, monkeypatch)
         group = file[find_results(file)]
         handles = {name: group[name] for name in held}
         for handle in handles.values():
@@ -246,7 +246,7 @@ def test_foreign_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: 
         def make() -> Work:
             return Work(file[MAIN], cores=1, checkpoint_interval=0.0)
 
-        partial(make, 41, monkeypatch)
+        partial(make, 43, monkeypatch)
         n_before = len(called())
         done = check(file[find_results(file)], data, complete=False)
         assert 0 < done.sum() < N_POSITIONS
@@ -266,12 +266,13 @@ def test_results_that_cannot_be_written_as_bytes(tmp_path: Path, monkeypatch: py
     def make() -> Work:
         return Work(f"{path}::{MAIN}", cores=1, checkpoint_interval=0.0)
 
-    partial(make, 41, monkeypatch)
+    partial(make, 43, monkeypatch)
     with h5py.File(path, "r+") as file:
         group = file[find_results(file)]
         mask = group[MASK][:]
         del group[MASK]
         group.create_dataset(MASK, data=mask, chunks=(9,), maxshape=(None,))
+        del group.attrs["lazyproc_places"]  # which older programs do not write; else the mask would be missed there
     n_before = len(called())
     with make() as work:
         group = work.compute()
@@ -328,7 +329,7 @@ class Odd(lazyproc.Process):
 
     @staticmethod
     def _map_function(row):
-        return row.mean(), 2 * row if row[0] != 41 else row[:4]
+        return row.mean(), 2 * row if row[0] != 43 else row[:4]
 
 
 @pytest.mark.parametrize("how", ["path", "handle"])
@@ -338,12 +339,12 @@ def test_results_are_validated_before_they_are_written(tmp_path: Path, how: str)
     with ExitStack() as stack:
         main: Any = f"{path}::{MAIN}" if how == "path" else stack.enter_context(h5py.File(path, "r+"))[MAIN]
         work = stack.enter_context(Odd(main, cores=1, checkpoint_interval=0.0))
-        with pytest.raises(OutputError, match=r"position 41 .*Twice.*shape"):
+        with pytest.raises(OutputError, match=r"position 43 .*Twice.*shape"):
             work.compute()
     with h5py.File(path) as file:
         group = file[CHANNEL]["Raw_Data-Odd_000"]
         mask = check(group, data, complete=False)
-        assert not mask[41]
+        assert not mask[43]
         assert mask.any()
         assert np.isnan(group["Twice"][:][mask == 0]).all(), "nothing of the block that failed"
 
@@ -461,7 +462,7 @@ class Recorder:
 
 def test_order_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_file(tmp_path / "scan.h5")
-    partial(lambda: Work(f"{path}::{MAIN}", cores=1), 41, monkeypatch)
+    partial(lambda: Work(f"{path}::{MAIN}", cores=1), 43, monkeypatch)
     with h5py.File(path, "r+") as file:
         file[find_results(file)][MASK][:] = 0  # all is to be done again, in a group that is there
     recorder = Recorder(path, monkeypatch)

@@ -76,8 +76,8 @@ def test_every_name_of_the_package_is_there():
 FLOORS = [
     {"core"},
     {"hdf5", "engine"},
-    {"arguments", "clusters", "collective", "declared", "definition", "drain", "hook_loop", "hook_ranks", "hooks", "layout"}
-    | {"main_handle", "opening"}
+    {"arguments", "clusters", "collective", "declared", "definition", "drain", "hook_loop", "hook_ranks", "hooks"}
+    | {"layout", "main_handle", "opening"}
     | {"perform", "progress", "recording", "results", "retry", "run", "status", "views", "watch"},
     {"process"},
     {"compat", "loading", "mapping", "slurm"},

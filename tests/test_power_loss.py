@@ -53,7 +53,11 @@ def report(tally: Tally) -> str:
     return "\n".join([f"{tally.failed} of {tally.tried} cuts failed", *tally.problems[:5]])
 
 
-@pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS if layout.cores == 1 and not layout.used_before])
+# What a caller has changed through his own handle, and not synced, is not promised.
+NAMES = [layout.name for layout in LAYOUTS if layout.cores == 1 and not layout.used_before]
+
+
+@pytest.mark.parametrize("name", NAMES if EXHAUSTIVE else NAMES[1::2])
 def test_power_is_cut_during_a_run(stage: Stage, name: str) -> None:
     tally = cut_all(stage, name, [{}], 5)
     assert not tally.failed, report(tally)

@@ -446,8 +446,9 @@ def test_workers_that_were_cut_off_write_nothing_late(stage: Stage) -> None:
     """
     scheduler = stage.start_cluster(5, ttl="1s")
     (stage.folder / "slow").write_text("0.25")  # worth it for Dask to give blocks to whoever is free
-    for position in (FIRST, SECOND, THIRD):
-        stage.order(position, "while not (place / f'gate_{os.getpid()}').exists(): time.sleep(0.01)")
+    waits = "while not (place / f'gate_{os.getpid()}').exists(): time.sleep(0.01)"
+    for position, order in ((FIRST, waits), (SECOND, f"{ONCE}    {waits}"), (THIRD, f"{ONCE}    {waits}")):
+        stage.order(position, order)
     stage.start(scheduler=scheduler, patience=5.0)
     lost = [stage.worker_at(position) for position in (FIRST, SECOND, THIRD)]
     free = set(stage.workers) - set(lost)
@@ -455,10 +456,6 @@ def test_workers_that_were_cut_off_write_nothing_late(stage: Stage) -> None:
         stop(pid)
         (stage.folder / f"gate_{pid}").touch()
     (at_first,) = wait_for(lambda: free & {pid for position, pid in stage.begun() if position == FIRST})
-    stage.forget(SECOND)
-    stage.forget(THIRD)
-    for pid in free - {at_first}:
-        (stage.folder / f"gate_{pid}").touch()
     wait_for(lambda: stage.check()[[SECOND, THIRD]].all())
     assert {*stage.by()[[SECOND, THIRD]]} <= free
     before = contents(stage.path)

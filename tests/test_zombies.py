@@ -114,7 +114,7 @@ class Stage:
             os.environ.get("PYTHONPATH", ""),
         ]  # the first for `_write`, on the cluster
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
-        environment["DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT"] = "5s"  # so long a client tries to reach a dead cluster
+        environment["DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT"] = "5s"  # how long a dead cluster is tried
         return subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=environment
         )

@@ -116,7 +116,7 @@ def positions_per_block(
       blocks would be dominated by the cost of scheduling them.
     - `least_blocks_per_worker`: with one block a worker all would wait for the slowest one.
     - `usual_blocks_per_worker`: and with few, if some positions take a hundred times as long as others. But not so many
-      that a block would take less than twice `least_seconds`.
+      that a block would take less than four times `least_seconds`.
 
     Then the storage chunks, which are read and decoded as a whole: a size of a chunk or more is rounded down to whole
     chunks, which is what a block could use anyway. A smaller one is raised to one chunk, since each block of a divided
@@ -178,10 +178,9 @@ def positions_per_block(
     size = max(1, min(memory_rows, preferred_bytes // bytes_per_position, -(-n_remaining // (n_workers * least))))
     if size * seconds > target_seconds:
         size = max(1, int(target_seconds / seconds))
-    if size * seconds > 2 * least_seconds:
-        size = min(
-            size, max(-(-n_remaining // (n_workers * usual_blocks_per_worker)), int(2 * least_seconds / seconds), 1)
-        )
+    if size * seconds > 4 * least_seconds:
+        share = -(-n_remaining // (n_workers * usual_blocks_per_worker))
+        size = min(size, max(share, int(4 * least_seconds / seconds), 1))
     if size >= align:
         return size - size % align
     if align <= memory_rows and align * seconds <= 4 * target_seconds:

@@ -50,8 +50,18 @@ log = logging.getLogger("lazyproc")
 
 
 def set_up_worker() -> None:
-    """Set up a worker process: Ctrl-C is the driver's affair, and without a driver there is nothing to do."""
+    """Set up a worker process: when to stop is the driver's affair, and without a driver there is nothing to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker = os.getpid()
+
+    def go_on(number: int, frame: Any) -> None:
+        if os.getpid() != worker:  # forked by the function: not ours to protect
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in _FOR_THE_DRIVER:
+        signal.signal(number, go_on)  # unlike SIG_IGN not inherited by programs that the function starts
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_DRIVER)
     threading.Thread(target=_leave_with, args=(os.getppid(),), name="lazyproc-driver", daemon=True).start()
 
 
@@ -65,16 +75,6 @@ def _leave_with(driver: int) -> None:
 def serve(descriptor: int) -> None:
     """Do blocks until the driver hangs up; the first message is the packed kernel."""
     set_up_worker()
-    worker = os.getpid()
-
-    def go_on(number: int, frame: Any) -> None:
-        if os.getpid() != worker:  # forked by the function: not ours to protect
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    for number in _FOR_THE_DRIVER:
-        signal.signal(number, go_on)  # unlike SIG_IGN not inherited by programs that the function starts
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_DRIVER)
     driver = Connection(descriptor)
     try:
         packed = driver.recv_bytes()

@@ -80,7 +80,7 @@ class Pulse:
         self._looked = self._asked = self._busy = time.monotonic()
         self._question: Future[Any] | None = None
         self._since: dict[str, float] = {}
-        """Since when something has been wrong: the connection "cut", the scheduler "mute", the workers "away", "idle"."""
+        """Since when something is wrong: the connection "cut", the scheduler "mute", the workers "away", or "idle"."""
         self._workers = ""
 
     def beat(self) -> None:

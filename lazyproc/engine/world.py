@@ -51,6 +51,7 @@ class World:
         self.limit = limit
         with _library_watched(limit):
             self._mpi = _library(launch)
+        _take_back(signal.SIGUSR1)
         self.comm = self._mpi.COMM_WORLD
         self.rank, self.size = int(self.comm.rank), int(self.comm.size)
         told = launch.size if launch.size is not None else max(self.size, launch.rank + 1)
@@ -101,6 +102,13 @@ class World:
     def alone(self) -> Any:
         """Return the communicator of this rank only."""
         return self._mpi.COMM_SELF
+
+
+def _take_back(number: signal.Signals) -> None:
+    """Let a signal do again what it does by default: MPICH takes USR1 for news of dead ranks, and swallows Slurm's."""
+    with suppress(ValueError):  # not in the main thread
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def ignore_signals() -> None:

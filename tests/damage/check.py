@@ -140,7 +140,8 @@ class Trial:
         # X varies fastest, and comes first among the dimensions
         order = np.arange(len(values)).reshape(5, 6).T.ravel()
         rows = order[done[order]]
-        bad = [int(row) for row, one in zip(order, found, strict=True) if done[row] and not np.array_equal(one, values[row])]
+        pairs = zip(order, found, strict=True)
+        bad = [int(row) for row, one in pairs if done[row] and not np.array_equal(one, values[row])]
         if bad and len(rows):
             raise wrong(where, key, bad)
 

@@ -47,9 +47,7 @@ def harm_bytes(path: Path, subject: Subject, random: Random) -> Harm:
     if len(data) < len(subject.content):
         spans = [(len(data), len(subject.content))]
     changed = [
-        (start, stop)
-        for start, stop in spans
-        if data[start:stop] != subject.content[start:stop] or stop > len(data)
+        (start, stop) for start, stop in spans if data[start:stop] != subject.content[start:stop] or stop > len(data)
     ]
     hit = [name for name, place in subject.raw.items() if _meet(changed, place)]
     parent = any(start < subject.n_before or stop > len(data) for start, stop in changed)
@@ -106,7 +104,7 @@ def _misplaced(data: bytearray, subject: Subject, random: Random) -> list[tuple[
 
 
 def _address(data: bytearray, subject: Subject, random: Random) -> list[tuple[int, int]]:
-    """Let an address that leads to somewhere in the file lead to somewhere else: a dataset over another one's values."""
+    """Let an address that leads into the file lead to somewhere else: a dataset over another one's values."""
     known = [start for start, _ in (*subject.raw.values(), *subject.kept.values())] + subject.objects
     wanted = int(random.choice(known)).to_bytes(8, "little")
     places = [place for place in _all_of(data, wanted) if place >= subject.n_before]
@@ -356,7 +354,7 @@ def _bits_of_attribute(group: h5py.Group, random: Random) -> str:
 def _neighbours(group: h5py.Group, random: Random) -> str:
     """Put strange things under the names of results groups."""
     parent = group.parent
-    name = str(random.choice(["Raw_Data-Peaks_002", "Raw_Data-Peaks_" + "9" * 40, "Raw_Data-Peaks_0", "Raw_Data-Peaks_-1"]))
+    name = f"Raw_Data-Peaks_{random.choice(['002', '9' * 40, '0', '-1'])}"
     what = str(random.choice([*MEMBERS]))
     MEMBERS[what](parent, name, random) if what != "the same of the other group" else parent.create_group(name)
     return f"{parent.name}/{name} = {what}"

@@ -1,13 +1,14 @@
 """A death at every write: ends runs before, half-way through and after each system call that changes a file.
 
-    shim.c      counts those calls in one folder over all processes of a run, and kills at one of them; records them
-    shim.py     builds it, arms it, reads its records
-    layouts.py  what is put to death: files, target, handles, class            <- a new layout is one entry of LAYOUTS
-    actions.py  what a driver does while it is armed, and wrong ways of doing it, as a proof that failures are seen
-    check.py    what must hold after a death, and after the run was resumed
-    server.py   one Python process with all imports done, which forks a driver for each trial
-    trials.py   which points there are, in which phase; tries them and counts
-    power.py    replays a record as a power cut could have left it
+    shim.c         counts those calls in one folder over all processes of a run, kills at one of them, or records them
+    shim.py        builds it, arms it, reads its records
+    layouts.py     what is put to death: files, target, handles, class          <- a new layout is one entry of LAYOUTS
+    processes.py   the classes of these layouts
+    actions.py     what a driver does while it is armed, and wrong ways, as a proof that failures are seen
+    check.py       what must hold after a death, and after the run was resumed
+    server.py      one Python process with all imports done, which forks a driver for each trial
+    trials.py      which points there are, in which phase; tries them and counts
+    power.py       replays a record as a power cut could have left it
 
 A trial, by hand::
 

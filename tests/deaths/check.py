@@ -19,7 +19,8 @@ from lazyproc import cli
 from lazyproc.hdf5.files import Files
 from lazyproc.status import file_status
 
-from .layouts import CALLS, MASK, N_POSITIONS, Layout, expected
+from .layouts import MASK, N_POSITIONS, Layout, expected
+from .processes import CALLS
 
 Snapshot = dict[str, Any]
 """Each object of a file by its name: what it is, its values and attributes, comparable and JSON-able."""

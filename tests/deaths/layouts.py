@@ -1,26 +1,27 @@
 """The layouts that are put to death: the files of each, the process that works on them, and what it must give.
 
 To add one, put a `Layout` into `LAYOUTS`; nothing else is needed unless it calls for another class of process, which
-then goes into `PROCESSES` with what it has to give in `expected`. All files of a layout lie in one folder, and all that
-the process writes has to lie there, too.
+then goes into `processes.PROCESSES`, and what it has to give into `expected`. All files of a layout lie in one folder,
+and all that the process writes has to lie there, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-from hook_classes import make_mean, new_group
 from numpy.typing import NDArray
 from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
+
+from .processes import PROCESSES
 
 MAIN = f"{CHANNEL}/Raw_Data"
 MASK = "completed_positions"
@@ -28,10 +29,6 @@ N_POSITIONS = 40
 N_SPECTRAL = 8
 TARGET = "some/results"
 """The target group in another file."""
-CALLS = "LAZYPROC_CALLS"
-"""Environment variable: the file into which the functions write the positions that they are called for."""
-PAUSE = "LAZYPROC_PAUSE"
-"""Environment variable: seconds that the functions take a position."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +48,11 @@ class Layout:
     source_handle, target_handle : bool
         Whether the main dataset, and the target group, are handed over as open `r+` handles, or by their address.
     kind : str
-        One of `PROCESSES`.
+        One of `processes.PROCESSES`.
     file : dict
         How the files are made: libver, as h5py.File takes it.
     cores : int
-        Two of them mean worker processes; then the function has to take a while (`PAUSE`).
+        Two of them mean worker processes; then the function has to take a while (`processes.PAUSE`).
     begun : dict or None
         Results of older software are there, half done, and are resumed: how they are stored. None: there are none.
     unsafe : frozenset of str
@@ -195,91 +192,6 @@ def _begin(layout: Layout, parent: h5py.Group, main: h5py.Dataset) -> None:
     group.create_dataset(MASK, data=mask.astype(np.uint8))
 
 
-# -- the processes ---------------------------------------------------------------------------------------------------
-
-
-def note_call(row: NDArray[Any]) -> None:
-    """Remember that the function was called for a position."""
-    import os
-    import time
-
-    descriptor = os.open(os.environ["LAZYPROC_CALLS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(descriptor, b"%d\n" % int(row[0]))
-    os.close(descriptor)
-    time.sleep(float(os.environ.get("LAZYPROC_PAUSE", "0")))
-
-
-class Measured(lazyproc.Process):
-    """Two outputs, one value and one spectrum a position."""
-
-    process_name = "Measured"
-    outputs = {
-        "Mean": lazyproc.Output("f8"),
-        "Scaled": lazyproc.Output("f4", shape_from_main=True),
-    }
-
-    @staticmethod
-    def _map_function(row: NDArray[Any], gain: float) -> dict[str, Any]:
-        note_call(row)
-        return {"Mean": row.mean(), "Scaled": gain * row}
-
-
-class Recording(Measured):
-    """Fails for some positions, and that is recorded."""
-
-    process_name = "Recording"
-
-    @staticmethod
-    def _map_function(row: NDArray[Any], gain: float) -> dict[str, Any]:
-        if int(row[0]) % 9 == 4:
-            note_call(row)
-            raise ValueError(f"position {int(row[0])} is bad")
-        return Measured._map_function(row, gain)
-
-
-def _noted_mean(row: NDArray[Any], *args: Any, **kwargs: Any) -> float:
-    note_call(row)
-    return float(row.mean())
-
-
-class HooksPlain(make_mean(lazyproc.Process)):  # type: ignore[misc]
-    """Old hooks that leave everything to h5py's defaults: contiguous, allocated with the first write."""
-
-    storage: dict[str, Any] = {}
-
-    def __init__(self, h5_main: Any, **kwargs: Any) -> None:
-        super().__init__(h5_main, type(self).__name__, **kwargs)
-        self._max_pos_per_read = 8
-
-    def _create_results_datasets(self) -> None:
-        self.h5_results_grp = new_group(self)
-        shape = (self.h5_main.shape[0], 1)
-        self.h5_results = self.h5_results_grp.create_dataset("Results", shape, "f4", **self.storage)
-
-    _map_function = staticmethod(_noted_mean)
-
-
-class HooksChunked(HooksPlain):
-    """Old hooks with chunked results: HDF5 makes a place for each chunk while the loop goes on."""
-
-    storage = {"chunks": (5, 1)}
-
-
-class HooksZipped(HooksPlain):
-    """Old hooks with compressed results."""
-
-    storage = {"chunks": (5, 1), "compression": "gzip"}
-
-
-PROCESSES: dict[str, Callable[..., Any] | Any] = {
-    "declared": Measured,
-    "recording": Recording,
-    "hooks": HooksPlain,
-    "hooks, chunked": HooksChunked,
-    "hooks, gzip": HooksZipped,
-}
-
-
 def expected(layout: Layout) -> dict[str, NDArray[Any]]:
     """Return what an undisturbed run gives for each output, `(n_positions, width)`."""
     data = raw_data()
@@ -327,6 +239,7 @@ LAYOUTS = [
     Layout("handle, used before", n_siblings=20, source_handle=True, used_before=True),
     Layout("hooks, handle", source_handle=True, kind="hooks"),
     Layout("hooks, path", kind="hooks"),
+    Layout("hooks, path, gzip results, new file", target="new", kind="hooks, gzip"),
     Layout("hooks, handle, chunked results", source_handle=True, kind="hooks, chunked"),
     Layout("hooks, handle, gzip results", source_handle=True, kind="hooks, gzip"),
     Layout("hooks, handle, gzip results, used before", source_handle=True, kind="hooks, gzip", used_before=True),
