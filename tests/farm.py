@@ -86,10 +86,10 @@ def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
 # -- in the forked processes -----------------------------------------------------------------------------------------
 
 
-def measure(row: Any, folder: str, ballast: bytes = bytes(20_000)) -> dict[str, Any]:
+def measure(row: Any, folder: str, ballast: bytes = b"") -> dict[str, Any]:
     """Return the mean of a row, and who computed it; does what the file ``at_<position>`` says, in a worker only.
 
-    The ballast makes the function too large to be sent along with each task of a cluster.
+    Ballast makes the function too large to be sent along with each task of a cluster.
     """
     import os
     import time
@@ -111,7 +111,12 @@ def measure(row: Any, folder: str, ballast: bytes = bytes(20_000)) -> dict[str, 
 
 
 def drive(
-    folder: Path, address: str, scheduler: str | None = None, patience: float | None = None, connect: float = 3.0
+    folder: Path,
+    address: str,
+    scheduler: str | None = None,
+    patience: float | None = None,
+    connect: float = 3.0,
+    ballast: int = 20_000,
 ) -> None:
     """Compute `measure` on a dataset, on two local processes or on a cluster; tell the outcome."""
     import logging
@@ -124,6 +129,7 @@ def drive(
 
     logging.basicConfig(level="INFO")
     (folder / "driver").write_text(str(os.getpid()))
+    measure.__defaults__ = (bytes(ballast),)
     if patience is not None:
         lazyproc.engine.pulse.PATIENCE_SECONDS = patience
     dask.config.set({"distributed.comm.timeouts.connect": connect})

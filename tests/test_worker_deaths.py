@@ -441,16 +441,17 @@ def test_workers_that_were_cut_off_write_nothing_late(stage: Stage) -> None:
     """Three workers are stopped and declared lost, and go on later. The function returns who computed a position.
 
     The first one ends while another worker is at its block, the second one when its block is done and marked, the third
-    one when the run is over. The free workers may have tried to get the function, which is too large to be sent with
-    each task, from one that was stopped, and then wait for it: the driver sees that.
+    one when the run is over.
     """
     scheduler = stage.start_cluster(5, ttl="1s")
     (stage.folder / "slow").write_text("0.25")  # worth it for Dask to give blocks to whoever is free
     waits = "while not (place / f'gate_{os.getpid()}').exists(): time.sleep(0.01)"
-    for position, order in ((FIRST, waits), (SECOND, f"{ONCE}    {waits}"), (THIRD, f"{ONCE}    {waits}")):
-        stage.order(position, order)
-    stage.start(scheduler=scheduler, patience=5.0)
+    for position in (FIRST, SECOND, THIRD):
+        stage.order(position, f"{ONCE}    {waits}")
+    stage.start(scheduler=scheduler, ballast=0)
     lost = [stage.worker_at(position) for position in (FIRST, SECOND, THIRD)]
+    wait_for(lambda: all((stage.folder / f"once_{position}").exists() for position in (FIRST, SECOND, THIRD)))
+    stage.order(FIRST, waits)
     free = set(stage.workers) - set(lost)
     for pid in lost:
         stop(pid)
@@ -510,6 +511,23 @@ def test_all_workers_die_and_others_come(stage: Stage) -> None:
     stage.start_worker()
     assert stage.outcome()["error"] == "", stage.log()
     assert stage.check().all()
+
+
+def test_workers_that_wait_for_one_that_was_cut_off(stage: Stage) -> None:
+    """They are to have the function, which is large, from a worker that is stopped, and wait for it: the driver sees.
+
+    Dask has given it back by then where it was not needed, and the workers that are stopped are declared lost one after
+    the other, so that the free ones are sent from one to the next.
+    """
+    held = (FIRST, SECOND, THIRD)
+    stage.hold(*held)
+    stage.start(scheduler=stage.start_cluster(5, ttl="1s"), patience=3.0)
+    for position in held:
+        stop(stage.worker_at(position))
+        stage.open_gate(position)
+    assert stage.outcome()["error"] == "", stage.log()
+    assert stage.check().all()
+    assert "the cluster's workers do nothing" in stage.log()
 
 
 @pytest.mark.parametrize("what", ["no workers", "a mute scheduler"])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.errors import FileChangedError, LazyprocError
 from lazyproc.hdf5.file_id import FileId
-from lazyproc.hdf5.room import gone, writing
+from lazyproc.hdf5.room import full_code, gone, writing
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -171,6 +171,8 @@ def using(path: str, name: str, offset: int | None = None) -> Iterator[None]:
     except FileNotFoundError as error:
         raise gone(path, name) from error
     except OSError as error:
+        if full_code(error) is not None:  # which says more
+            raise
         place = "" if offset is None else f" at byte {offset}"
         raise FileChangedError(
             f"{path}: {name} cannot be read or written{place}: {error.strerror or error}. If it is not a matter of "

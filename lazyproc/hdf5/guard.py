@@ -19,7 +19,7 @@ import h5py
 from lazyproc.core.errors import NoRoomError
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.durable import JournalError
-from lazyproc.hdf5.extents import real_path
+from lazyproc.hdf5.extents import real_path, using
 from lazyproc.hdf5.raw_bytes import Ranges, RawBytes, Rewritten
 from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.session import session_of
@@ -189,6 +189,10 @@ class _Guard:
         What the caller has changed and HDF5 holds back yet comes first. Writing it changes the file's structure, too,
         so the metadata on the disk are kept meanwhile; if that has changed them, they are kept anew.
         """
+        with using(self.path, "its structure"):
+            self._begin()
+
+    def _begin(self) -> None:
         if self._file:
             finish_pending(self._file, self.path)
         for _ in range(_MOST_TRIES):
@@ -244,14 +248,16 @@ class _Guard:
         """Tell whether any metadata have changed since the beginning."""
         if self._kept is None or not self._file:
             return True
-        return self._state_of(self._sync(), self._kept) != self._state
+        with using(self.path, "its structure"):
+            return self._state_of(self._sync(), self._kept) != self._state
 
     def _sync(self) -> int:
         """Flush down to the disk; return the file's descriptor."""
         self._file.flush()
         self._file.flush()  # the first one may free space at the end of the file, and the second one cut it off
         descriptor = int(self._file.id.get_vfd_handle())
-        os.fdatasync(descriptor)
+        with using(self.path, "its structure"):
+            os.fdatasync(descriptor)
         return descriptor
 
     @staticmethod

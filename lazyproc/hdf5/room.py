@@ -90,7 +90,8 @@ def changing(path: str, what: str) -> Iterator[None]:
             yield
     except LazyprocError:
         raise
-    except H5_ERRORS as error:
+    except H5_ERRORS as raised:
+        error = _first_of_system(raised)
         if not os.path.exists(path):
             raise gone(path, what) from error
         code = getattr(error, "errno", None)
@@ -108,6 +109,16 @@ def changing(path: str, what: str) -> Iterator[None]:
             f"{path}: {what} cannot be written ({error}). The file is damaged there: give h5_target_group in another "
             "file, or restore this one from a copy."
         ) from error
+
+
+def _first_of_system(error: BaseException) -> BaseException:
+    """Return the error of the system that led to an error; after it HDF5 may fail for reasons of its own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return error
 
 
 def gone(path: str, what: str) -> FileChangedError:

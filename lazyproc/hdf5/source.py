@@ -187,7 +187,9 @@ def _opened(source: FileSource) -> Iterator[h5py.File]:
         # Within one process HDF5 refuses other lock flags than those of a handle that is open already. A Python file
         # object is independent of them, but does not know where it lies: parts in other files would not be found.
         if source.many_files:
-            raise
+            with h5py.File(source.path, "r") as file:  # through the handle that is open
+                yield file
+            return
         with open(source.path, "rb") as raw, h5py.File(raw, "r") as file:
             yield file
         return
