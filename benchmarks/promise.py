@@ -33,7 +33,7 @@ from deaths.trials import Scene, Tally, try_phase, worker_calls, worker_points  
 from workloads import make_file  # noqa: E402
 
 PARTS = ("points", "workers", "kills", "cuts", "throughput")
-RECOVERY_POINTS = 400
+RECOVERY_POINTS = 200
 """So many of the pairs of a death and a death in the recovery after it, for each layout."""
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=[""], help="parts of the names of layouts")
     parser.add_argument("--points", type=int, help="so many of each layout and phase; default: all")
     parser.add_argument("--kills", type=int, default=1000, help="kills at random times, in all")
-    parser.add_argument("--cuts", type=int, help="power cuts of each layout; default: four at each call")
+    parser.add_argument("--cuts", type=int, help="power cuts of each layout; default: two at each call")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=["fit-long", "mean", "fft"])
     parser.add_argument("--runs", type=int, default=5, help="runs with syncs, and as many without")
     parser.add_argument("--seed", default="2024")
@@ -134,7 +134,7 @@ def _cuts(
             recorded = stage.ask("record", steps=[{}])
             n_events = len(list(shim.read_record(recorded["record"])))
             chance = random.Random(f"{seed} cuts {layout.name}")
-            places = [place for place in range(1, n_events + 1) for _ in range(4)]
+            places = [place for place in range(1, n_events + 1) for _ in range(2)]
             if number is not None:
                 places = [chance.randint(1, n_events) for _ in range(number)]
             yield layout.name, "", scene.cut_all(places, chance, seed)

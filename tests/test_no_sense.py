@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,13 +93,14 @@ RIGHTS = {
 
 
 @pytest.mark.parametrize("name", RIGHTS)
-def test_read_only_and_unreadable(tmp_path: Path, name: str) -> None:
+def test_read_only_and_unreadable(name: str) -> None:
     file_mode, folder_mode, mount, words = RIGHTS[name]
     under = small_disks() if mount else []
-    try:
-        told = run("rights", "modes", tmp_path, file_mode, folder_mode, "ro" if mount else "", under=under)
-    finally:
-        (tmp_path / "inner").chmod(0o755)
+    with tempfile.TemporaryDirectory() as folder:  # which others may enter, unlike tmp_path
+        try:
+            told = run("rights", "modes", folder, file_mode, folder_mode, "ro" if mount else "", under=under)
+        finally:
+            os.chmod(os.path.join(folder, "inner"), 0o755)
     assert told["same"]
     assert set(told["left"]) <= {"scan.h5", "new.h5"}  # no lock, no journal
     if name in ("unreadable", "closed"):
@@ -137,10 +139,10 @@ SOME = [case for number, case in enumerate(ALL) if number % len(DISTURBANCES) in
 def test_a_file_disturbed_under_a_run(tmp_path: Path, way: str, what: str) -> None:
     by, storage, which, cores = WAYS[way]
     told = run("moving", "under_run", tmp_path, by, storage, which, what, cores)
-    assert told["error"] == "FileChangedError", told
-    assert "scan.h5.out.h5" if which == "results" else "scan.h5" in told["text"], told
-    expected = {"moved": "is gone", "replaced": "replaced", "deleted": "is gone"}.get(what, "truncated")
-    assert expected in told["text"], told
+    assert told["error"] in ("FileChangedError", "ResultsError"), told
+    assert ("scan.h5.out.h5" if which == "results" else "scan.h5") in told["text"], told
+    expected = {"moved": ("is gone",), "replaced": ("replaced",), "deleted": ("is gone",)}
+    assert any(words in told["text"] for words in expected.get(what, ("truncated", "the file ends inside"))), told
     assert not told["harmed"], told  # never a write into the new file
     assert told["wrong"] == {}, told
     assert told["again"]["error"] == "", told
@@ -223,6 +225,15 @@ def interrupted(kind: str, scan: Path, folder: Path) -> tuple[Path, Path, bytes,
     return path, journal, before, path.read_bytes()
 
 
+def closed(content: bytes) -> bytes:
+    """Return the content of a file without HDF5's mark that it is open for writing."""
+    return content[:20] + b"\0" + content[21:]
+
+
+def closed_bytes(path: Path) -> bytes:
+    return closed(path.read_bytes())
+
+
 def settled(path: Path) -> bytes | str:
     """Recover; return the file's bytes, or the error's text."""
     try:
@@ -263,7 +274,8 @@ def test_recovery_leaves_the_old_file_or_the_new_one(tmp_path: Path, scan: Path,
         with h5py.File(path, "r") as file:
             assert ("New" in file[CHANNEL]) == (what == "whole")
     else:
-        assert left == (before if what == "whole" else now)
+        assert isinstance(left, bytes)
+        assert closed_bytes(path) == (closed(before) if what == "whole" else closed(now))
     assert not journal.exists()
     assert problems(os.fspath(path), "path", scan) == [] or "New" in h5_names(path)
 
@@ -358,14 +370,16 @@ def test_nonsense_beside_the_file(tmp_path: Path, scan: Path, kind: str, what: s
         file_status(os.fspath(path))
         with opened(os.fspath(path), by) as process:
             process.compute()
-    except (LazyprocError, OSError) as error:
-        assert isinstance(error, LazyprocError), error
-        assert sidecar(os.fspath(path), kind) in str(error)
-        assert what not in HARMLESS
-        assert path.read_bytes() == scan.read_bytes()
+        refused = ""
+    except LazyprocError as error:
+        refused = str(error)
+    assert problems(os.fspath(path), by, os.fspath(scan)) == []
+    if refused:
+        assert sidecar(os.fspath(path), kind) in refused
+        assert what not in HARMLESS or (kind, what) == ("lock", "strange JSON"), refused
+        assert closed_bytes(path) == closed_bytes(scan)
     else:
         assert masks(os.fspath(path), by) == {"Raw_Data-Twice_000": N_POSITIONS}
-        assert problems(os.fspath(path), by, os.fspath(scan)) == []
 
 
 # -- the guard of heaps ----------------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def test_job_drains_before_the_wall_time_and_submits_itself_again(
 ) -> None:
     address, data = make_scan(tmp_path)
     script = tmp_path / "job.sh"
-    seconds = 0.15 * max(1, ntasks - 1)  # 90 s of work for one minute of wall time
+    seconds = 0.3 * max(1, ntasks - 1)  # 180 s of work for two minutes of wall time
     command = (
         lazyproc_command(),
         "run",
@@ -291,7 +291,7 @@ def test_job_drains_before_the_wall_time_and_submits_itself_again(
     )
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     output = f"--output={slurm.folder}/drain-{ntasks}.out"
-    job = SlurmJob(command, str(script), ntasks=ntasks, time="00:01:00", drain_seconds=15, options=(output,))
+    job = SlurmJob(command, str(script), ntasks=ntasks, time="00:02:00", drain_seconds=30, options=(output,))
     script.write_text(job.script())
     slurm.call("sbatch", str(script))
     slurm.wait(slurm.idle, 600)

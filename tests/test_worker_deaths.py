@@ -514,20 +514,19 @@ def test_all_workers_die_and_others_come(stage: Stage) -> None:
 
 
 def test_workers_that_wait_for_one_that_was_cut_off(stage: Stage) -> None:
-    """They are to have the function, which is large, from a worker that is stopped, and wait for it: the driver sees.
+    """They may be sent for the function, which is large, to a worker that is stopped, and wait: the driver sees that.
 
     Dask has given it back by then where it was not needed, and the workers that are stopped are declared lost one after
-    the other, so that the free ones are sent from one to the next.
+    the other. Whether the free ones still ask one of these depends on milliseconds; the end is the same.
     """
     held = (FIRST, SECOND, THIRD)
     stage.hold(*held)
-    stage.start(scheduler=stage.start_cluster(5, ttl="1s"), patience=3.0)
+    stage.start(scheduler=stage.start_cluster(5, ttl="1s"), patience=2.0)
     for position in held:
         stop(stage.worker_at(position))
         stage.open_gate(position)
     assert stage.outcome()["error"] == "", stage.log()
     assert stage.check().all()
-    assert "the cluster's workers do nothing" in stage.log()
 
 
 @pytest.mark.parametrize("what", ["no workers", "a mute scheduler"])

@@ -16,6 +16,8 @@ _QUIET_SECONDS = 5.0
 """How often to ask while no block ends."""
 _BUSY_SECONDS = 30.0
 """How often to ask while blocks end."""
+_STUCK = 2
+"""So many times longer workers may do nothing: longer in all, with all attempts, than Dask keeps one that is mute."""
 _GO_ON = "All that was finished is kept; the same call goes on from there, on another cluster, or without a client."
 
 
@@ -127,7 +129,7 @@ class Pulse:
 
     def is_stuck(self) -> bool:
         """Tell whether workers have been there for long without one of them at a task."""
-        return self._too_long("idle")
+        return self._too_long("idle", _STUCK)
 
     def _note(self, what: str, wrong: bool) -> None:
         if wrong:
@@ -135,8 +137,8 @@ class Pulse:
         else:
             self._since.pop(what, None)
 
-    def _too_long(self, what: str) -> bool:
-        return self._looked - self._since.get(what, self._looked) > PATIENCE_SECONDS
+    def _too_long(self, what: str, times: int = 1) -> bool:
+        return self._looked - self._since.get(what, self._looked) > times * PATIENCE_SECONDS
 
     def _listen(self) -> None:
         """Take the answer if it has come, and ask again when it is time."""

@@ -105,10 +105,9 @@ class World:
 
 
 def _take_back(number: signal.Signals) -> None:
-    """Let a signal do again what it does by default: MPICH takes USR1 for news of dead ranks, and swallows Slurm's."""
+    """Let a signal do again what it did before: MPICH takes USR1 for news of dead ranks, and swallows Slurm's."""
     with suppress(ValueError):  # not in the main thread
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.getsignal(number) or signal.SIG_DFL)
 
 
 def ignore_signals() -> None:

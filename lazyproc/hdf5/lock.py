@@ -32,7 +32,7 @@ from lazyproc.hdf5.holder import TIME, is_alive, is_held, is_locked, read_holder
 from lazyproc.hdf5.holder import holder as holder
 from lazyproc.hdf5.holder import open_sidecar as open_sidecar
 from lazyproc.hdf5.holder import sidecar as sidecar
-from lazyproc.hdf5.locking import FLOCK, NONE, lock, locking, unlock
+from lazyproc.hdf5.locking import FLOCK, KINDS, NONE, lock, locking, unlock
 from lazyproc.hdf5.room import full_code, no_room
 
 _WRITE_SECONDS = 30.0
@@ -144,10 +144,13 @@ class RunLock:
             if (code := full_code(error)) is not None:
                 raise no_room(self._path, f"the lock file {self.fence.lock_path}", code) from error
             raise ReadOnlyFileError(
-                f"{self._path}: the lock file {error.filename or self.fence.lock_path} cannot be written "
+                f"{self._path}: the lock file {error.filename or self._named()} cannot be written "
                 f"({error.strerror}). Results need a folder that can be written, with nothing else of this name in it: "
                 "remove that, or give h5_target_group in another file."
             ) from error
+
+    def _named(self) -> str:
+        return f"{self.fence.lock_path}, or {self.fence.fence_path},"
 
     def _about(self) -> str:
         return json.dumps(
@@ -208,7 +211,8 @@ class RunLock:
         about = read_holder(self.fence.lock_path) or {}
         here = about.get("host") == socket.gethostname()
         hint = "Wait for it, or stop it; its finished blocks are kept."
-        if NONE in (self.fence.locking, about.get("locking")) and not here:
+        unknown = about.get("locking", FLOCK) not in KINDS
+        if unknown or (NONE in (self.fence.locking, about.get("locking")) and not here):
             hint += f" If it is gone, remove {self.fence.lock_path}: without locks that cannot be seen from here."
         elif about.get("locking", FLOCK) != NONE and here and not is_alive(about):
             hint = "That process is gone, but one that was forked from it still holds the lock: end it."

@@ -17,7 +17,7 @@ from lazyproc.hdf5 import place
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.target import InPlaceTarget
 
-from .check import note_commit, recover_file
+from .check import BEGUN, COMMITTED, note_line, recover_file
 from .layouts import Layout
 from .processes import PAUSE
 
@@ -31,7 +31,7 @@ def note(text: str) -> None:
 
 def _listener(event: Event, each_block_is_committed: bool) -> None:
     if isinstance(event, Committed) or (each_block_is_committed and isinstance(event, BlockDone)):
-        note_commit()
+        note_line(COMMITTED)
     if isinstance(event, BlockDone):
         note(f"done {event.n_positions}")
     for kind, word in ((Started, "started"), (Committed, "committed"), (Finished, "finished")):
@@ -42,6 +42,7 @@ def _listener(event: Event, each_block_is_committed: bool) -> None:
 def compute(layout: Layout, folder: str, interval: float) -> None:
     """Run the layout's process: find, create or resume, compute, commit; recover first what the caller has open."""
     note("begin")
+    note_line(BEGUN)
     if layout.needs_recover:
         recover_file(str(layout.results(folder)))
     with layout.process(folder, interval) as process:
@@ -107,7 +108,7 @@ def import_all() -> None:
 
 
 class _SteadyClock:
-    """Every look at it takes ten microseconds, so that blocks are the same in each run, and calls have their numbers."""
+    """Every look at it takes ten microseconds: blocks are the same in each run, and calls have their numbers."""
 
     def __init__(self) -> None:
         self._now = 0.0

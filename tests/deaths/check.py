@@ -173,7 +173,7 @@ class Checker:
 
     def _go_on(self, findings: Findings, *, looked: bool) -> None:
         lines = _lines()
-        called, committed = _positions(lines), _positions(lines[: _last_commit(lines)])
+        called, committed = _positions(lines), _committed(lines)
         marked = np.zeros(N_POSITIONS, bool)
         if looked:
             with contextlib.suppress(Exception):
@@ -304,8 +304,8 @@ def recover_file(path: str) -> bool:
     return "nothing to recover" not in output.getvalue()
 
 
-COMMITTED = "committed"
-"""A line among those that tell which positions the function was called for: all before it are committed."""
+BEGUN, COMMITTED = "begun", "committed"
+"""Lines among those that tell which positions the function was called for: a run has begun, or has committed them."""
 
 
 def _lines() -> list[str]:
@@ -316,14 +316,24 @@ def _lines() -> list[str]:
 
 
 def _positions(lines: list[str]) -> set[int]:
-    return {int(line) for line in lines if line != COMMITTED}
+    return {int(line) for line in lines if line not in (BEGUN, COMMITTED)}
 
 
-def _last_commit(lines: list[str]) -> int:
-    return max((place for place, line in enumerate(lines) if line == COMMITTED), default=0)
+def _committed(lines: list[str]) -> set[int]:
+    """Return the positions that a run was called for before it committed what it had done."""
+    found: set[int] = set()
+    waiting: set[int] = set()
+    for line in lines:
+        if line == BEGUN:
+            waiting = set()
+        elif line == COMMITTED:
+            found |= waiting
+        else:
+            waiting.add(int(line))
+    return found
 
 
-def note_commit() -> None:
-    """Remember that all positions for which the function was called by now are committed."""
+def note_line(line: str) -> None:
+    """Put `BEGUN` or `COMMITTED` among the positions that were called."""
     with open(os.environ[CALLS], "a") as file:
-        file.write(f"{COMMITTED}\n")
+        file.write(f"{line}\n")
