@@ -120,7 +120,7 @@ def _kills(
             scene = Scene(stage, layout.name)
             chance = random.Random(f"{seed} kills {layout.name}")
             tally = Tally()
-            for _ in range(-(-number // len(layouts))):
+            while tally.tried < -(-number // len(layouts)) and tally.missed < number:
                 tally.add(scene.kill_at_random(chance))
             yield layout.name, "", tally
 

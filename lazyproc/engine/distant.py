@@ -94,7 +94,7 @@ class _ClusterRun:
         self._client = client
         self._stopping = stopping
         self._most = most
-        self._claims = None if kernel.sink is None else kernel.sink.claims()
+        self._claims = None if kernel.sink is None else kernel.sink.claims().begin()
         self._packed = _pack(replace(kernel, claims=self._claims), name)
         self._sent: Any = None
         self._name = f"{name}-{uuid.uuid4().hex}"
@@ -115,8 +115,6 @@ class _ClusterRun:
 
     def receipts(self, dropping: Stopping) -> Receipts:
         """Do all blocks, and those that can be tried again, again."""
-        if self._claims is not None:
-            self._claims.begin()
         while not dropping():
             self._pulse.check()
             if self._pulse.is_connected():

@@ -45,8 +45,8 @@ class BlockSink(Protocol):
 class BlockClaims(Protocol):
     """What tells two attempts at a block apart, so that only the last one writes, and none after it is settled."""
 
-    def begin(self) -> None:
-        """Get ready, in the driver."""
+    def begin(self) -> Any:
+        """Get ready, in the driver; return the claims to be used."""
 
     def take(self, block: Block) -> Any:
         """Begin an attempt, in the worker; return the sink of this attempt, with its `number`."""

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import BlockTakenError
 from lazyproc.hdf5.lock import Fence, FencedError, open_sidecar
+from lazyproc.hdf5.locking import lock, unlock
 
 _PLACE_BYTES = 8
 _NOBODY = bytes(_PLACE_BYTES)
@@ -56,7 +57,7 @@ class Claims:
     path : str
         The file with the places of the blocks.
     byte_locks : bool
-        The system locks ranges of bytes for an open file (Linux). Else the whole file is locked: one writes at a time.
+        Ranges of bytes are locked, for an open file, as Linux can. Else the whole file is: one worker writes at a time.
     """
 
     sink: _Writer
@@ -64,9 +65,16 @@ class Claims:
     path: str
     byte_locks: bool = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
-    def begin(self) -> None:
-        """Make the file, all places empty. By the driver, which holds the run's lock."""
-        os.close(open_sidecar(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+    def begin(self) -> Claims:
+        """Make the file, all places empty, and return the claims as they work there. By the driver, with its lock."""
+        descriptor = open_sidecar(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        try:
+            self._lock(descriptor, 0)
+        except OSError:  # no locks on bytes in this file system; locks on files there are, or there would be no run
+            return replace(self, byte_locks=False)
+        finally:
+            os.close(descriptor)
+        return self
 
     def end(self) -> None:
         """Let nobody write anymore, and remove the file. By the driver, however the run ends."""
@@ -148,28 +156,31 @@ class Claims:
             try:
                 yield descriptor, offset
             finally:
-                self._set_lock(
-                    descriptor, offset, fcntl.F_UNLCK, fcntl.LOCK_UN
-                )  # a forked child may keep the file open
+                self._unlock(descriptor, offset)  # by itself: a process forked meanwhile may keep the file open
         finally:
             os.close(descriptor)
 
     def _lock(self, descriptor: int, offset: int) -> bool:
+        if not self.byte_locks:
+            return lock(descriptor, self.path, self.fence.locking, exclusive=True)
         try:
-            self._set_lock(descriptor, offset, fcntl.F_WRLCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock_of(fcntl.F_WRLCK, offset))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
             raise
         return True
 
-    def _set_lock(self, descriptor: int, offset: int, of_bytes: int, of_file: int) -> None:
+    def _unlock(self, descriptor: int, offset: int) -> None:
         if self.byte_locks:
-            # struct flock of 64-bit systems: type, whence, start, length, process (0 for open files)
-            wish = struct.pack("hhqqi", of_bytes, os.SEEK_SET, offset, _PLACE_BYTES, 0)
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, wish)
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock_of(fcntl.F_UNLCK, offset))
         else:
-            fcntl.flock(descriptor, of_file)
+            unlock(descriptor, self.fence.locking)
+
+
+def _lock_of(kind: int, offset: int) -> bytes:
+    """Return the struct flock of 64-bit systems: type, whence, start, length, process (0 for open files)."""
+    return struct.pack("hhqqi", kind, os.SEEK_SET, offset, _PLACE_BYTES, 0)
 
 
 @dataclass(frozen=True)
