@@ -87,6 +87,7 @@ class SlurmJob:
         return _TEMPLATE.format(
             directives="\n".join(f"#SBATCH {one}" for one in directives),
             threads=threads,
+            grace=max(1, self.drain_seconds * 2 // 3),
             command=command,
             path=shlex.quote(self.path),
             max_jobs=self.max_jobs,
@@ -98,6 +99,8 @@ _TEMPLATE = """#!/bin/bash
 
 # One thread of BLAS and OpenMP a core that a rank has.
 {threads}
+# What is under way may take this long to end; then it is dropped, and there is time left to commit.
+export LAZYPROC_GRACE_SECONDS=${{LAZYPROC_GRACE_SECONDS:-{grace}}}
 
 job=${{LAZYPROC_JOB:-1}}
 echo "job $SLURM_JOB_ID, number $job in a row, on $SLURM_JOB_NODELIST"

@@ -192,7 +192,7 @@ def test_ctrl_c_commits_exits_with_75_and_the_same_line_goes_on(tmp_path, folder
     n_positions = 900
     make_usid_file(folder / "long.h5", n_rows=30, n_cols=30, n_spectral=4)
     counter = folder / "calls"
-    words = ["run", PROCESS, f"long.h5::{CHANNEL}/Raw_Data", "-p", "delay=0.01", "-p", f"counter={counter}"]
+    words = ["run", PROCESS, f"long.h5::{CHANNEL}/Raw_Data", "-p", "delay=0.02", "-p", f"counter={counter}"]
     words += ["--cores", "2", "--json"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*COMMAND, *words], cwd=folder, start_new_session=True, **pipes) as running:

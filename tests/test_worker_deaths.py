@@ -419,7 +419,7 @@ def test_receipts_held_are_bounded(tmp_path: Path, engine: str) -> None:
             client = stack.enter_context(
                 Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=":0")
             )
-        window = 2 * (3 if client else 2)
+        window, behind = (6, BEHIND) if client else (4, 0)
         taken: list[Receipt] = []
         for receipt in Scheduler(engine, 2, client).run(kernel, blocks, never, "window"):
             if receipt is not None:
@@ -428,10 +428,11 @@ def test_receipts_held_are_bounded(tmp_path: Path, engine: str) -> None:
                 time.sleep(0.02)
             begun = {int(path.name) for path in tmp_path.glob("[0-9]*")}
             assert len(begun) - len(taken) <= window
-            if len(taken) == 39:
-                assert begun == set(range(40)), "all others are done, and taken, while it runs on"
+            if len(taken) >= 39 - behind:
                 (tmp_path / "gate").touch()
-    assert [receipt.block.start for receipt in taken][-1] == 3
+    order = [receipt.block.start for receipt in taken]
+    assert sorted(order) == list(range(40))
+    assert order.index(3) >= 39 - behind, "the others are done, and taken, while it runs on"
     assert all(receipt.arrays[0].nbytes == 8 * WIDTH for receipt in taken if receipt.arrays)
 
 

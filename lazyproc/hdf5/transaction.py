@@ -27,6 +27,7 @@ import h5py
 
 from lazyproc.core.errors import FileBusyError, ReadOnlyFileError
 from lazyproc.hdf5.durable import JournalError, sync_folder, write_all
+from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end
 from lazyproc.hdf5.extents import check_same_file
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.journal_file import read_journal_file, understood
@@ -75,6 +76,7 @@ def transaction(path: str, same: FileId | None = None) -> Iterator[h5py.File]:
             check_same_file(descriptor, path, same, "the results")
         overlay = Overlay(descriptor, path)
         with h5py.File(overlay, "r+") as file:
+            check_end(file, os.pread(descriptor, SUPERBLOCK_BYTES, 0), overlay.old_size, path)
             yield file
         _apply(path, descriptor, overlay)
 
