@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from contenders import WORKLOADS  # noqa: E402
 from deaths import shim  # noqa: E402
 from deaths.layouts import LAYOUTS, Layout  # noqa: E402
-from deaths.server import Stage  # noqa: E402
+from deaths.stage import Stage  # noqa: E402
 from deaths.trials import Scene, Tally, try_phase, worker_calls, worker_points  # noqa: E402
 from workloads import make_file  # noqa: E402
 

@@ -28,6 +28,7 @@ from lazyproc.drain import Drain, nothing_yet
 from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.cluster import active_client
 from lazyproc.engine.parallel import parallel_compute
+from lazyproc.hdf5.apart import check_apart
 from lazyproc.hdf5.fingerprint import fingerprint
 from lazyproc.hdf5.guard import guarded
 from lazyproc.hdf5.hook_record import (
@@ -292,6 +293,7 @@ class HookContract:
                 with guarded({self.h5_results_grp.file} - before):  # which the hook has opened itself
                     mask = ensure_status_mask(self.h5_results_grp, work, arguments, afresh=afresh)
                     allocate_results(self)
+                    check_apart(self.h5_results_grp, [self.h5_main])
             HookLoop(self, mask).go(args, kwargs, drain)
         return self.h5_results_grp
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from deaths import shim
 from deaths.layouts import LAYOUTS
-from deaths.server import Stage
+from deaths.stage import Stage
 from deaths.trials import PHASES, Scene, Tally, split_phases, try_phase, worker_calls, worker_points
 
 SEED = os.environ.get("LAZYPROC_TEST_SEED", "2024")

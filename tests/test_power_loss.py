@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from deaths import shim
 from deaths.layouts import LAYOUTS
-from deaths.server import Stage
+from deaths.stage import Stage
 from deaths.trials import Scene, Tally
 
 SEED = os.environ.get("LAZYPROC_TEST_SEED", "2024")

@@ -44,9 +44,9 @@ def check_end(file: h5py.File, superblock: bytes, size: int, path: str) -> None:
     for name, item in walk(file["/"]):
         if isinstance(item, Exception) or (isinstance(item, h5py.Dataset) and _stop_of(item) > end):
             raise ResultsError(
-                f"{path}: should end at byte {end}, by what stands in its first bytes, but has {size} bytes, and {name} "
-                "lies beyond, or cannot be read. The file is damaged, and what is written now would overwrite that: "
-                "give h5_target_group in another file, or restore this one from a copy."
+                f"{path}: should end at byte {end}, by what stands in its first bytes, but has {size} bytes, and "
+                f"{name} lies beyond, or cannot be read. The file is damaged, and what is written now would overwrite "
+                "that: give h5_target_group in another file, or restore this one from a copy."
             )
 
 

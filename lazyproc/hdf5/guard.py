@@ -19,6 +19,7 @@ import h5py
 from lazyproc.core.errors import NoRoomError
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.durable import JournalError
+from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end
 from lazyproc.hdf5.extents import real_path, using
 from lazyproc.hdf5.raw_bytes import Ranges, RawBytes, Rewritten
 from lazyproc.hdf5.room import writing
@@ -191,6 +192,17 @@ class _Guard:
         """
         with using(self.path, "its structure"):
             self._begin()
+            try:
+                self._check_end()
+            except BaseException:
+                self._settle()
+                raise
+
+    def _check_end(self) -> None:
+        if self._file:
+            descriptor = self._file.id.get_vfd_handle()
+            size = os.fstat(descriptor).st_size
+            check_end(self._file, os.pread(descriptor, SUPERBLOCK_BYTES, 0), size, self.path)
 
     def _begin(self) -> None:
         if self._file:

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from lazyproc.core.specs import FAILED_POSITIONS, POSITION_STATUS, ResolvedOutput
+from lazyproc.hdf5.apart import check_apart
 from lazyproc.hdf5.attributes import write_parameters
 from lazyproc.hdf5.create import create_output, create_results_group, create_status_mask
 from lazyproc.hdf5.extents import Extent, find_extent
@@ -231,6 +232,7 @@ def open_target(
         Keeps what is recorded of failed positions, written the same way; None if the group has no such datasets.
     """
     group = place.results(name)
+    check_apart(group)
     logged = (status_name, POSITION_STATUS, FAILED_POSITIONS) if has_failures(group, status_name) else (status_name,)
     capacity = capacity_of(group)
     limit = capacity if max_failures is None else max_failures

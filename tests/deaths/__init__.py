@@ -6,15 +6,18 @@
     processes.py   the classes of these layouts
     actions.py     what a driver does while it is armed, and wrong ways, as a proof that failures are seen
     check.py       what must hold after a death, and after the run was resumed
+    snapshots.py   all that a file holds, to be compared
+    stage.py       the face of
     server.py      one Python process with all imports done, which forks a driver for each trial
-    trials.py      which points there are, in which phase; tries them and counts
+    trials.py      which points there are, in which phase; tries them
+    tally.py       and counts
     power.py       replays a record as a power cut could have left it
 
 A trial, by hand::
 
-    from deaths import shim, server, trials
-    with server.Stage(folder, shim.build(folder)) as stage:
-        scene = trials.Scene(stage, "handle, contiguous, 3 siblings")
+    from deaths import shim, stage, trials
+    with stage.Stage(folder, shim.build(folder)) as running:
+        scene = trials.Scene(running, "handle, contiguous, 3 siblings")
         for point in scene.points("creation"):
             print(point, scene.try_point(point).problems)
 
