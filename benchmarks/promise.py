@@ -51,6 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     layouts = [one for one in LAYOUTS if any(part in one.name for part in options.layouts)]
     serial = [one for one in layouts if one.cores == 1]
+    own = [one for one in serial if not one.used_before]  # what a caller does through his handle is not promised
     with tempfile.TemporaryDirectory(prefix="lazyproc-promise-") as name:
         folder = Path(name)
         library = shim.build(folder)
@@ -59,9 +60,8 @@ def main() -> None:
         if "workers" in options.only and len(serial) < len(layouts):
             _table("deaths with worker processes", _workers(library, folder, options.points or 20, options.seed))
         if "kills" in options.only:
-            _table("kills at random times", _kills(library, folder, serial, options.kills, options.seed))
+            _table("kills at random times", _kills(library, folder, own, options.kills, options.seed))
         if "cuts" in options.only:
-            own = [one for one in serial if not one.used_before]  # a caller's unsynced changes are not promised
             _table("power cuts", _cuts(library, folder, own, options.cuts, options.seed))
         if "throughput" in options.only:
             _throughput(library, folder, options.workloads, options.runs)

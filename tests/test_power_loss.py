@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from deaths import shim
+from deaths.check import is_journal
 from deaths.layouts import LAYOUTS
 from deaths.stage import Stage
 from deaths.trials import Scene, Tally
@@ -71,11 +72,7 @@ def test_power_is_cut_during_a_second_run(stage: Stage, name: str) -> None:
     stage.ask("set_layout", name=name)
     recorded = stage.ask("record", steps=[{}])
     calls = [event for event in shim.read_record(recorded["record"]) if event.kind != shim.NOTE]
-    journals = [
-        event.count
-        for event in calls
-        if event.kind == shim.UNLINK and not event.path.endswith(("-fence", "-lock", "-new"))
-    ]
+    journals = [event.count for event in calls if event.kind == shim.UNLINK and is_journal(event.path)]
     for at in (journals[0], calls[len(calls) // 2].count):
         tally = cut_all(stage, name, [{"at": at}, {}], 4)
         assert not tally.failed, report(tally)

@@ -116,7 +116,7 @@ class Checker:
         return [str(path) for path in paths if path.exists()]
 
     def _has_journal(self) -> bool:
-        return any(".lazyproc-" in name and not name.endswith(("-lock", "-fence")) for name in os.listdir(self.folder))
+        return any(is_journal(name) for name in os.listdir(self.folder))
 
     def _problems_now(self, look: Callable[[str], Snapshot]) -> list[str]:
         problems: list[str] = []
@@ -204,6 +204,11 @@ def _collect(findings: Findings, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         findings.problems.append(f"{what}: {type(error).__name__}: {error}")
+
+
+def is_journal(path: str) -> bool:
+    """Tell whether a file is a journal, by its name: not the lock, the fence, or another sidecar file."""
+    return path.endswith((".lazyproc-journal", ".lazyproc-undo"))
 
 
 def recover_file(path: str) -> bool:

@@ -60,7 +60,8 @@ class Layout:
     may_leave_groups : bool
         A death while the class itself creates its group may leave that group behind, without a mask.
     used_before : bool
-        The caller has changed the structure of the results' file through its handle before.
+        The caller has changed the structure of the results' file through its handle before: nothing is promised of
+        deaths while it does that, nor of power cuts.
     """
 
     name: str

@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 from . import shim
+from .check import is_journal
 from .layouts import BY_NAME
 from .stage import Stage
 from .tally import Outcome, Point, Step, Tally
@@ -148,11 +149,6 @@ def _after_ready(events: list[shim.Event]) -> list[shim.Event]:
     return events[notes.index("ready") : last]
 
 
-def _is_journal(event: shim.Event) -> bool:
-    name = os.path.basename(event.path)
-    return ".lazyproc-" in name and not name.endswith(("-lock", "-fence", "-new"))
-
-
 def journalled(events: list[shim.Event]) -> list[shim.Event]:
     """Return the calls from the one that completes a journal to the one that removes it."""
     found: list[shim.Event] = []
@@ -160,7 +156,7 @@ def journalled(events: list[shim.Event]) -> list[shim.Event]:
     for event in events:
         if event.kind == shim.NOTE:
             continue
-        if _is_journal(event):
+        if is_journal(event.path):
             if event.kind == shim.UNLINK and window is not None:
                 found += [*window, event]
             window = [] if event.kind in (shim.SYNC, shim.DATASYNC) else None
@@ -171,7 +167,7 @@ def journalled(events: list[shim.Event]) -> list[shim.Event]:
 
 def until_recovered(events: list[shim.Event]) -> list[shim.Event]:
     """Return the calls up to the removal of the journal and the sync that follows; none if no journal is removed."""
-    removals = [place for place, event in enumerate(events) if event.kind == shim.UNLINK and _is_journal(event)]
+    removals = [place for place, event in enumerate(events) if event.kind == shim.UNLINK and is_journal(event.path)]
     return events[: removals[0] + 2] if removals else []
 
 
