@@ -344,7 +344,7 @@ def _noting(receipts: Receipts, feed: BlockFeed) -> Receipts:
     with contextlib.closing(cast(Generator[Any], receipts)):
         for receipt in receipts:
             if receipt is not None and receipt.failure is None:
-                feed.note(receipt.block.n_positions, receipt.seconds)
+                feed.note(receipt.block.n_positions, receipt.seconds, receipt.rest)
             yield receipt
 
 

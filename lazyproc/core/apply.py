@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ _BATCH_ROWS = 256
 _BATCH_BYTES = 2**20
 """So many results, and bytes of them, are held as Python objects before they are stacked: a block takes the memory of
 its source and its results, and not that of its results three times."""
+_TURNS = 16
+"""How often the clock is looked at in a block with a deadline."""
 _IMMUTABLE = frozenset(
     {float, int, complex, bool, str, bytes, type(None), np.bytes_, np.str_}
     | {np.dtype(code).type for code in "?bhilqBHILQefdgFDG"}
@@ -50,6 +53,7 @@ def compute_rows(
     *,
     vectorized: bool,
     failed: FailedRows | None = None,
+    deadline: float | None = None,
 ) -> Arrays:
     """Compute the results of a block.
 
@@ -69,11 +73,15 @@ def compute_rows(
     failed : FailedRows, optional
         Collects the rows for which the function fails, or what it returns does not fit: they get the fill value, all
         others their results. Default: the first one raises.
+    deadline : float, optional
+        Of `time.perf_counter`: after it no more than a sixteenth of the block is begun. Not for a function of whole
+        blocks.
 
     Returns
     -------
     tuple of ndarray
-        One array an output, `(n_positions, width)`, of the declared dtype, C-ordered.
+        One array an output, `(n_positions, width)`, of the declared dtype, C-ordered; after the deadline of the first
+        positions only.
 
     Raises
     ------
@@ -102,7 +110,11 @@ def compute_rows(
         _apply_to_block(function, data, outputs, results, args, keywords, failed)
         return results
     batch = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, sum(output.row_bytes for output in outputs))))
+    if deadline is not None:
+        batch = max(1, min(batch, len(data) // _TURNS))
     for start in range(0, len(data), batch):
+        if deadline is not None and start and time.perf_counter() > deadline:
+            return tuple(result[:start] for result in results)
         _apply_to_rows(function, data[start : start + batch], start, outputs, results, args, keywords, failed)
     return results
 

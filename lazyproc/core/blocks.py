@@ -9,8 +9,9 @@ from __future__ import annotations
 import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError
 from lazyproc.core.runs import Runs
@@ -33,6 +34,8 @@ class Block:
         The first position of each run, in order.
     stops : tuple of int
         The last position of each run, plus one.
+    limit : float or None
+        Seconds of computing after which a worker gives back the positions that it has not begun; None: never.
 
     Examples
     --------
@@ -43,9 +46,11 @@ class Block:
     index: int
     starts: tuple[int, ...]
     stops: tuple[int, ...]
+    limit: float | None = None
 
-    def __reduce__(self) -> tuple[type[Block], tuple[int, tuple[int, ...], tuple[int, ...]]]:
-        return Block, (self.index, self.starts, self.stops)
+    def __reduce__(self) -> tuple[type[Block], tuple[Any, ...]]:
+        fields = (self.index, self.starts, self.stops)
+        return Block, fields if self.limit is None else (*fields, self.limit)
 
     @property
     def n_positions(self) -> int:
@@ -70,6 +75,17 @@ class Block:
     def runs(self) -> Iterator[tuple[int, int]]:
         """Its runs: (start, stop) of each."""
         return zip(self.starts, self.stops, strict=True)
+
+    def split(self, n: int) -> tuple[Block, Block]:
+        """Return a block of its first `n` positions, at least one, and a block of the others, at least one."""
+        place, cut = next(
+            (place, start + n - place) for start, stop, place in self.offsets() if n <= place + stop - start
+        )
+        run = next(number for number, (_, _, offset) in enumerate(self.offsets()) if offset == place)
+        first = replace(self, starts=self.starts[: run + 1], stops=(*self.stops[:run], cut))
+        if cut == self.stops[run]:
+            return first, replace(self, starts=self.starts[run + 1 :], stops=self.stops[run + 1 :])
+        return first, replace(self, starts=(cut, *self.starts[run + 1 :]), stops=self.stops[run:])
 
     def offsets(self) -> Iterator[tuple[int, int, int]]:
         """Its runs, and where their rows lie within the rows of the block: (start, stop, offset) of each."""

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 from lazyproc.core.blocks import Block, BlockPlan
 from lazyproc.core.runs import Runs
-from lazyproc.core.sizing import HANDOUT_SECONDS
+from lazyproc.core.sizing import HANDOUT_SECONDS, LEAST_SECONDS
 
 _WRONG = 1.5
 """Only if positions take so many times longer, or less long, the rest is divided anew."""
+_PATIENCE = 3.0
+"""A worker may take so many times longer for a block before it gives back the rest of it."""
 _LEAST_BLOCKS = 4
+_TINY = 1e-9
 
 
 class BlockFeed:
@@ -37,8 +41,10 @@ class BlockFeed:
     -----
     Blocks become smaller if positions take longer; larger only if blocks are done faster than workers get new ones.
 
-    The blocks are disjoint, in order and hold exactly the positions of the plan, however often these are divided anew;
-    they are numbered from 0. Used by one thread. Memory does not depend on how many blocks there are.
+    A worker gives back what it has not begun of a block that takes three times as long as was thought; that comes next.
+    The blocks are disjoint and hold exactly the positions of the plan, in order but for what was given back; they are
+    numbered from 0. Since that may happen after the last one was taken, the iterator may end and go on later. Used by
+    one thread. Memory does not depend on how many blocks there are.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class BlockFeed:
     ) -> None:
         self._remaining = plan.remaining
         self._blocks = iter(plan)
+        self._given_back: Iterator[Block] = iter(())
         self._expected = seconds_per_position
         self._divide = divide
         self._n_workers = n_workers
@@ -64,13 +71,24 @@ class BlockFeed:
         return self
 
     def __next__(self) -> Block:
-        block = replace(next(self._blocks), index=self._next)
+        block = next(self._given_back, None)
+        if block is None:
+            block = next(self._blocks)
+            self._stop = block.stop
         self._next += 1
-        self._stop = block.stop
-        return block
+        return replace(block, index=self._next - 1, limit=self._limit(block.n_positions))
 
-    def note(self, n_positions: int, seconds: float) -> None:
-        """Take note of a block that is done: how many positions it had and how long it took."""
+    def _limit(self, n_positions: int) -> float | None:
+        if self._expected is None or self._n_workers == 1:
+            return None
+        least = max(LEAST_SECONDS, self._n_workers * HANDOUT_SECONDS)
+        return _PATIENCE * max(least, self._expected * n_positions)
+
+    def note(self, n_positions: int, seconds: float, rest: Block | None = None) -> None:
+        """Take note of a block that is done: how many positions it had, how long it took, what was given back of it."""
+        if rest is not None:
+            runs = Runs(rest.starts, rest.stops)
+            self._given_back = chain(self._given_back, self._divide(runs, max(seconds / n_positions, _TINY)))
         self._n_blocks += 1
         self._n_positions += n_positions
         self._seconds += seconds

@@ -12,7 +12,7 @@ _SHARES = 2
 """In the tail a worker would have at least so many more blocks to do of what is left, if all got equal shares."""
 HANDOUT_SECONDS = 0.001
 """What a block costs whoever hands them out, one after the other: measured 0.7-1.2 ms with a distributed scheduler."""
-_USUAL_SECONDS, _LEAST_SECONDS = 1.0, 0.05
+_USUAL_SECONDS, LEAST_SECONDS = 1.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def block_seconds(n_workers: int, interval: float) -> tuple[float, float]:
     ((1.0, 0.05), (2.048, 0.512))
     """
     round_seconds = n_workers * HANDOUT_SECONDS
-    usual = min(_USUAL_SECONDS, max(_LEAST_SECONDS, interval / 4))
-    return max(usual, 4 * round_seconds), max(_LEAST_SECONDS, round_seconds)
+    usual = min(_USUAL_SECONDS, max(LEAST_SECONDS, interval / 4))
+    return max(usual, 4 * round_seconds), max(LEAST_SECONDS, round_seconds)
 
 
 def positions_per_block(
@@ -101,7 +101,7 @@ def positions_per_block(
     seconds_per_position: float | None,
     bytes_per_position: int,
     target_seconds: float = 1.0,
-    least_seconds: float = _LEAST_SECONDS,
+    least_seconds: float = LEAST_SECONDS,
     preferred_bytes: int = 16 * 2**20,
     least_blocks_per_worker: int = 4,
     usual_blocks_per_worker: int = 16,

@@ -99,7 +99,9 @@ class Kernel:
         """Return the kernel with the way its results go, and its threads."""
         return replace(self, sink=sink, native_threads=native_threads)
 
-    def compute(self, data: NDArray[Any], failed: FailedRows | None = None) -> tuple[NDArray[Any], ...]:
+    def compute(
+        self, data: NDArray[Any], failed: FailedRows | None = None, seconds: float | None = None
+    ) -> tuple[NDArray[Any], ...]:
         """Compute the results of positions that were read already, `(n_positions, n_spectral)`.
 
         Parameters
@@ -108,9 +110,18 @@ class Kernel:
             The positions.
         failed : FailedRows, optional
             Collects rows that fail. Default: the first one raises.
+        seconds : float, optional
+            About how long it may take, after which the results are those of the first rows only. Default: for ever.
         """
         return compute_rows(
-            self.function, data, self.outputs, self.args, self.kwargs, vectorized=self.vectorized, failed=failed
+            self.function,
+            data,
+            self.outputs,
+            self.args,
+            self.kwargs,
+            vectorized=self.vectorized,
+            failed=failed,
+            deadline=None if seconds is None else time.perf_counter() + seconds,
         )
 
     def collector(self, spans: Iterable[tuple[int, int]]) -> FailedRows | None:
@@ -128,6 +139,8 @@ class Receipt:
     ----------
     block : Block
         Which positions.
+    rest : Block or None
+        Those that the worker gives back, since it has taken long for the others.
     worker : str
         Host, process and thread that did it.
     seconds : float
@@ -159,6 +172,7 @@ class Receipt:
     failed: tuple[FailedPosition, ...] = ()
     example: Failure | None = None
     attempt: bytes = b""
+    rest: Block | None = None
 
     @property
     def out_of_memory(self) -> bool:
@@ -180,8 +194,11 @@ def run_block(kernel: Kernel, block: Block) -> Receipt:
         with _native_threads(kernel.native_threads):
             data = kernel.source.rows(block.runs())
             receipt.bytes_read = data.nbytes
-            arrays = kernel.compute(data, failed)
+            arrays = kernel.compute(data, failed, block.limit)
             del data
+        if arrays and len(arrays[0]) < block.n_positions:
+            block, receipt.rest = block.split(len(arrays[0]))
+            receipt.block = block
         if sink is None:
             receipt.arrays = arrays
         else:

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from lazyproc.core.blocks import Block
@@ -110,7 +111,8 @@ def run_processes(
         else:
             yield receipt
     for block in lost:
-        yield from _run_graphs(_Window(Lanes(packed, 1, 1), 1, stopping), [block], 1, name, dropping)
+        whole = replace(block, limit=None)
+        yield from _run_graphs(_Window(Lanes(packed, 1, 1), 1, stopping), [whole], 1, name, dropping)
 
 
 def _run_graphs(window: _Window, blocks: Iterable[Block], size: int, name: str, dropping: Stopping) -> Receipts:

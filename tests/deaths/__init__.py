@@ -23,7 +23,7 @@ A trial, by hand::
 
 To add a layout, put a `Layout` into `layouts.LAYOUTS`: tests, the exhaustive mode and benchmarks/promise.py take it up.
 Phases named in its `unsafe` are left out by all of them; take a phase away from there once it holds its promise.
-`check.is_journal` tells journals from other sidecar files by their names: points between the sync that completes one and
-its removal are those from which the phase "recovery" starts.
-`check.recover_file` recovers as `lazyproc recover` does, whatever kinds of journals there are.
+`check.is_journal` tells journals from other sidecar files by their names: points between the sync that completes one
+and its removal are those from which the phase "recovery" starts. `check.recover_file` recovers as `lazyproc recover`
+does, whatever kinds of journals there are.
 """
