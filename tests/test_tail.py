@@ -7,8 +7,9 @@ import heapq
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,25 @@ AMPLE = Division(
 def end_of(blocks: Iterator[Block], seconds: NDArray[Any], n_workers: int, feed: BlockFeed | None = None) -> float:
     """Return when the last worker ends, if whoever is free takes the next block; and tell the feed as blocks end."""
     done_at = np.concatenate([[0.0], np.cumsum(seconds)])
-    free = [(0.0, 0, 0.0) for _ in range(n_workers)]  # when, with how many positions done, in how many seconds
-    for block in blocks:
-        now, n_positions, took = heapq.heappop(free)
-        if feed is not None and n_positions:
-            feed.note(n_positions, took)
-        took = done_at[block.stop] - done_at[block.start]
-        heapq.heappush(free, (now + took, block.n_positions, took))
-    return max(now for now, _, _ in free)
+    busy: list[Any] = [(0.0, number, None) for number in range(n_workers)]
+    free: list[Any] = []
+    now = 0.0
+    while busy or free:
+        while free and (block := next(blocks, None)) is not None:
+            n = block.n_positions
+            if block.limit is not None:
+                in_time = int(np.searchsorted(done_at, done_at[block.start] + block.limit)) - block.start
+                n = min(n, max(1, in_time))
+            first, rest = block.split(n) if n < block.n_positions else (block, None)
+            took = done_at[first.stop] - done_at[first.start]
+            heapq.heappush(busy, (now + took, free.pop(), (n, took, rest)))
+        if not busy:
+            break
+        now, worker, done = heapq.heappop(busy)
+        free.append(worker)
+        if feed is not None and done is not None:
+            feed.note(*done)
+    return now
 
 
 def smooth_costs(seed: int, n_rows: int = 120, n_cols: int = 120) -> NDArray[Any]:
@@ -85,6 +97,17 @@ def test_workers_end_together_however_uneven_the_work_is(seed: int, wrong: float
     assert static > 1.3 * 60, f"seed {seed}: {static:.1f} s, so these costs are not uneven"
 
 
+@pytest.mark.parametrize("region", [(0, 300), (7000, 7300), (14000, 14300), (14100, 14400)])
+def test_a_region_that_costs_a_hundred_times_as_much_is_shared_out(region: tuple[int, int]) -> None:
+    """The probe has seen nothing of it; whoever meets it gives back what it has not begun."""
+    seconds = np.ones(120 * 120)
+    seconds[slice(*region)] = 100.0
+    seconds *= 60 * AMPLE.n_workers / seconds.sum()
+    feed = feed_of(Runs.full(seconds.size), seconds.min())
+    found = end_of(feed, seconds, AMPLE.n_workers, feed)
+    assert found < 1.05 * 60, f"{found:.1f} s"
+
+
 # --- dividing anew ----------------------------------------------------------------------------------------------------
 
 
@@ -98,17 +121,26 @@ def feed_of(remaining: Runs, guess: float | None, division: Division = AMPLE) ->
     guess=st.none() | st.floats(1e-3, 10),
     took=st.lists(st.floats(1e-4, 100), min_size=1, max_size=8),
     align=st.sampled_from([1, 7, 64]),
+    ahead=st.integers(0, 6),
 )
-def test_blocks_stay_disjoint_and_complete_however_often_they_are_divided_anew(spans, guess, took, align):
+def test_blocks_stay_disjoint_and_complete_whatever_they_take(spans, guess, took, align, ahead):
+    """However often the rest is divided anew or given back, also after the last block was taken."""
     remaining = Runs.from_spans((start, start + length) for start, length in spans)
     feed = feed_of(remaining, guess, Division(10**9, 3, align, 1, 2**60, 10.0))
-    blocks = []
-    for block in feed:
-        blocks.append(block)
-        feed.note(block.n_positions, block.n_positions * took[len(blocks) // 20 % len(took)])
-    assert [block.index for block in blocks] == list(range(len(blocks)))
-    covered = [p for block in blocks for start, stop in block.runs() for p in range(start, stop)]
-    assert covered == remaining.positions().tolist()
+    numbers, covered, under_way = [], [], deque()
+    while (block := next(feed, None)) is not None or under_way:
+        if block is not None:
+            numbers.append(block.index)
+            under_way.append(block)
+        if block is None or len(under_way) > ahead:
+            one, rest = under_way.popleft(), None
+            seconds = took[one.index // 20 % len(took)]
+            if one.limit is not None and one.n_positions > 1 and seconds * one.n_positions > one.limit:
+                one, rest = one.split(max(1, min(one.n_positions - 1, int(one.limit / seconds))))
+            covered += [p for start, stop in one.runs() for p in range(start, stop)]
+            feed.note(one.n_positions, one.n_positions * seconds, rest)
+    assert numbers == list(range(len(numbers)))
+    assert sorted(covered) == remaining.positions().tolist()
 
 
 # positions take so many times longer than was guessed, with so many workers -> blocks change
@@ -138,7 +170,7 @@ def test_a_guess_that_is_about_right_stays():
     for block in feed:
         blocks.append(block)
         feed.note(block.n_positions, 0.012 * block.n_positions)
-    assert blocks == list(plan)
+    assert [replace(block, limit=None) for block in blocks] == list(plan)
 
 
 class Slower(lazyproc.Process):

@@ -6,9 +6,9 @@ workers idle at the end; blocks that are much too short can be more than are han
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain
 
 from lazyproc.core.blocks import Block, BlockPlan
 from lazyproc.core.runs import Runs
@@ -19,7 +19,6 @@ _WRONG = 1.5
 _PATIENCE = 3.0
 """A worker may take so many times longer for a block before it gives back the rest of it."""
 _LEAST_BLOCKS = 4
-_TINY = 1e-9
 
 
 class BlockFeed:
@@ -41,7 +40,8 @@ class BlockFeed:
     -----
     Blocks become smaller if positions take longer; larger only if blocks are done faster than workers get new ones.
 
-    A worker gives back what it has not begun of a block that takes three times as long as was thought; that comes next.
+    A worker gives back what it has not begun of a block that takes three times as long as was thought: that comes next,
+    in small blocks.
     The blocks are disjoint and hold exactly the positions of the plan, in order but for what was given back; they are
     numbered from 0. Since that may happen after the last one was taken, the iterator may end and go on later. Used by
     one thread. Memory does not depend on how many blocks there are.
@@ -56,7 +56,8 @@ class BlockFeed:
     ) -> None:
         self._remaining = plan.remaining
         self._blocks = iter(plan)
-        self._given_back: Iterator[Block] = iter(())
+        self._given_back: deque[Iterator[Block]] = deque()
+        self._least = max(LEAST_SECONDS, n_workers * HANDOUT_SECONDS)
         self._expected = seconds_per_position
         self._divide = divide
         self._n_workers = n_workers
@@ -71,24 +72,31 @@ class BlockFeed:
         return self
 
     def __next__(self) -> Block:
-        block = next(self._given_back, None)
+        block = self._next_given_back()
         if block is None:
             block = next(self._blocks)
             self._stop = block.stop
         self._next += 1
         return replace(block, index=self._next - 1, limit=self._limit(block.n_positions))
 
+    def _next_given_back(self) -> Block | None:
+        while self._given_back:
+            block = next(self._given_back[0], None)
+            if block is not None:
+                return block
+            self._given_back.popleft()
+        return None
+
     def _limit(self, n_positions: int) -> float | None:
         if self._expected is None or self._n_workers == 1:
             return None
-        least = max(LEAST_SECONDS, self._n_workers * HANDOUT_SECONDS)
-        return _PATIENCE * max(least, self._expected * n_positions)
+        return _PATIENCE * max(self._least, self._expected * n_positions)
 
     def note(self, n_positions: int, seconds: float, rest: Block | None = None) -> None:
         """Take note of a block that is done: how many positions it had, how long it took, what was given back of it."""
         if rest is not None:
-            runs = Runs(rest.starts, rest.stops)
-            self._given_back = chain(self._given_back, self._divide(runs, max(seconds / n_positions, _TINY)))
+            size = max(1, int(n_positions * 2 * self._least / seconds))
+            self._given_back.append(iter(BlockPlan(Runs(rest.starts, rest.stops), size)))
         self._n_blocks += 1
         self._n_positions += n_positions
         self._seconds += seconds
