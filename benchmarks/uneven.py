@@ -7,8 +7,9 @@ A position sleeps for as long as the source says. Costs are even; or between 1 a
 fits; or the same but smooth in space, as where a sample has domains; or a region of a twentieth of the scan costs a
 hundred times as much as the rest. The same work, by the same engine, is divided in three ways: `static` gives each
 worker an equal share of the positions, as pyUSID.Process does; `equal` hands out blocks of one size; `lazyproc` hands
-out blocks that become smaller toward the end, and of another size when positions turn out to take longer, or less
-long, than the probe said. All else is lazyproc for each of them, the probe and the commits included.
+out blocks that become smaller toward the end, and of another size when positions turn out to take longer than the probe
+said; and a worker gives back the rest of a block that takes much longer. All else is lazyproc for each of them, the
+probe and the commits included.
 
 Ratios are to the time that the sleeping alone would take if no worker were ever idle.
 """
@@ -75,16 +76,17 @@ def divided(way: str, workers: int) -> Iterator[None]:
     """Have lazyproc divide the work in another way."""
     from lazyproc.core import feed, sizing
 
-    before = sizing.positions_per_block, sizing.tail_of, feed.BlockFeed.note
+    kind = feed.BlockFeed
+    before = sizing.positions_per_block, sizing.tail_of, kind.note, kind._limit
     if way == "static":
         sizing.positions_per_block = lambda **given: -(-given["n_remaining"] // workers)
     if way != "lazyproc":
         sizing.tail_of = lambda *_, **__: ()
-        feed.BlockFeed.note = lambda *_: None  # type: ignore[method-assign]
+        kind.note = kind._limit = lambda *_: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        sizing.positions_per_block, sizing.tail_of, feed.BlockFeed.note = before  # type: ignore[method-assign]
+        sizing.positions_per_block, sizing.tail_of, kind.note, kind._limit = before  # type: ignore[method-assign]
 
 
 def measure(path: str, way: str, workers: int, client: Any) -> tuple[float, int]:

@@ -248,10 +248,23 @@ def test_what_a_block_says_about_itself():
     assert Block(0, (5,), (9,)).is_contiguous
 
 
+@given(remaining=remaining_positions(), n=st.integers(1, 100))
+def test_a_block_is_split_into_its_first_positions_and_the_others(remaining, n):
+    for block in BlockPlan(Runs.from_positions(sorted(remaining)), 50, max_runs=4):
+        if block.n_positions > n:
+            first, rest = block.split(n)
+            assert first.n_positions == n
+            assert first.index == rest.index == block.index
+            pieces = [p for part in (first, rest) for start, stop in part.runs() for p in range(start, stop)]
+            assert pieces == [p for start, stop in block.runs() for p in range(start, stop)]
+            assert all(start < stop for part in (first, rest) for start, stop in part.runs())
+
+
 def test_a_block_pickles_small_and_comes_back_equal():
-    block = Block(10**6, (10**9,), (10**9 + 10**5,))
-    assert pickle.loads(pickle.dumps(block)) == block
-    assert len(pickle.dumps(block)) < 100
+    for limit in (None, 1.5):
+        block = Block(10**6, (10**9,), (10**9 + 10**5,), limit)
+        assert pickle.loads(pickle.dumps(block)) == block
+        assert len(pickle.dumps(block)) < 100
     many = next(iter(BlockPlan(Runs.from_positions(np.arange(10**9, 10**9 + 1024, 2)), 10**6)))
     assert len(many.starts) == 512
     assert len(pickle.dumps(many)) < 2 * 512 * 6 + 100

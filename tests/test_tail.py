@@ -173,6 +173,50 @@ def test_a_guess_that_is_about_right_stays():
     assert [replace(block, limit=None) for block in blocks] == list(plan)
 
 
+def slow_in_the_middle(row: NDArray[Any]) -> Any:
+    time.sleep(0.02 if 400 <= row[0] < 480 else 0)
+    return row[0]
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes", "client"])
+def test_a_worker_gives_back_what_it_has_not_begun_of_a_long_block(kind: str) -> None:
+    """Every position is still computed once; and the part that takes long comes back in many small blocks."""
+    kernel = replace(kernel_of(slow_in_the_middle), vectorized=False)
+    feed = feed_of(Runs.full(1000), 1e-5, Division(10**9, 2, 1, 1, 2**60, 10.0))
+    found = np.full(1000, np.nan)
+    sizes = []
+    with make_scheduler(kind) as scheduler:
+        for receipt in scheduler.run(kernel, feed, lambda: False, "long"):
+            if receipt is None:
+                continue
+            assert receipt.failure is None
+            assert receipt.arrays is not None
+            assert len(receipt.arrays[0]) == receipt.block.n_positions
+            rows = slice(receipt.block.start, receipt.block.stop)
+            assert np.isnan(found[rows]).all(), "no position twice"
+            found[rows] = receipt.arrays[0][:, 0]
+            if receipt.block.stop > 400 and receipt.block.start < 480:
+                sizes.append(receipt.block.n_positions)
+            feed.note(receipt.block.n_positions, receipt.seconds, receipt.rest)
+    np.testing.assert_array_equal(found, np.arange(1000))
+    assert len(sizes) > 4, f"blocks of 125, if none was divided: {sizes}"
+
+
+def test_a_deadline_ends_a_block_of_one_position_at_a_time_only() -> None:
+    """At a sixteenth of the block, at the latest; never before anything is done."""
+    data = np.arange(64.0).reshape(-1, 1)
+    outputs = (Output("f8").resolve("Out", 1),)
+    past = time.perf_counter() - 1
+    (some,) = compute_rows(lambda row: row[0], data, outputs, vectorized=False, deadline=past)
+    np.testing.assert_array_equal(some, data[:4])
+    (one,) = compute_rows(lambda row: row[0], data[:8], outputs, vectorized=False, deadline=past)
+    np.testing.assert_array_equal(one, data[:1])
+    (every,) = compute_rows(lambda row: row[0], data, outputs, vectorized=False, deadline=past + 1000)
+    np.testing.assert_array_equal(every, data)
+    (block,) = compute_rows(lambda block: block[:, 0], data, outputs, vectorized=True, deadline=past)
+    np.testing.assert_array_equal(block, data)
+
+
 class Slower(lazyproc.Process):
     """Takes eight times as long in a worker as where it is probed."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import io
 import json
 import os
@@ -287,6 +288,8 @@ def do_case(case: dict[str, Any], subject: Subject, folder: Path) -> dict[str, A
 
 def main() -> None:
     """Serve cases until the input ends."""
+    for name in ("dask.array", "dask.threaded", "lazyproc.cli", "xarray"):  # once, not in each child
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory() as made:
         root = Path(made)
         subject = build(root)
