@@ -131,6 +131,7 @@ def _examine(name: str, group: h5py.Group | Exception) -> ResultsStatus:
     try:
         with reading(name):
             n_positions = _count_positions(group)
+            _check_results(group)
             n_done = count_done(group, n_positions, STATUS_MASK)
             n_failed = count_failed(group, STATUS_MASK)
             check_seal(group)
@@ -149,14 +150,21 @@ def _text(group: h5py.Group, name: str) -> str:
         return ""
 
 
+def _main_datasets(group: h5py.Group) -> list[h5py.Dataset]:
+    return [item for _, item in members(group, follow=True) if isinstance(item, h5py.Dataset) and is_main(item)]
+
+
 def _count_positions(group: h5py.Group) -> int:
-    """Return how many positions the results have: main datasets and status mask must agree."""
-    mains = [item for _, item in members(group, follow=True) if isinstance(item, h5py.Dataset) and is_main(item)]
+    """Return how many positions the results have, by their status mask, else by their main datasets."""
     mask = group.get(STATUS_MASK)
     if isinstance(mask, h5py.Dataset) and mask.ndim == 1:
-        if not mains:
-            raise ResultsError(f"{group.name}: has a status mask, but no main dataset: its results are gone.")
         return int(mask.shape[0])
-    if mains:
+    if mains := _main_datasets(group):
         return int(mains[0].shape[0])
     raise ResultsError(f"{group.name}: holds neither a status mask nor a main dataset.")
+
+
+def _check_results(group: h5py.Group) -> None:
+    """Raise ResultsError if there is a status mask, but nothing that it could be about."""
+    if not _main_datasets(group):
+        raise ResultsError(f"{group.name}: has a status mask, but no main dataset: its results are gone.")

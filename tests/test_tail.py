@@ -330,8 +330,8 @@ def test_nothing_grows_with_the_number_of_blocks(target, kind: str) -> None:
     outcome = run_loop(receipts, committer, Drain("stopped"))
     assert outcome.n_blocks == n_blocks
     few, _, many = alive.values()
-    # A graph of Dask's local scheduler is some hundred objects, and may just begin or end.
-    assert abs(many - few) < (100 if kind != "processes" else 3000), (kind, alive)
+    # Fewer is fine: something of the start was let go. A graph of Dask's local scheduler is some hundred objects.
+    assert many - few < (100 if kind != "processes" else 3000), (kind, alive)
     np.testing.assert_array_equal(file["Out"][: 2 * n_blocks, 0], np.arange(2 * n_blocks))
 
 

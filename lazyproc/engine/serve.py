@@ -41,7 +41,6 @@ def serve(world: World, hello: Hello) -> NoReturn:
         line = Line(told.line, world.rank, world.limit)
         loop = asyncio.new_event_loop()  # never closed: that would wait for functions that are still computing
         code = loop.run_until_complete(_serve(world, told, line))
-        quiet(logging.CRITICAL + 1)
         _leave(world, code, line)
     except BaseException as error:
         world.abort(LOST, f"{type(error).__name__}: {error}")
@@ -68,6 +67,8 @@ def _limit_threads(threads: int) -> None:
 
 async def _serve(world: World, told: Orders, line: Line) -> int:
     """Be a worker, again and again if Dask closes it, until the driver says or shows that this is the end."""
+    from lazyproc.engine.scheduler import quiet
+
     workers: list[Any] = []
     life: asyncio.Future[None] | None = None
     while (code := _last_word(world, line)) is None:
@@ -75,6 +76,7 @@ async def _serve(world: World, told: Orders, line: Line) -> int:
             workers.clear()
             life = asyncio.ensure_future(_live(world, told, workers))
         await asyncio.sleep(_LOOK_SECONDS)
+    quiet(logging.CRITICAL + 1)  # a heartbeat that is under way while the connections close would be told as an error
     for worker in workers:
         with suppress(Exception):
             await asyncio.wait_for(
