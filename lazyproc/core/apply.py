@@ -204,12 +204,18 @@ def _call_rows(
     kwargs: dict[str, Any],
     returned: list[Any],
 ) -> None:
-    """Call the function for each row until it fails; the hot loop, so nothing else is in it."""
-    keep = returned.append
+    """Call the function for each row until it fails; the hot loop, so what is usual comes first, without a call."""
+    keep, immutable, only = returned.append, _IMMUTABLE, _IMMUTABLE.issuperset
     try:
         for row in rows:
             value = function(row, *args, **kwargs)
-            keep(value if type(value) in _IMMUTABLE else _held(value))
+            kind = type(value)
+            if kind in immutable or (kind is tuple and only(map(type, value))):
+                keep(value)
+            elif kind is np.ndarray or (kind is dict and only(map(type, value.values()))):
+                keep(value.copy())  # the function may use it again in the next call
+            else:
+                keep(_held(value))
     except Exception as error:
         failed = start + len(returned)
         raise RowError(failed, failed + 1) from error
@@ -279,7 +285,10 @@ def _columns_of_rows(returned: list[Any], outputs: Sequence[ResolvedOutput], sta
     names = [output.name for output in outputs]
     first = returned[0]
     if isinstance(first, Mapping):
+        wanted = set(names)
         for row, item in enumerate(returned):
+            if type(item) is dict and item.keys() == wanted:
+                continue
             if not isinstance(item, Mapping):
                 raise OutputMismatch(_wrong_form(item, names), start + row)
             _check_names(item, names, start + row)
