@@ -31,8 +31,9 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
     def wrapper(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except Interrupted as error:
-            click.echo(str(error), err=True)
+        except KeyboardInterrupt as error:
+            # Another one than Interrupted comes before a run has begun, or after it has ended: nothing is lost.
+            click.echo(str(error) if isinstance(error, Interrupted) else "Stopped: run again.", err=True)
             sys.exit(EXIT_STOPPED)
         except (LazyprocError, OSError) as error:
             if isinstance(error, FunctionError):

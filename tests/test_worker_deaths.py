@@ -436,6 +436,23 @@ def test_receipts_held_are_bounded(tmp_path: Path, engine: str) -> None:
     assert all(receipt.arrays[0].nbytes == 8 * WIDTH for receipt in taken if receipt.arrays)
 
 
+def leave_at_seven(row: np.ndarray) -> Any:
+    return sys.exit(3) if row[0] == 7 else row[0]
+
+
+@pytest.mark.parametrize("engine", ["processes", "client"])
+def test_a_function_that_exits_fails_its_block_and_ends_no_worker(engine: str) -> None:
+    with contextlib.ExitStack() as stack:
+        client = None
+        if engine == "client":
+            client = stack.enter_context(
+                Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=":0")
+            )
+        receipts = Scheduler(engine, 2, client).run(kernel_of(leave_at_seven), BlockPlan(Runs.full(20), 1), never, "x")
+        failures = [one.failure for one in receipts if one is not None and one.failure is not None]
+    assert [(one.kind, one.positions, one.error.code) for one in failures] == [("worker", (7, 8), 3)]
+
+
 # -- workers of a cluster --------------------------------------------------------------------------------------------
 
 
