@@ -236,16 +236,18 @@ def pack(kernel: Kernel) -> bytes:
     """
     import cloudpickle
 
+    from lazyproc.engine.sending import dumps
+
     module = _own_module(kernel.function)
     if module is not None:
         cloudpickle.register_pickle_by_value(module)
         try:
-            return bytes(cloudpickle.dumps(kernel))
+            return dumps(kernel)
         except Exception:  # something in the module cannot be sent: let the workers import it
             pass
         finally:
             cloudpickle.unregister_pickle_by_value(module)
-    return bytes(cloudpickle.dumps(kernel))
+    return dumps(kernel)
 
 
 def _own_module(function: Callable[..., Any]) -> Any:

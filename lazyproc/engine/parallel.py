@@ -248,10 +248,10 @@ def _on_client(client: Any, name: str, packed: bytes, pieces: list[Any]) -> list
 
 
 def _pack(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-    import cloudpickle
+    from lazyproc.engine.sending import dumps
 
     try:
-        return bytes(cloudpickle.dumps((func, args, kwargs)))
+        return dumps((func, args, kwargs))
     except Exception as error:
         raise WorkerError(
             f"{getattr(func, '__qualname__', func)}: the function, or an argument of it, cannot be sent to worker "

@@ -9,8 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from typing import Any
+
+import psutil
 
 _JOIN_SECONDS = 60
 _NATIVE = ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR")
@@ -70,5 +74,17 @@ def _worker_process() -> type[Any]:
                 env={**quiet, **os.environ, **one_thread},
                 start_new_session=True,  # Ctrl-C is for the driver: blocks under way shall be finished
             )
+
+        async def close(self) -> None:
+            """Kill it with all that it has started, at one blow: whoever outlived the others would complain of that."""
+            if self.process is not None and self.process.returncode is None:
+                started = psutil.Process(self.process.pid).children(recursive=True)
+                with suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                for child in started:  # in a group of its own
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
+                await self.process.communicate()
+            await super().close()
 
     return WorkerProcess
