@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py                                  20,000 positions of 128 float32, fifteen turns
 
-The bare loop calls the function for each row and puts what it returns into arrays, without checking anything. Blocks are
-computed as a worker does it, without reading and writing; `compute_rows` checks names, shapes, dtypes and lost values,
-and keeps what the function returns from being changed by its next call. The two take turns; medians.
+The bare loop calls the function for each row and puts what it returns into arrays, without checking anything. Blocks
+are computed as a worker does it, without reading and writing; `compute_rows` checks names, shapes, dtypes and lost
+values, and keeps what the function returns from being changed by its next call. The two take turns; medians.
 """
 
 from __future__ import annotations
