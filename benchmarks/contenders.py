@@ -8,6 +8,7 @@ graph) it prints as JSON; nothing is counted in a run that is timed unless it is
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -182,11 +183,13 @@ def hyperspy(path: str, name: str) -> None:
     with h5py.File(path, "r") as source, h5py.File(path + ".hyperspy", "w") as file:
         lazy = Signal1D(da.from_array(source[MAIN], chunks=(block_rows(workload), -1))).as_lazy()
 
+        size = (workload.width,) if workload.width > 1 else ()  # (1,) ends in an IndexError with HyperSpy 2.5
+
         def one(row: Any) -> Any:
-            return compute_block(workload, row[np.newaxis])[0]
+            return compute_block(workload, row[np.newaxis])[0].reshape(size)
 
         result = lazy.map(
-            one, inplace=False, lazy_output=True, output_signal_size=(workload.width,), output_dtype="f4", ragged=False
+            one, inplace=False, lazy_output=True, output_signal_size=size, output_dtype="f4", ragged=False
         )
         values = np.asarray(result.data.compute(num_workers=2))
         file["Result"] = values.reshape(workload.n_positions, workload.width)
@@ -221,6 +224,9 @@ def pyusid(path: str, name: str, cores: int = 2) -> None:
     """pyUSID.Process, a subclass as its documentation teaches."""
     import h5py
     import numpy as np
+
+    if not hasattr(np, "product"):
+        np.product = np.prod  # type: ignore[attr-defined]  # which NumPy 2 has dropped, and pyUSID 0.0.12 calls
     import pyUSID as usid
 
     workload = WORKLOADS[name]
@@ -240,12 +246,15 @@ def pyusid(path: str, name: str, cores: int = 2) -> None:
             values = np.asarray(self._results, "f4").reshape(-1, workload.width)
             self.h5_results[self._get_pixels_in_current_batch(), :] = values
 
-        @staticmethod
-        def _map_function(spectrum: Any) -> Any:
-            return workload.function(spectrum[np.newaxis])[0] if workload.vectorized else workload.function(spectrum)
+        _map_function = staticmethod(functools.partial(_pyusid_map, name))  # which joblib can pickle
 
     with h5py.File(path, "r+") as file:
         Benchmark(file[MAIN], "Benchmark", cores=cores).compute(override=True)
+
+
+def _pyusid_map(name: str, spectrum: Any) -> Any:
+    workload = WORKLOADS[name]
+    return workload.function(spectrum[None])[0] if workload.vectorized else workload.function(spectrum)
 
 
 def pyusid_1(path: str, name: str) -> None:
