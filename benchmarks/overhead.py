@@ -5,6 +5,9 @@
 The bare loop calls the function for each row and puts what it returns into arrays, without checking anything. Blocks
 are computed as a worker does it, without reading and writing; `compute_rows` checks names, shapes, dtypes and lost
 values, and keeps what the function returns from being changed by its next call. The two take turns; medians.
+
+The second table is one function in the three ways in which it can be written: the steepest step of each position, for a
+position, for a block with NumPy, and for a block with numba's guvectorize (if numba is installed).
 """
 
 from __future__ import annotations
@@ -63,6 +66,36 @@ def first_column(block: NDArray[Any]) -> Any:
 def means(block: NDArray[Any]) -> Any:
     """Average each row of a whole block."""
     return block.mean(axis=1)
+
+
+def steepest(row: NDArray[Any]) -> Any:
+    """Find the steepest step of one position."""
+    return np.abs(np.diff(row)).max()
+
+
+def steepest_of_block(block: NDArray[Any]) -> Any:
+    """Find it for a block, with NumPy."""
+    return np.abs(np.diff(block, axis=1)).max(axis=1)
+
+
+def steepest_compiled() -> Callable[..., Any] | None:
+    """Compile it for a block; None without numba."""
+    try:
+        from numba import guvectorize
+    except ImportError:
+        return None
+
+    @guvectorize(["(float32[:], float32[:])"], "(n)->()", nopython=True)
+    def steps(row, largest):  # type: ignore[no-untyped-def]
+        largest[0] = 0
+        for place in range(1, row.size):
+            largest[0] = max(largest[0], abs(row[place] - row[place - 1]))
+
+    def find(block: NDArray[Any]) -> Any:
+        """Find it for a block, with numba."""
+        return steps(block)
+
+    return find
 
 
 def bare_loop(function: Callable[..., Any], data: NDArray[Any], outputs: Outputs) -> list[NDArray[Any]]:
@@ -125,6 +158,23 @@ def main() -> None:
         scale = 1e6 / options.positions
         about = (function.__doc__ or "").rstrip(".").lower()
         print(f"{about:<40}{scale * theirs:>9.3f}{scale * ours:>13.3f}{ours / theirs:>8.2f}", flush=True)
+    _three_ways(data, options.turns)
+
+
+def _three_ways(data: NDArray[Any], n_turns: int) -> None:
+    outputs = (Output("f4").resolve("Step", data.shape[1]),)
+    ways = [way for way in (steepest, steepest_of_block, steepest_compiled()) if way is not None]
+    expected = steepest_of_block(data)
+    took: dict[str, list[float]] = {}
+    for _ in range(n_turns):
+        for way in ways:
+            begin = time.perf_counter()
+            (found,) = compute_rows(way, data, outputs, vectorized=way is not steepest)
+            took.setdefault((way.__doc__ or "").rstrip("."), []).append(time.perf_counter() - begin)
+            np.testing.assert_allclose(found[:, 0], expected)
+    print(f"\n{'the steepest step':<40}{'us a position':>14}")
+    for about, seconds in took.items():
+        print(f"{about.lower():<40}{1e6 * statistics.median(seconds) / len(data):>14.3f}", flush=True)
 
 
 if __name__ == "__main__":
