@@ -21,6 +21,7 @@ from lazyproc.engine.kernel import Kernel, failure_of, pack, unpack
 from lazyproc.hdf5.damage import reading
 from lazyproc.hdf5.failures import read_status
 from lazyproc.hdf5.files import Files
+from lazyproc.hdf5.rows_file import check_readable
 from lazyproc.hdf5.search import text_attribute
 from lazyproc.hdf5.source import Source
 from lazyproc.layout import Axis, BlockGrid, block_grid, positions_per_view_block
@@ -120,6 +121,7 @@ class Committed:
         self, group: h5py.Group, output: ResolvedOutput, start: int, stop: int, done: NDArray[np.bool_]
     ) -> NDArray[Any]:
         """Read the rows that are done; the others are the fill value, whatever lies in the file."""
+        check_readable(group[output.name])
         if done.all():
             return np.asarray(group[output.name][start:stop])
         rows = np.empty((stop - start, output.width), output.dtype)
