@@ -108,8 +108,8 @@ def _refuse_compression(declared: Declared) -> None:
     wanted = [output.name for output in declared.outputs if output.filters is not None]
     if wanted:
         raise ArgumentValueError(
-            f"Output {wanted[0]!r}: compression came, for a file opened by several ranks with driver='mpio', which write "
-            "their rows at the same time; expected none. Leave it out, or give the dataset by its address, under "
+            f"Output {wanted[0]!r}: compression came, for a file opened by several ranks with driver='mpio', which "
+            "write their rows at the same time; expected none. Leave it out, or give the dataset by its address, under "
             "lazyproc.cluster()."
         )
 
@@ -236,8 +236,8 @@ def _target(declared: Declared, name: str, fence: Fence) -> InPlaceTarget:
     found = tuple(extent for extent in extents if extent is not None)
     if mask is None or len(found) != len(extents):
         raise LazyprocError(
-            f"{name}: the results are chunked or compressed, or will be; expected contiguous ones, which ranks can write "
-            "at the same time. Give the dataset by its address, under lazyproc.cluster(), or override=True."
+            f"{name}: the results are chunked or compressed, or will be; expected contiguous ones, which ranks can "
+            "write at the same time. Give the dataset by its address, under lazyproc.cluster(), or override=True."
         )
     return InPlaceTarget(Sink(found, fence, shares_lock=False), mask)
 

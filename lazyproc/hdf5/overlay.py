@@ -55,6 +55,7 @@ class Overlay(io.RawIOBase):
         self._most_kept = MOST_KEPT // _PAGE if spills else None
         self._n_new = 0
         self._spilled = bytearray()  # for each page from there on: whether the disk has it
+        self.failure: BaseException | None = None  # why that could not be written
         self.has_spilled = False  # whether the file is to be cut off again if the changes are dropped
         self._place = 0
 
@@ -164,18 +165,19 @@ class Overlay(io.RawIOBase):
         for _, run in itertools.groupby(enumerate(new), lambda pair: pair[1] - pair[0]):
             pages = [page for _, page in run]
             self._put(pages[0], b"".join(self._pages[page] for page in pages))
-        for page in new:
-            del self._pages[page]
-        self._n_new = 0
 
     def _put(self, page: int, data: bytes | memoryview) -> None:
         """Write whole pages to the file."""
         n_pages, number = len(data) // _PAGE, page - self._first_new
+        self.has_spilled = True
+        try:
+            with writing(self._path, "what is added to it", len(data)):
+                write_all(self._descriptor, data, page * _PAGE)
+        except BaseException as error:  # on its way through HDF5 it may become another one
+            self.failure = self.failure or error
+            raise
         for one in range(page, page + n_pages) if self._n_new else ():
             self._n_new -= self._pages.pop(one, None) is not None
-        self.has_spilled = True
-        with writing(self._path, "what is added to it", len(data)):
-            write_all(self._descriptor, data, page * _PAGE)
         self._spilled.extend(bytes(max(0, number + n_pages - len(self._spilled))))
         self._spilled[number : number + n_pages] = b"\1" * n_pages
 

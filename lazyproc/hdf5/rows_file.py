@@ -1,8 +1,8 @@
 """The file beside the HDF5 file that holds the rows of a compressed output until all of them are there.
 
-Rows that are still computed need a place that does not move, which compressed chunks are not. A contiguous dataset inside
-the HDF5 file would leave a hole there once the compressed one replaces it. So the dataset refers to HDF5's external
-storage, ``.scan.h5.lazyproc-rows-<run>-<output>-<checksum>``: a page that tells whose rows these are, then the rows.
+Rows that are still computed need a place that does not move, which compressed chunks do not have. A contiguous dataset
+inside the HDF5 file would leave a hole there once the compressed one replaces it. So the dataset refers to HDF5's
+external storage, ``.scan.h5.lazyproc-rows-<run>-<output>-<checksum>``: a page that tells whose rows these are, then the rows.
 
 HDF5 keeps the absolute path. What belongs to an HDF5 file, though, is only what lies beside it under the name that
 follows from its own: a copy of the HDF5 file must never write into the rows of the original. Files that were moved
@@ -131,8 +131,8 @@ def wanted_compression(dataset: h5py.Dataset) -> Compression:
         return Compression.from_text(text)
     except (TypeError, ValueError) as error:
         raise ResultsError(
-            f"{dataset.name}: the attribute {MARK} cannot be read ({error}). Another program has changed it, or the file "
-            "is damaged. Compute with override=True."
+            f"{dataset.name}: the attribute {MARK} cannot be read ({error}). Another program has changed it, or the "
+            "file is damaged. Compute with override=True."
         ) from error
 
 
@@ -171,8 +171,8 @@ def rows_beside(dataset: h5py.Dataset) -> str:
         descriptor = open_sidecar(name, os.O_RDONLY)
     except OSError as error:
         raise ResultsError(
-            f"{dataset.name}: the file with its rows, {name}, is not there, or cannot be read ({error.strerror}); it has "
-            f"to lie beside the HDF5 file until the results are complete. If it was left at {recorded_path(dataset)}, "
+            f"{dataset.name}: the file with its rows, {name}, is not there, or cannot be read ({error.strerror}); it "
+            f"has to lie beside the HDF5 file until the results are complete. If it was left at {recorded_path(dataset)}, "
             f"move it. {advice}"
         ) from error
     try:
@@ -192,8 +192,8 @@ def rows_beside(dataset: h5py.Dataset) -> str:
         raise ResultsError(f"{dataset.name}: the file {name} does not hold its rows, but something else. {advice}")
     if length < HEADER_BYTES + size:
         raise ResultsError(
-            f"{dataset.name}: the file with its rows, {name}, has {length} bytes; expected {HEADER_BYTES + size}: it was "
-            f"cut off, or copied in part. {advice}"
+            f"{dataset.name}: the file with its rows, {name}, has {length} bytes; expected {HEADER_BYTES + size}: it "
+            f"was cut off, or copied in part. {advice}"
         )
     return name
 

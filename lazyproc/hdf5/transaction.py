@@ -84,9 +84,11 @@ def transaction(path: str, same: FileId | None = None) -> Iterator[h5py.File]:
             with h5py.File(overlay, "r+") as file:
                 check_end(file, os.pread(descriptor, SUPERBLOCK_BYTES, 0), overlay.old_size, path)
                 yield file
-        except BaseException:
+        except BaseException as error:
             if overlay.has_spilled:
                 os.ftruncate(descriptor, overlay.old_size)
+            if overlay.failure is not None:
+                raise overlay.failure from error
             raise
         _apply(path, descriptor, overlay)
 
