@@ -124,14 +124,13 @@ def _write_chunks(
     made: h5py.Dataset, read: Callable[[Span], bytes], filters: Compression, n_threads: int, stop: Callable[[], bool]
 ) -> None:
     """Encode and write all chunks of a new dataset; a few a thread are under way."""
-    size = int(np.prod(made.chunks)) * made.dtype.itemsize
+    size, itemsize = int(np.prod(made.chunks)) * made.dtype.itemsize, made.dtype.itemsize
 
-    def encoded(span: Span) -> tuple[int, int, bytes, int]:
+    def encoded(span: Span) -> tuple[int, int, bytes]:
         data = read(span).ljust(size, b"\0")  # a chunk at the edge is stored whole
-        return span[0], span[2], *encode(data, filters, made_itemsize)
+        return span[0], span[2], encode(data, filters, itemsize)
 
-    made_itemsize = made.dtype.itemsize
-    under_way: deque[Future[tuple[int, int, bytes, int]]] = deque()
+    under_way: deque[Future[tuple[int, int, bytes]]] = deque()
     with ThreadPoolExecutor(n_threads) as pool, _roomy(made.file) as make_room:
         try:
             for span in _spans(made):
@@ -153,13 +152,13 @@ def _spans(made: h5py.Dataset) -> Iterator[Span]:
 
 
 def _write(
-    made: h5py.Dataset, chunk: tuple[int, int, bytes, int], make_room: Callable[[int], None], stop: Callable[[], bool]
+    made: h5py.Dataset, chunk: tuple[int, int, bytes], make_room: Callable[[int], None], stop: Callable[[], bool]
 ) -> None:
     if stop():
         raise StoppedError(f"{made.file.filename}: stopped before the results were compressed; they are complete.")
-    row, column, data, skipped = chunk
+    row, column, data = chunk
     make_room(len(data))
-    made.id.write_direct_chunk((row, column), data, skipped)
+    made.id.write_direct_chunk((row, column), data)
 
 
 @contextmanager
@@ -186,14 +185,13 @@ def _roomy(file: h5py.File) -> Iterator[Callable[[int], None]]:
         give_back(descriptor)
 
 
-def encode(data: bytes, filters: Compression, itemsize: int) -> tuple[bytes, int]:
-    """Return the stored form of a chunk, and which filters were not applied, as HDF5 has it: a bit for each.
+def encode(data: bytes, filters: Compression, itemsize: int) -> bytes:
+    """Return the stored form of a chunk.
 
     Examples
     --------
-    >>> data, skipped = encode(bytes(1000), Compression(4, False), 8)
-    >>> zlib.decompress(data) == bytes(1000), skipped
-    (True, 0)
+    >>> zlib.decompress(encode(bytes(1000), Compression(4, False), 8)) == bytes(1000)
+    True
     """
     if filters.shuffle and itemsize > 1:
         from numcodecs.shuffle import Shuffle
@@ -201,8 +199,10 @@ def encode(data: bytes, filters: Compression, itemsize: int) -> tuple[bytes, int
         data = bytes(memoryview(Shuffle(itemsize).encode(data)).cast("B"))
     packed = _deflate(data, filters.level)
     if len(packed) < len(data):
-        return packed, 0
-    return data, 1 << int(filters.shuffle)  # it cannot be made smaller
+        return packed
+    return zlib.compress(
+        data, 0
+    )  # it cannot be made smaller; HDF5 2.0 forgets which filters a chunk was stored without
 
 
 def _deflate(data: bytes, level: int) -> bytes:

@@ -55,9 +55,10 @@ def finish(
     """
     with place.edit(same) as parent:
         group = parent.file[name]
+        waited = bool(waiting(group))
         rows = compress_results(group, n_threads, stop)
         note_end(parent, name, work, workers)
-        if rows:
+        if waited:
             rewrite_places(group, work)
     remove(rows)
 

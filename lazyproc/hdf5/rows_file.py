@@ -2,7 +2,8 @@
 
 Rows that are still computed need a place that does not move, which compressed chunks do not have. A contiguous dataset
 inside the HDF5 file would leave a hole there once the compressed one replaces it. So the dataset refers to HDF5's
-external storage, ``.scan.h5.lazyproc-rows-<run>-<output>-<checksum>``: a page that tells whose rows these are, then the rows.
+external storage, ``.scan.h5.lazyproc-rows-<run>-<output>-<checksum>``: a page that tells whose rows these are, then the
+rows.
 
 HDF5 keeps the absolute path. What belongs to an HDF5 file, though, is only what lies beside it under the name that
 follows from its own: a copy of the HDF5 file must never write into the rows of the original. Files that were moved
@@ -39,7 +40,7 @@ KIND = "rows-"
 """How the names of these files begin, as kinds of sidecar files."""
 HEADER_BYTES = 4096
 _MAGIC = b"lazyproc rows 1\n"
-_PIECE = 2**20
+_ADVICE = "Restore it there, under this name, or compute with override=True."
 
 
 def rows_path(path: str, run_id: str, output: str) -> str:
@@ -162,38 +163,31 @@ def rows_beside(dataset: h5py.Dataset) -> str:
     ResultsError
         If it is not there, is too short, or holds something else.
     """
-    path, size = path_behind(dataset.file), int(dataset.id.get_storage_size())
+    path, recorded = path_behind(dataset.file), recorded_path(dataset)
     output, run_id = str(dataset.name).rpartition("/")[2], str(dataset.parent.attrs.get("lazyproc_run_id", ""))
-    creation = dataset.id.get_create_plist()
-    name = recorded_path(dataset) if path is None else rows_path(path, run_id, output)
-    advice = "Restore it there, under this name, or compute with override=True."
+    name = recorded if path is None else rows_path(path, run_id, output)
     try:
         descriptor = open_sidecar(name, os.O_RDONLY)
     except OSError as error:
         raise ResultsError(
             f"{dataset.name}: the file with its rows, {name}, is not there, or cannot be read ({error.strerror}); it "
-            f"has to lie beside the HDF5 file until the results are complete. If it was left at {recorded_path(dataset)}, "
-            f"move it. {advice}"
+            "has to lie beside the HDF5 file until the results are complete. "
+            + ("" if recorded == name else f"It was made as {recorded}. ")
+            + _ADVICE
         ) from error
     try:
-        about, length = _header(descriptor), os.fstat(descriptor).st_size
+        about, length = _header(descriptor) or {}, os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)
-    wanted = {"run_id": run_id, "output": output, "bytes": size}
-    if (
-        about is None
-        or {key: about.get(key) for key in wanted} != wanted
-        or tuple(creation.get_external(0)[1:])
-        != (
-            HEADER_BYTES,
-            size,
-        )
-    ):
-        raise ResultsError(f"{dataset.name}: the file {name} does not hold its rows, but something else. {advice}")
+    size = int(dataset.id.get_storage_size())
+    told = about.get("run_id"), about.get("output"), about.get("bytes")
+    refers = dataset.id.get_create_plist().get_external(0)[1:]
+    if told != (run_id, output, size) or tuple(refers) != (HEADER_BYTES, size):
+        raise ResultsError(f"{dataset.name}: the file {name} does not hold its rows, but something else. {_ADVICE}")
     if length < HEADER_BYTES + size:
         raise ResultsError(
             f"{dataset.name}: the file with its rows, {name}, has {length} bytes; expected {HEADER_BYTES + size}: it "
-            f"was cut off, or copied in part. {advice}"
+            f"was cut off, or copied in part. {_ADVICE}"
         )
     return name
 
