@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block, BlockPlan
-from lazyproc.core.errors import StaleViewError
+from lazyproc.core.errors import ResultsError, StaleViewError
 from lazyproc.core.failed import DONE, FAILED, NOT_DONE, FailedRows
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import POSITION_STATUS, Output, ResolvedOutput
@@ -72,6 +72,12 @@ class Committed:
         ResultsError
             If they are damaged.
         """
+        try:
+            return self._read(start, stop)
+        except ResultsError:  # they may just have been compressed: then what the group referred to is gone
+            return self._read(start, stop)
+
+    def _read(self, start: int, stop: int) -> tuple[Arrays, NDArray[np.uint8]]:
         with self._opened() as group:
             status = self._status(group, start, stop)
             arrays = tuple(self._rows(group, output, start, stop, status != NOT_DONE) for output in self.outputs)

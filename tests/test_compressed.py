@@ -298,6 +298,19 @@ def test_any_dtype(scan: Path, dtype: Any) -> None:
         assert (dataset.compression, dataset.shuffle) == ("gzip", True)
 
 
+@pytest.mark.parametrize("how", [{"libver": "latest"}, {"chunks": (7, 5), "compression": "gzip"}], ids=str)
+@pytest.mark.parametrize("by", ["path", "handle"])
+def test_files_of_other_kinds(tmp_path: Path, how: dict[str, Any], by: str) -> None:
+    path = tmp_path / "scan.h5"
+    data = random_data((N_POSITIONS, N_SPECTRAL), "f4")
+    make_usid_file(path, n_rows=12, n_cols=20, n_spectral=N_SPECTRAL, data=data, **how)
+    with opened(by, path) as (main, _), Maps(main, cores=1) as process:
+        process.compute()
+    with h5py.File(path, "r") as file:
+        check_stored(file[f"{CHANNEL}/Raw_Data-Maps_000"], expected(path))
+    assert rows_beside(path) == []
+
+
 @pytest.mark.parametrize("size", [40, 4, 1])
 def test_rows_wider_than_a_chunk(scan: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(compression, "CHUNK_BYTES", size)
@@ -601,8 +614,10 @@ def test_no_room_for_the_rows(scan: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_no_room_to_compress(scan: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """The results stay complete as they are; the next call compresses them."""
     really_finish = perform.finish
+    sizes: list[int] = []
 
     def finish(*args: Any, **more: Any) -> None:
+        sizes.append(scan.stat().st_size)
         with monkeypatch.context() as patch:
             patch.setattr(overlay, "write_all", full)
             patch.setattr(overlay, "MOST_KEPT", 4096)
@@ -624,6 +639,7 @@ def test_no_room_to_compress(scan: Path, monkeypatch: pytest.MonkeyPatch, way: s
             with Maps(main, cores=1) as process, pytest.raises(NoRoomError, match="no room"):
                 process.compute()
         assert len(rows_beside(scan)) == 2
+        assert way == "handle" or scan.stat().st_size == sizes[0], "what was written is cut off again"
         monkeypatch.setenv(DIES_AT, "5")
         with Maps(main, cores=1) as process:
             group = process.compute()

@@ -7,6 +7,7 @@ few percent as small. For the higher levels, which are chosen to get small files
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import zlib
@@ -35,6 +36,8 @@ _ISAL_LEVELS = {1: 2, 2: 2, 3: 3, 4: 3}
 _WINDOW = 2
 _ROOM = 32 * 2**20
 """Bytes that are set aside at a time in a file that HDF5 writes itself."""
+
+log = logging.getLogger("lazyproc")
 
 Span = tuple[int, int, int, int]
 """First and last row, first and last column of a chunk; the last ones are not in it."""
@@ -83,6 +86,7 @@ def compress_results(group: h5py.Group, n_threads: int, stop: Callable[[], bool]
     for name in waiting(group):
         dataset, extent = group[name], rows_extent(group[name])
         filters = wanted_compression(dataset)
+        log.info("%s: %.1f MiB are compressed, in %d threads", dataset.name, dataset.nbytes / 2**20, n_threads)
         with _reader(dataset) as read:
 
             def fill(made: h5py.Dataset, read: Any = read, filters: Compression = filters) -> None:

@@ -40,6 +40,7 @@ KIND = "rows-"
 """How the names of these files begin, as kinds of sidecar files."""
 HEADER_BYTES = 4096
 _MAGIC = b"lazyproc rows 1\n"
+_PIECE = 2**20
 _ADVICE = "Restore it there, under this name, or compute with override=True."
 
 
@@ -82,15 +83,21 @@ class RowsFiles:
                 reserve(descriptor, 0, HEADER_BYTES + size, name, what)
                 os.ftruncate(descriptor, HEADER_BYTES + size)
                 if size <= LARGEST_FILLED:  # what other readers see of positions that are not computed yet
-                    write_all(
-                        descriptor, np.full(n_positions * output.width, output.fill_value).tobytes(), HEADER_BYTES
-                    )
+                    _fill(descriptor, output, n_positions)
                 write_all(descriptor, _MAGIC + json.dumps(about).encode(), 0)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             sync_folder(name)
         return name, HEADER_BYTES, size
+
+
+def _fill(descriptor: int, output: ResolvedOutput, n_positions: int) -> None:
+    """Write the fill value to all rows, a piece after the other."""
+    piece = np.full((max(1, min(n_positions, _PIECE // output.row_bytes)), output.width), output.fill_value).tobytes()
+    for start in range(0, n_positions * output.row_bytes, len(piece)):
+        size = min(len(piece), n_positions * output.row_bytes - start)
+        write_all(descriptor, piece[:size], HEADER_BYTES + start)
 
 
 @contextmanager
