@@ -23,6 +23,9 @@ import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from faults import run, small_disks
+from faults.subject import N_POSITIONS as FULL_SCAN
+from faults.subject import RESULT_BYTES, make_scan
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -375,8 +378,7 @@ def test_map_positions_and_plan(scan: Path) -> None:
 # -- killed, and resumed ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["path", "handle", "new file"])
-@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize(("way", "cores"), [("path", 1), ("path", 2), ("handle", 2), ("new file", 1)])
 def test_killed_and_resumed(scan: Path, way: str, cores: int) -> None:
     target = f"{scan.parent}/out.h5::/x" if way == "new file" else None
     results = scan.parent / "out.h5" if target else scan
@@ -402,6 +404,18 @@ def test_killed_and_resumed(scan: Path, way: str, cores: int) -> None:
         assert group.name == name
         check_stored(group, expected(scan))
     assert rows_beside(results) == []
+
+
+def test_resumed_on_a_cluster(scan: Path) -> None:
+    die(scan)
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+        Maps(address(scan), client=client) as process,
+    ):
+        check_stored(process.compute(), expected(scan))
+    assert rows_beside(scan) == []
 
 
 def test_pyusid_reads_partial_and_finished_results(scan: Path) -> None:
@@ -645,6 +659,26 @@ def test_no_room_to_compress(scan: Path, monkeypatch: pytest.MonkeyPatch, way: s
             group = process.compute()
             check_stored(group, expected(scan) if way == "path" else values_of(main))
     assert rows_beside(scan) == []
+
+
+@pytest.mark.parametrize("by", ["zipped", "zipped handle"])
+def test_a_small_disk(tmp_path: Path, by: str) -> None:
+    """At each step between no room at all and enough: an error that helps, nothing lost, and the same call goes on."""
+    source, folder = tmp_path / "scan.h5", tmp_path / "disk"
+    folder.mkdir()
+    make_scan(os.fspath(source))
+    levels = [0, RESULT_BYTES, RESULT_BYTES * 5 // 4, RESULT_BYTES * 13 // 8, 2 * RESULT_BYTES + 2**17]
+    stages = set()
+    for told in run("full", "create", folder, source, "disk", by, levels, under=small_disks()):
+        assert told["error"] in ("", "NoRoomError"), told
+        assert told["problems"] == told["problems again"] == [], told
+        assert told["again"]["error"] == "", told
+        assert set(told["masks again"].values()) == {FULL_SCAN}, told
+        if told["error"]:
+            stages.add("compressing" if told["masks"] else "creating")
+            assert set(told["masks"].values()) <= {FULL_SCAN}, told
+            assert told["masks"] or told["left"] == [] or "handle" in by, told
+    assert {"creating", "compressing"} & stages
 
 
 def test_ranks_together_are_refused(scan: Path) -> None:

@@ -34,8 +34,8 @@ CHUNKS_HELD = 5
 """Chunks in memory a thread: two as they are, two encoded, and what encoding takes."""
 _ISAL_LEVELS = {1: 2, 2: 2, 3: 3, 4: 3}
 _WINDOW = 2
-_ROOM = 32 * 2**20
-"""Bytes that are set aside at a time in a file that HDF5 writes itself."""
+_ROOM = 2**18
+"""Bytes that are set aside beside each chunk, in a file that HDF5 writes itself, for what it notes of the chunks."""
 
 log = logging.getLogger("lazyproc")
 
@@ -172,15 +172,15 @@ def _roomy(file: h5py.File) -> Iterator[Callable[[int], None]]:
     if path is None:  # in memory, or an overlay, which sees to that
         yield lambda n_bytes: None
         return
-    descriptor, left = file.id.get_vfd_handle(), 0
+    descriptor = file.id.get_vfd_handle()
+    reach = os.fstat(descriptor).st_size
 
     def make_room(n_bytes: int) -> None:
-        nonlocal left
-        if left < n_bytes:
-            end = max(os.fstat(descriptor).st_size, file.id.get_filesize())
-            left = n_bytes + _ROOM
-            reserve(descriptor, end, left + _ROOM // 8, path, "the compressed results")  # and the index of the chunks
-        left -= n_bytes
+        nonlocal reach
+        wanted = file.id.get_filesize() + n_bytes + _ROOM
+        if wanted > reach:  # all of what has been added, too: HDF5 has not written its index yet
+            reserve(descriptor, reach, wanted - reach, path, "the compressed results")
+            reach = wanted
 
     try:
         yield make_room
@@ -204,9 +204,8 @@ def encode(data: bytes, filters: Compression, itemsize: int) -> bytes:
     packed = _deflate(data, filters.level)
     if len(packed) < len(data):
         return packed
-    return zlib.compress(
-        data, 0
-    )  # it cannot be made smaller; HDF5 2.0 forgets which filters a chunk was stored without
+    # It cannot be made smaller. HDF5 2.0 forgets which filters a chunk was written without, so it gets this one.
+    return zlib.compress(data, 0)
 
 
 def _deflate(data: bytes, level: int) -> bytes:
