@@ -198,9 +198,10 @@ def encode(data: bytes, filters: Compression, itemsize: int) -> bytes:
     True
     """
     if filters.shuffle and itemsize > 1:
-        from numcodecs.shuffle import Shuffle
-
-        data = bytes(memoryview(Shuffle(itemsize).encode(data)).cast("B"))
+        values = np.frombuffer(data, np.uint8).reshape(-1, itemsize)
+        regrouped = np.empty(values.shape[::-1], np.uint8)
+        np.copyto(regrouped, values.T)  # numcodecs would keep other threads waiting
+        data = regrouped.tobytes()
     packed = _deflate(data, filters.level)
     if len(packed) < len(data):
         return packed
