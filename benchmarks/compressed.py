@@ -120,10 +120,8 @@ def main() -> None:
         print(json.dumps(CONTENDERS[contender](path, json.loads(filters))))
         return
     n_bytes = options.mebibytes * 2**20
-    print(
     heads = ["h5py s", "lazyproc s", "ratio", "plain s", "h5py cpu", "lazyproc cpu", "h5py size", "lazyproc size"]
     print(f"{f'results of {options.mebibytes} MiB':21}", *heads, sep="  ")
-    )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source = os.path.join(folder, "source.h5")
         make_source(source, options.mebibytes)
