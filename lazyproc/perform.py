@@ -28,7 +28,7 @@ from lazyproc.engine.local import Receipts
 from lazyproc.hdf5.compress import StoppedError, n_threads
 from lazyproc.hdf5.finish import adopt, finish, is_unfinished
 from lazyproc.hdf5.guard import finish_pending, flush_guarded
-from lazyproc.hdf5.leftovers import remove_leftovers
+from lazyproc.hdf5.leftovers import remove_leftovers, rows_files
 from lazyproc.hdf5.lock import Fence, RunLock
 from lazyproc.hdf5.place import HandlePlace
 from lazyproc.hdf5.record import (
@@ -41,7 +41,7 @@ from lazyproc.hdf5.record import (
     open_target,
 )
 from lazyproc.hdf5.room import writing
-from lazyproc.hdf5.rows_file import rows_files, waiting
+from lazyproc.hdf5.rows_file import waiting
 from lazyproc.hdf5.search import Found, Work, remaining_positions
 from lazyproc.hdf5.target import Target
 from lazyproc.hdf5.transaction import recover
@@ -125,10 +125,15 @@ def locked(declared: Declared) -> Any:
             log.warning("%s: a change that was cut off has been settled", path)
         with writing(path, "the results"):
             flush_guarded(handles_of(declared))
-            remove_leftovers(path, declared.place.handle.file if isinstance(declared.place, HandlePlace) else None)
+            remove_leftovers(path, _target_file(declared))
             yield lock.fence
     finally:
         lock.release()
+
+
+def _target_file(declared: Declared) -> h5py.File | None:
+    """Return the file of the results if the caller has it open."""
+    return declared.place.handle.file if isinstance(declared.place, HandlePlace) else None
 
 
 def handles_of(declared: Declared) -> set[h5py.File]:
@@ -194,7 +199,7 @@ def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain) -> tupl
             "thread_gain": probe.thread_gain,
         },
     )
-    with rows_files(declared.place.lock_path) as rows, declared.place.edit() as parent:
+    with rows_files(declared.place.lock_path, _target_file(declared)) as rows, declared.place.edit() as parent:
         name = create_group(parent, _main_beside(declared, parent), work, provenance, declared.max_failures, rows)
     log.info("%s: results go to %s::%s", declared.process_name, declared.place.path, name)
     return name, remaining, probe

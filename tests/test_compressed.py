@@ -357,6 +357,14 @@ def test_stored_otherwise_is_the_same_result(scan: Path) -> None:
     assert compute(scan, Plain, h5_target_group=f"{other}::/") == name
 
 
+def test_partial_results_end_as_they_were_begun(scan: Path) -> None:
+    die(scan)
+    with Plain(address(scan), cores=1) as process:
+        group = process.compute()
+        assert group.name == f"{CHANNEL}/Raw_Data-Maps_000"
+        check_stored(group, expected(scan))
+
+
 def test_override_makes_another_group(scan: Path) -> None:
     first = compute(scan)
     with Maps(address(scan), cores=1) as process:
@@ -763,6 +771,7 @@ def test_threads_fit_into_the_memory() -> None:
     assert n_threads(outputs, 10**6, 64, 2**40) == 64
     assert n_threads(outputs, 10**6, 64, 48 * 2**20) == 6
     assert n_threads(outputs, 10**6, 64, 1) == 1
+    assert n_threads([], 10**6, 64, 2**40) == 64
 
 
 def test_what_a_death_left_beyond_the_end_is_cut_off(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def n_threads(outputs: Iterable[ResolvedOutput], n_positions: int, cores: int, l
     """Return how many threads may encode chunks of any of the outputs at the same time, by the memory."""
     sizes = [
         math.prod(chunk_shape(n_positions, output.width, output.dtype.itemsize)) * output.dtype.itemsize
-        for output in outputs
-        if output.filters is not None
+        for output in outputs  # also those that are not declared so: the file says what is compressed
+        if output.row_bytes
     ]
     room = (limit_bytes - DRIVER_BYTES - MOST_KEPT) // (CHUNKS_HELD * max(sizes, default=1))
     return max(1, min(cores, room))

@@ -10,7 +10,8 @@ import glob
 import logging
 import os
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import h5py
 
@@ -18,7 +19,7 @@ from lazyproc.core.errors import LazyprocError
 from lazyproc.hdf5.damage import H5_ERRORS, walk
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.lock import RunLock, sidecar
-from lazyproc.hdf5.rows_file import KIND, is_outside, owner_of, recorded_path, remove
+from lazyproc.hdf5.rows_file import KIND, RowsFiles, is_outside, owner_of, recorded_path, remove
 
 log = logging.getLogger("lazyproc")
 
@@ -57,6 +58,27 @@ def remove_leftovers(path: str, file: h5py.File | None = None) -> bool:
     left = [name for name in found if os.path.basename(name) not in used]
     remove(left)
     return bool(left)
+
+
+@contextmanager
+def rows_files(path: str | None, file: h5py.File | None) -> Iterator[RowsFiles | None]:
+    """Give what makes files for rows; after an error those are removed that no group came to refer to.
+
+    Parameters
+    ----------
+    path : str or None
+        The HDF5 file; None where there is none on disk, and so nothing beside it.
+    file : h5py.File or None
+        As for `remove_leftovers`.
+    """
+    if path is None:
+        yield None
+        return
+    try:
+        yield RowsFiles(path)
+    except BaseException:
+        remove_leftovers(path, file)
+        raise
 
 
 def _referred(file: h5py.File) -> set[str]:

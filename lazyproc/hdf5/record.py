@@ -17,7 +17,7 @@ import numpy as np
 from lazyproc.core.specs import FAILED_POSITIONS, POSITION_STATUS, ResolvedOutput
 from lazyproc.hdf5.apart import check_apart
 from lazyproc.hdf5.attributes import write_parameters
-from lazyproc.hdf5.create import create_output, create_results_group, create_status_mask
+from lazyproc.hdf5.create import External, create_output, create_results_group, create_status_mask
 from lazyproc.hdf5.extents import Extent, find_extent
 from lazyproc.hdf5.failure_log import ExtentRows, FailureLog
 from lazyproc.hdf5.failures import EMPTY_ROW, Rows, capacity_of, create_failures, has_failures
@@ -135,12 +135,16 @@ def create_group(
     if not same_file:
         attrs["source_file_path"] = work.main_file
     n_failures = None if max_failures is None else min(max_failures, work.n_positions)
-    inside = [output for output in work.outputs if output.filters is None or rows is None]
+    outside: dict[str, External] = {}
+    if rows is not None:
+        wanted = [output for output in work.outputs if output.filters is not None]
+        outside = {output.name: rows.make(stamp.run_id, output, work.n_positions) for output in wanted}
+    inside = [output for output in work.outputs if output.name not in outside]
     with reserved(parent.file, _results_bytes(main, work, inside, n_failures, same_file=same_file), "the results"):
         group = create_results_group(parent, main, work.process_name, attrs)
         write_parameters(group, work.parameters)
         for output in work.outputs:
-            _create(group, main, output, same_file=same_file, run_id=stamp.run_id, rows=rows)
+            _create(group, main, output, outside.get(output.name), same_file=same_file)
         create_status_mask(group, work.n_positions, work.status_name)
         if n_failures is not None:
             create_failures(group, work.status_name, n_failures)
@@ -150,20 +154,11 @@ def create_group(
 
 
 def _create(
-    group: h5py.Group,
-    main: h5py.Dataset,
-    output: ResolvedOutput,
-    *,
-    same_file: bool,
-    run_id: str,
-    rows: RowsFiles | None,
+    group: h5py.Group, main: h5py.Dataset, output: ResolvedOutput, rows: External | None, *, same_file: bool
 ) -> None:
-    """Create an output; the rows of one that is to be compressed lie in a file of their own until then."""
-    if output.filters is None:
-        create_output(group, main, output, same_file=same_file)
-        return
-    place = None if rows is None else rows.make(run_id, output, int(main.shape[0]))
-    create_output(group, main, output, same_file=same_file, rows=place, attrs={MARK: output.filters.text()})
+    """Create an output; one that is to be compressed says how."""
+    attrs = {} if output.filters is None else {MARK: output.filters.text()}
+    create_output(group, main, output, same_file=same_file, rows=rows, attrs=attrs)
 
 
 def _results_bytes(

@@ -16,9 +16,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import h5py
@@ -50,7 +49,7 @@ def rows_path(path: str, run_id: str, output: str) -> str:
     return sidecar(path, f"{KIND}{run_id[:12]}-{plain}-{zlib.crc32(output.encode()):08x}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RowsFiles:
     """Makes these files for a results group that is being created.
 
@@ -58,12 +57,9 @@ class RowsFiles:
     ----------
     path : str
         The HDF5 file on disk.
-    made : list of str
-        The files made so far.
     """
 
     path: str
-    made: list[str] = field(default_factory=list)
 
     def make(self, run_id: str, output: ResolvedOutput, n_positions: int) -> tuple[str, int, int]:
         """Make the file of an output, durable and with all its room set aside; return path, offset and size for HDF5.
@@ -74,7 +70,6 @@ class RowsFiles:
             If there is no room for it.
         """
         name, size = rows_path(self.path, run_id, output.name), n_positions * output.row_bytes
-        self.made.append(name)
         about = {"run_id": run_id, "output": output.name, "bytes": size, "inode": os.stat(self.path).st_ino}
         what = f"the rows of {output.name}"
         with writing(name, what, size):
@@ -98,18 +93,6 @@ def _fill(descriptor: int, output: ResolvedOutput, n_positions: int) -> None:
     for start in range(0, n_positions * output.row_bytes, len(piece)):
         size = min(len(piece), n_positions * output.row_bytes - start)
         write_all(descriptor, piece[:size], HEADER_BYTES + start)
-
-
-@contextmanager
-def rows_files(path: str | None) -> Iterator[RowsFiles | None]:
-    """Give what makes files for the rows; on an error they are removed. None where there is no file on disk."""
-    files = None if path is None else RowsFiles(path)
-    try:
-        yield files
-    except BaseException:
-        if files is not None:
-            remove(files.made)
-        raise
 
 
 def remove(names: list[str]) -> None:
