@@ -1,7 +1,7 @@
 """Compress finished rows: threads read and encode storage chunks, one writes them in their order.
 
 zlib, ISA-L and NumPy let other Python threads run meanwhile, so all cores are used without sending rows to other
-processes. ISA-L makes streams that any zlib reads: at the levels 1 to 4 about ten times as fast as zlib, and within a
+processes. ISA-L makes streams that any zlib reads: at the levels 1 to 4 several times as fast as zlib, and within a
 few percent as small. For the higher levels, which are chosen to get small files, zlib itself is used.
 """
 
