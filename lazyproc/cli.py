@@ -218,9 +218,11 @@ def status(file: str, as_json: bool) -> None:
 @_reported
 def recover(file: str, as_json: bool, force: bool = False) -> None:
     """Finish, or take back, a change of FILE that was cut off by a kill; `run` does so by itself."""
+    from lazyproc.hdf5.leftovers import remove_leftovers_locked
     from lazyproc.hdf5.transaction import recover_locked
 
     changed = recover_locked(file, force=force)
+    changed = remove_leftovers_locked(file) or changed
     if as_json:
         click.echo(json.dumps({"path": file, "recovered": changed}))
     else:

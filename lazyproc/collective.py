@@ -104,6 +104,16 @@ def _check(declared: Declared) -> None:
         )
 
 
+def _refuse_compression(declared: Declared) -> None:
+    wanted = [output.name for output in declared.outputs if output.filters is not None]
+    if wanted:
+        raise ArgumentValueError(
+            f"Output {wanted[0]!r}: compression came, for a file opened by several ranks with driver='mpio', which "
+            "write their rows at the same time; expected none. Leave it out, or give the dataset by its address, under "
+            "lazyproc.cluster()."
+        )
+
+
 def _by_bytes(declared: Declared) -> Declared:
     """Let contiguous data be read by their bytes; parallel HDF5 keeps none of them in memory of its own.
 
@@ -127,6 +137,7 @@ def _begin(
     """Find the group to resume, or probe and create one; on all ranks the same."""
     partial = {one.name: one for one in found if one.is_partial}
     if override or not partial:
+        _refuse_compression(declared)
         probe = ranks.once(lambda: _probe(declared, kernel, Runs.full(declared.n_positions), begun=False))
         provenance = ranks.once(lambda: _provenance(declared, probe))
         group = declared.place.group()
@@ -225,8 +236,8 @@ def _target(declared: Declared, name: str, fence: Fence) -> InPlaceTarget:
     found = tuple(extent for extent in extents if extent is not None)
     if mask is None or len(found) != len(extents):
         raise LazyprocError(
-            f"{name}: the results are chunked or compressed; expected contiguous ones, as lazyproc makes, which ranks "
-            "can write at the same time. Compute with override=True."
+            f"{name}: the results are chunked or compressed, or will be; expected contiguous ones, which ranks can "
+            "write at the same time. Give the dataset by its address, under lazyproc.cluster(), or override=True."
         )
     return InPlaceTarget(Sink(found, fence, shares_lock=False), mask)
 

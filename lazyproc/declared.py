@@ -297,6 +297,7 @@ class Declared:
             source_bytes=remaining.n_positions * memory.source_bytes,
             result_bytes=remaining.n_positions * memory.result_bytes,
             seconds=None if probe is None else probe.seconds_per_position * remaining.n_positions / sizes.n_workers,
+            disk_bytes=2 * sum(self.n_positions * one.row_bytes for one in self.outputs if one.filters is not None),
         )
 
 

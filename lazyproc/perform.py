@@ -25,7 +25,10 @@ from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel, failure_of
 from lazyproc.engine.local import Receipts
+from lazyproc.hdf5.compress import StoppedError, n_threads
+from lazyproc.hdf5.finish import adopt, finish, is_unfinished
 from lazyproc.hdf5.guard import finish_pending, flush_guarded
+from lazyproc.hdf5.leftovers import remove_leftovers, rows_files
 from lazyproc.hdf5.lock import Fence, RunLock
 from lazyproc.hdf5.place import HandlePlace
 from lazyproc.hdf5.record import (
@@ -34,12 +37,11 @@ from lazyproc.hdf5.record import (
     ensure_mask,
     ensure_room,
     environment,
-    lacks_end,
     lacks_room,
-    note_end,
     open_target,
 )
 from lazyproc.hdf5.room import writing
+from lazyproc.hdf5.rows_file import waiting
 from lazyproc.hdf5.search import Found, Work, remaining_positions
 from lazyproc.hdf5.target import Target
 from lazyproc.hdf5.transaction import recover
@@ -89,7 +91,7 @@ def perform(
         duplicates = [one for one in found if one.is_complete]
         if duplicates and not override:
             warn_of(duplicates[-1])
-            _note_late_end(declared, work, duplicates[-1].name)
+            _finish_late(declared, work, duplicates[-1].name, drain)
             log.info("%s: returning the finished results %s", declared.process_name, duplicates[-1].name)
             return duplicates[-1].name
         partial = {one.name: one for one in found if one.is_partial}
@@ -123,9 +125,15 @@ def locked(declared: Declared) -> Any:
             log.warning("%s: a change that was cut off has been settled", path)
         with writing(path, "the results"):
             flush_guarded(handles_of(declared))
+            remove_leftovers(path, _target_file(declared))
             yield lock.fence
     finally:
         lock.release()
+
+
+def _target_file(declared: Declared) -> h5py.File | None:
+    """Return the file of the results if the caller has it open."""
+    return declared.place.handle.file if isinstance(declared.place, HandlePlace) else None
 
 
 def handles_of(declared: Declared) -> set[h5py.File]:
@@ -191,8 +199,8 @@ def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain) -> tupl
             "thread_gain": probe.thread_gain,
         },
     )
-    with declared.place.edit() as parent:
-        name = create_group(parent, _main_beside(declared, parent), work, provenance, declared.max_failures)
+    with rows_files(declared.place.lock_path, _target_file(declared)) as rows, declared.place.edit() as parent:
+        name = create_group(parent, _main_beside(declared, parent), work, provenance, declared.max_failures, rows)
     log.info("%s: results go to %s::%s", declared.process_name, declared.place.path, name)
     return name, remaining, probe
 
@@ -208,6 +216,7 @@ def _main_beside(declared: Declared, parent: h5py.Group) -> h5py.Dataset:
 def _resume(declared: Declared, work: Work, kernel: Kernel, name: str, drain: Drain) -> tuple[Runs, Probe]:
     """Find what remains; a measurement that was stored with the results is used again."""
     declared.flush_main()
+    adopt(declared.place, name)
     group = declared.place.results(name)
     remaining = remaining_positions(group, work.n_positions, work.status_name)
     done = 1 - remaining.n_positions / work.n_positions
@@ -225,17 +234,26 @@ def _resume(declared: Declared, work: Work, kernel: Kernel, name: str, drain: Dr
     return remaining, probe
 
 
-def _note_late_end(declared: Declared, work: Work, name: str) -> None:
-    """Record the end of a run that died between its last commit and this; if it can be done, since nothing needs it."""
+def _finish_late(declared: Declared, work: Work, name: str, drain: Drain) -> None:
+    """Finish what a run left that died after its last commit; if it can be done, since nothing needs it."""
     parent = declared.place.group()
-    if parent is None or not lacks_end(parent.file[name], work):
+    if parent is None or not is_unfinished(parent.file[name], work):
         return
+    waits = bool(waiting(parent.file[name]))
     try:
         declared.place.check_writable()
-        with declared.place.edit() as editable:
-            note_end(editable, name, work)
+        _finish(declared, work, name, drain)
     except LazyprocError as error:
-        log.info("%s: its end could not be recorded (%s)", name, error)
+        log.log(logging.WARNING if waits else logging.INFO, "%s: could not be finished (%s)", name, error)
+
+
+def _finish(declared: Declared, work: Work, name: str, drain: Drain, **more: Any) -> None:
+    """Compress what waits for it and note the end; a signal leaves that to the next call."""
+    threads = n_threads(declared.outputs, work.n_positions, declared.cores, declared.limit_bytes())
+    try:
+        finish(declared.place, name, work, threads, lambda: drain.signal is not None, **more)
+    except StoppedError as error:
+        log.info("%s", error)
 
 
 def run_group(
@@ -295,8 +313,8 @@ def run_group(
         log.error("%s: a block failed; %d of %d positions are done and kept", name, n_committed, work.n_positions)
         raise_failures(outcome.failures, declared.process_name, declared.label)
     if n_committed == work.n_positions:
-        with declared.place.edit(same) as parent:
-            note_end(parent, name, work, f"{len(outcome.workers)} workers, {outcome.n_blocks} blocks")
+        workers = f"{len(outcome.workers)} workers, {outcome.n_blocks} blocks"
+        _finish(declared, work, name, drain, workers=workers, same=same)
     say_failed(name, failed.n_failed if failed is not None else 0, work.n_positions)
     if committer.n_done < remaining.n_positions and drain.signal is None:
         raise LazyprocError(drain.message)

@@ -18,6 +18,7 @@ from lazyproc.drain import Drain, nothing_yet
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.failure import Failure
 from lazyproc.hdf5.failures import positions_to_retry, read_failures
+from lazyproc.hdf5.finish import adopt
 from lazyproc.hdf5.record import ensure_room, note_reopened
 from lazyproc.hdf5.search import Found, Work, remaining_positions
 from lazyproc.perform import locked, probe_function, run_group
@@ -65,6 +66,7 @@ def retry(
     with drain.on_signals(), locked(declared) as fence:
         with drain.interruptible(at_first=True):
             found = _latest(declared, declared.found(work), chosen)
+        adopt(declared.place, found.name)
         again, undone = _positions(declared, work, found.name)
         if not again:
             log.info("%s: no position of %s has failed", declared.process_name, found.name)

@@ -15,6 +15,7 @@ from lazyproc.hdf5.damage import H5_ERRORS, members, reading, walk
 from lazyproc.hdf5.failures import count_failed
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.lock import holder
+from lazyproc.hdf5.rows_file import check_rows
 from lazyproc.hdf5.seal import check_places, check_seal
 from lazyproc.hdf5.search import count_done
 from lazyproc.hdf5.usid import is_main, read_text
@@ -136,6 +137,7 @@ def _examine(name: str, group: h5py.Group | Exception) -> ResultsStatus:
             n_failed = count_failed(group, STATUS_MASK)
             check_seal(group)
             check_places(group)
+            check_rows(group)
     except ResultsError as error:
         problem = str(error).removeprefix(f"{name}: ")
     finished = _text(group, "lazyproc_finished")

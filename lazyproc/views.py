@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block, BlockPlan
-from lazyproc.core.errors import StaleViewError
+from lazyproc.core.errors import ResultsError, StaleViewError
 from lazyproc.core.failed import DONE, FAILED, NOT_DONE, FailedRows
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import POSITION_STATUS, Output, ResolvedOutput
@@ -21,6 +21,7 @@ from lazyproc.engine.kernel import Kernel, failure_of, pack, unpack
 from lazyproc.hdf5.damage import reading
 from lazyproc.hdf5.failures import read_status
 from lazyproc.hdf5.files import Files
+from lazyproc.hdf5.rows_file import check_readable
 from lazyproc.hdf5.search import text_attribute
 from lazyproc.hdf5.source import Source
 from lazyproc.layout import Axis, BlockGrid, block_grid, positions_per_view_block
@@ -71,6 +72,12 @@ class Committed:
         ResultsError
             If they are damaged.
         """
+        try:
+            return self._read(start, stop)
+        except ResultsError:  # they may just have been compressed: then what the group referred to is gone
+            return self._read(start, stop)
+
+    def _read(self, start: int, stop: int) -> tuple[Arrays, NDArray[np.uint8]]:
         with self._opened() as group:
             status = self._status(group, start, stop)
             arrays = tuple(self._rows(group, output, start, stop, status != NOT_DONE) for output in self.outputs)
@@ -120,6 +127,7 @@ class Committed:
         self, group: h5py.Group, output: ResolvedOutput, start: int, stop: int, done: NDArray[np.bool_]
     ) -> NDArray[Any]:
         """Read the rows that are done; the others are the fill value, whatever lies in the file."""
+        check_readable(group[output.name])
         if done.all():
             return np.asarray(group[output.name][start:stop])
         rows = np.empty((stop - start, output.width), output.dtype)

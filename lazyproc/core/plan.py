@@ -44,6 +44,9 @@ class Plan:
         Size of what would be read and of what would be written.
     seconds : float or None
         Estimate for what remains, if the function has been measured.
+    disk_bytes : int
+        Room on the disk that results to be compressed take at most, while they are: rows and compressed form. 0 if
+        none are.
     """
 
     process_name: str
@@ -68,6 +71,7 @@ class Plan:
     source_bytes: int
     result_bytes: int
     seconds: float | None
+    disk_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain values, for JSON."""
@@ -99,6 +103,8 @@ class Plan:
                     f"{format_bytes(self.projected_bytes)} projected, {format_bytes(self.allowed_bytes)} allowed",
                 ),
             ]
+            if self.disk_bytes:
+                rows.append(("disk", f"up to {format_bytes(self.disk_bytes)} until the results are compressed"))
             rows.append(
                 ("time", "not measured yet" if self.seconds is None else f"about {format_seconds(self.seconds)}")
             )

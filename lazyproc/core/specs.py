@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from lazyproc.core.compression import Compression
 from lazyproc.core.errors import DefinitionError
 
 STATUS_MASK = "completed_positions"
@@ -118,11 +119,31 @@ class Output:
         The result of a position has the spectroscopic dimensions of the main dataset (a filter). Excludes `dims`.
     fill_value : scalar, optional
         What views show for positions that are not computed. Default: NaN for floats, 0 for integers, field by field.
+    compression : str or int, optional
+        ``"gzip"``, or its level: the finished dataset is stored compressed, in chunks of up to 1 MiB of whole rows, as
+        h5py's ``create_dataset`` would with the same keyword. Default: contiguous. It is no part of what makes two
+        runs the same: results that are stored otherwise are the same results.
+    compression_opts : int, optional
+        The level of gzip, 0 to 9. Default: 4.
+    shuffle : bool, optional
+        Regroup the bytes of the values before they are compressed, which makes numbers of slowly varying size smaller.
 
     Raises
     ------
     DefinitionError
-        If the parts contradict each other or the type cannot be stored at fixed offsets.
+        If the parts contradict each other, the type cannot be stored at fixed offsets, or the compression is another
+        one.
+
+    Notes
+    -----
+    While positions are computed, the rows of a compressed output lie uncompressed in a file of their own beside the
+    HDF5 file (``.scan.h5.lazyproc-rows-…``), to which its dataset refers as HDF5's external storage, so that any reader
+    sees them. When all are done they are compressed, in one step, and that file is removed. The disk needs room for
+    both for a while.
+
+    References
+    ----------
+    The results follow the Universal Spectroscopy and Imaging Data (USID) model: https://pycroscopy.github.io/USID/
 
     Examples
     --------
@@ -136,6 +157,7 @@ class Output:
     units: str
     shape_from_main: bool
     fill_value: Any = field(repr=False)
+    filters: Compression | None
 
     def __init__(
         self,
@@ -145,6 +167,9 @@ class Output:
         units: str = "a.u.",
         shape_from_main: bool = False,
         fill_value: Any = None,
+        compression: str | int | None = None,
+        compression_opts: int | None = None,
+        shuffle: bool = False,
     ) -> None:
         try:
             resolved = np.dtype(dtype)
@@ -176,6 +201,7 @@ class Output:
         object.__setattr__(self, "units", units)
         object.__setattr__(self, "shape_from_main", shape_from_main)
         object.__setattr__(self, "fill_value", _fill(resolved, fill_value))
+        object.__setattr__(self, "filters", Compression.of(compression, compression_opts, shuffle))
 
     def resolve(self, name: str, n_spectral: int) -> ResolvedOutput:
         """Give the output its name and its shape.
@@ -233,6 +259,11 @@ class ResolvedOutput:
     def fill_value(self) -> Any:
         """The value shown for positions that are not computed, of the output's dtype."""
         return self.spec.fill_value
+
+    @property
+    def filters(self) -> Compression | None:
+        """How it is stored compressed; None if it is not, or there is nothing to compress."""
+        return self.spec.filters if self.row_bytes else None
 
 
 def resolve_outputs(outputs: Mapping[str, Output], n_spectral: int) -> tuple[ResolvedOutput, ...]:

@@ -32,6 +32,7 @@ _SINGLE_VALUE = Dimension("Single_Value", "a.u.", 1)
 _ZEROS = 1024 * 1024
 
 Shape = tuple[int, ...]
+External = tuple[str, int, int]
 
 
 def group_name(h5_main_name: str, process_name: str, existing: Iterable[str]) -> str:
@@ -111,7 +112,15 @@ def create_results_group(
     return group
 
 
-def create_output(group: h5py.Group, h5_main: h5py.Dataset, output: ResolvedOutput, *, same_file: bool) -> h5py.Dataset:
+def create_output(
+    group: h5py.Group,
+    h5_main: h5py.Dataset,
+    output: ResolvedOutput,
+    *,
+    same_file: bool,
+    rows: External | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> h5py.Dataset:
     """Create the dataset of an output, `(n_positions, output.width)`, as a USID Main dataset.
 
     Parameters
@@ -125,6 +134,10 @@ def create_output(group: h5py.Group, h5_main: h5py.Dataset, output: ResolvedOutp
     same_file : bool
         Whether the ancillary datasets of the main dataset can be referred to. If not, they are copied into the group,
         once for all outputs.
+    rows : tuple of (str, int, int), optional
+        The file that has its rows, where they begin in it, and their bytes. Default: they lie in the HDF5 file.
+    attrs : mapping, optional
+        Further attributes.
 
     Returns
     -------
@@ -146,13 +159,13 @@ def create_output(group: h5py.Group, h5_main: h5py.Dataset, output: ResolvedOutp
         spectral = _create_spectroscopic(group, output)
     elif not same_file:
         spectral = _copied_pair(group, spectral, REFERENCES[2:], along=1)
-    attrs: dict[str, Any] = {"quantity": output.quantity, "units": output.units}
+    attrs = {"quantity": output.quantity, "units": output.units, **(attrs or {})}
     attrs.update((name, item.ref) for name, item in zip(REFERENCES, (*positions, *spectral), strict=True))
     if output.shape == ():
         attrs[SCALAR_MARK] = True
     shape = (int(h5_main.shape[0]), output.width)
-    filled = shape[0] * output.row_bytes <= LARGEST_FILLED
-    return create_contiguous(group, output.name, shape, output.dtype, attrs, output.fill_value, filled)
+    filled = rows is None and shape[0] * output.row_bytes <= LARGEST_FILLED
+    return create_contiguous(group, output.name, shape, output.dtype, attrs, output.fill_value, filled, rows)
 
 
 def create_status_mask(group: h5py.Group, n_positions: int, name: str) -> h5py.Dataset:
@@ -189,6 +202,7 @@ def create_contiguous(
     attrs: Mapping[str, Any],
     fill_value: Any = None,
     filled: bool = False,
+    external: External | None = None,
 ) -> h5py.Dataset:
     """Create a dataset whose bytes have their place at once; it gets its name last, when it is complete.
 
@@ -206,6 +220,8 @@ def create_contiguous(
         What HDF5 tells as its fill value.
     filled : bool
         Write that value; else the dataset shows whatever the file holds there.
+    external : tuple of (str, int, int), optional
+        A file that has its bytes, where they begin in it, and how many.
 
     Raises
     ------
@@ -220,6 +236,8 @@ def create_contiguous(
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    if external is not None:
+        creation.set_external(os.fsencode(external[0]), *external[1:])
     creation.set_fill_time(h5py.h5d.FILL_TIME_ALLOC if filled else h5py.h5d.FILL_TIME_NEVER)
     if fill_value is not None:
         creation.set_fill_value(np.asarray(fill_value, dtype))

@@ -11,7 +11,7 @@ class JournalError(LazyprocError, RuntimeError):
     """A journal does not belong to the file as it is now, or stands in the way until the file is recovered."""
 
 
-def write_all(descriptor: int, data: bytes, offset: int) -> None:
+def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of the bytes at a place, in as many calls as it takes."""
     done = 0
     while done < len(data):

@@ -13,7 +13,18 @@ from lazyproc.hdf5.damage import H5_ERRORS, walk
 
 _PLACES = {0: 40, 1: 44}
 """Where the superblock has it, by its version; later versions have a checksum."""
+_BASE_AND_END = {0: (24, 40), 1: (28, 44), 2: (12, 28), 3: (12, 28)}
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 SUPERBLOCK_BYTES = 64
+
+
+def end_of(superblock: bytes) -> int | None:
+    """Return where HDF5 believes a file to end; None if its first bytes are of a kind that is not known here."""
+    version = superblock[8] if superblock[:8] == _SIGNATURE else -1
+    if version not in _BASE_AND_END or superblock[13 if version < 2 else 9] != 8:
+        return None
+    base, end = (int.from_bytes(superblock[place : place + 8], "little") for place in _BASE_AND_END[version])
+    return end if base == 0 else None
 
 
 def check_end(file: h5py.File, superblock: bytes, size: int, path: str) -> None:

@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.runs import Runs
+from lazyproc.hdf5.durable import sync_file
 from lazyproc.hdf5.extents import real_path, using
 from lazyproc.hdf5.failures import DatasetRows, Rows
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.guard import guarded
 from lazyproc.hdf5.room import changing
+from lazyproc.hdf5.rows_file import is_outside, recorded_path
 from lazyproc.hdf5.settled import is_settled
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.transaction import share_lock, transaction
@@ -90,6 +92,7 @@ class HandleTarget:
         self._outputs = tuple(outputs)
         self._status_name = status_name
         self._waiting = _Waiting()
+        self._rows_files = [recorded_path(group[name]) for name in outputs if is_outside(group[name])]
         on_disk = real_path(group.file) is not None
         self._guards = on_disk and not all(is_settled(group[name]) for name in (*outputs, status_name))
 
@@ -136,6 +139,8 @@ class HandleTarget:
     def _flush(self) -> None:
         file = self._group.file
         file.flush()
+        for path in self._rows_files:
+            sync_file(path)
         if real_path(file) is not None:
             os.fdatasync(file.id.get_vfd_handle())
 

@@ -99,8 +99,12 @@ class PathPlace:
             If it cannot be changed: see `changing`.
         """
         with changing(self.path, self.name):
-            if self.may_make and same is None and not os.path.exists(self.path):
-                _make_file(self.path)
+            if self.may_make and same is None:
+                if not os.path.exists(self.path):
+                    _make_file(self.path)
+                elif os.path.exists(temporary := sidecar(self.path, "new")):  # a death has left it after the link
+                    os.unlink(temporary)
+                    sync_folder(self.path)
             with transaction(self.path, same) as file:
                 yield file.require_group(self.name)
 

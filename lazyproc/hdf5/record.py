@@ -17,7 +17,7 @@ import numpy as np
 from lazyproc.core.specs import FAILED_POSITIONS, POSITION_STATUS, ResolvedOutput
 from lazyproc.hdf5.apart import check_apart
 from lazyproc.hdf5.attributes import write_parameters
-from lazyproc.hdf5.create import create_output, create_results_group, create_status_mask
+from lazyproc.hdf5.create import External, create_output, create_results_group, create_status_mask
 from lazyproc.hdf5.extents import Extent, find_extent
 from lazyproc.hdf5.failure_log import ExtentRows, FailureLog
 from lazyproc.hdf5.failures import EMPTY_ROW, Rows, capacity_of, create_failures, has_failures
@@ -25,6 +25,7 @@ from lazyproc.hdf5.handle_target import HandleTarget, TransactionTarget
 from lazyproc.hdf5.lock import Fence
 from lazyproc.hdf5.place import HandlePlace, Place
 from lazyproc.hdf5.reserve import reserved
+from lazyproc.hdf5.rows_file import MARK, RowsFiles, is_outside, rows_beside, rows_extent
 from lazyproc.hdf5.seal import PLACES, write_places, write_seal
 from lazyproc.hdf5.search import Work, remaining_positions
 from lazyproc.hdf5.sink import Sink
@@ -86,7 +87,12 @@ class Provenance:
 
 
 def create_group(
-    parent: h5py.Group, main: h5py.Dataset, work: Work, provenance: Provenance, max_failures: int | None
+    parent: h5py.Group,
+    main: h5py.Dataset,
+    work: Work,
+    provenance: Provenance,
+    max_failures: int | None,
+    rows: RowsFiles | None = None,
 ) -> str:
     """Create the results group with all its datasets below `parent` and return its name.
 
@@ -102,6 +108,8 @@ def create_group(
         What is recorded beside.
     max_failures : int or None
         Make room for so many failed positions; None if failures are not recorded.
+    rows : RowsFiles, optional
+        Makes files for the rows of outputs that are to be compressed. Default: they lie in the HDF5 file until then.
     """
     same_file = main.file == parent.file
     stamp = provenance.stamp
@@ -127,11 +135,16 @@ def create_group(
     if not same_file:
         attrs["source_file_path"] = work.main_file
     n_failures = None if max_failures is None else min(max_failures, work.n_positions)
-    with reserved(parent.file, _results_bytes(main, work, n_failures, same_file=same_file), "the results"):
+    outside: dict[str, External] = {}
+    if rows is not None:
+        wanted = [output for output in work.outputs if output.filters is not None]
+        outside = {output.name: rows.make(stamp.run_id, output, work.n_positions) for output in wanted}
+    inside = [output for output in work.outputs if output.name not in outside]
+    with reserved(parent.file, _results_bytes(main, work, inside, n_failures, same_file=same_file), "the results"):
         group = create_results_group(parent, main, work.process_name, attrs)
         write_parameters(group, work.parameters)
         for output in work.outputs:
-            create_output(group, main, output, same_file=same_file)
+            _create(group, main, output, outside.get(output.name), same_file=same_file)
         create_status_mask(group, work.n_positions, work.status_name)
         if n_failures is not None:
             create_failures(group, work.status_name, n_failures)
@@ -140,9 +153,20 @@ def create_group(
         return str(group.name)
 
 
-def _results_bytes(main: h5py.Dataset, work: Work, n_failures: int | None, *, same_file: bool) -> int:
+def _create(
+    group: h5py.Group, main: h5py.Dataset, output: ResolvedOutput, rows: External | None, *, same_file: bool
+) -> None:
+    """Create an output; one that is to be compressed says how."""
+    attrs = {} if output.filters is None else {MARK: output.filters.text()}
+    create_output(group, main, output, same_file=same_file, rows=rows, attrs=attrs)
+
+
+def _results_bytes(
+    main: h5py.Dataset, work: Work, inside: Sequence[ResolvedOutput], n_failures: int | None, *, same_file: bool
+) -> int:
     """Return how much room a results group takes in its file, generously."""
-    results = sum(work.n_positions * output.row_bytes + 32 * output.width for output in work.outputs)
+    results = sum(work.n_positions * output.row_bytes for output in inside)
+    results += sum(32 * output.width for output in work.outputs)
     failures = 0 if n_failures is None else n_failures * EMPTY_ROW.itemsize + work.n_positions
     copied = 0 if same_file else sum(int(dataset.nbytes) for dataset in ancillary_handles(main))
     return results + work.n_positions + failures + copied + _METADATA_BYTES
@@ -171,6 +195,11 @@ def ensure_room(parent: h5py.Group, name: str, work: Work, max_failures: int) ->
     """Make room for failed positions in a results group, whatever it was begun with."""
     group = parent.file[name]
     create_failures(group, work.status_name, min(max_failures, work.n_positions))
+    rewrite_places(group, work)
+
+
+def rewrite_places(group: h5py.Group, work: Work) -> None:
+    """Note anew where the datasets of a results group lie, if that was noted before."""
     if PLACES in group.attrs:
         write_places(group, _written(work))
 
@@ -238,13 +267,16 @@ def open_target(
     limit = capacity if max_failures is None else max_failures
     if fence is not None and not (isinstance(place, HandlePlace) and _has_open_datasets(group)):
         names = [*(output.name for output in outputs), *logged]
-        extents = {one: find_extent(group[one], place.disk_path) for one in names}
+        extents = {one: rows_extent(group[one]) or find_extent(group[one], place.disk_path) for one in names}
         found: dict[str, Extent] = {one: extent for one, extent in extents.items() if extent is not None}
         if len(found) == len(names):
-            sink = Sink(tuple(found[output.name] for output in outputs), fence, shares_lock=not place.by_handle)
-            target = InPlaceTarget(sink, found[status_name])
+            mask, rows = found[status_name], tuple(found[output.name] for output in outputs)
+            target = InPlaceTarget(Sink(rows, fence, not place.by_handle, mask), mask)
             return target, _failure_log([ExtentRows(found[one]) for one in logged], capacity, limit)
     wanted = [output.name for output in outputs]
+    for one in wanted:
+        if is_outside(group[one]):
+            rows_beside(group[one])  # HDF5 would make a new file where it is missing
     through: HandleTarget | TransactionTarget
     if isinstance(place, HandlePlace):
         through = HandleTarget(group, wanted, status_name)

@@ -98,8 +98,10 @@ def check_places(group: h5py.Group) -> None:
                     f"{group.name}/{name}: has the shape and type {now[name][1:3]}, but was created with {form[:2]}: "
                     f"another program has changed it, or the file is damaged. {_ADVICE}"
                 )
-        moved = [name for name, (offset, *_) in recorded.items() if now[name][0] != offset]
-        if moved and len(moved) < len(recorded):
+        # What is compressed, or will be, has no place of its own in the file.
+        placed = [name for name, (offset, *_) in recorded.items() if offset is not None]
+        moved = [name for name in placed if now[name][0] != recorded[name][0]]
+        if moved and len(moved) < len(placed):
             raise ResultsError(
                 f"{group.name}/{moved[0]}: its values lie at byte {now[moved[0]][0]} of the file, but were put at byte "
                 f"{recorded[moved[0]][0]}, while others of the group have not moved: another program has replaced it, "

@@ -1,7 +1,7 @@
 """Find results groups of the same work, finished or partial; a search never writes.
 
 The same work means: the same process name, exactly the same parameters and arguments, the same main dataset with the
-same values, and results of the declared form. What differs is told in words.
+same values, and results of the declared form, compressed or not. What differs is told in words.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lazyproc.hdf5.attributes import has_manifest, read_parameters
 from lazyproc.hdf5.damage import H5_ERRORS, reading
 from lazyproc.hdf5.failures import count_failed
 from lazyproc.hdf5.files import check_heaps
+from lazyproc.hdf5.rows_file import check_rows
 from lazyproc.hdf5.seal import check_places, check_seal
 from lazyproc.hdf5.target import read_mask_pieces
 from lazyproc.hdf5.usid import read_text
@@ -177,6 +178,7 @@ def examine(group: h5py.Group, work: Work, *, thorough: bool = True) -> Found:
                 n_failed = count_failed(group, work.status_name)
                 check_seal(group)
                 check_places(group)
+                check_rows(group)
     except FileChangedError:  # of the source
         raise
     except ResultsError as error:  # one damaged group must not stand in the way of all others
@@ -245,6 +247,7 @@ def _argument_differences(group: h5py.Group, work: Work) -> Iterable[str]:
 
 
 def _output_differences(group: h5py.Group, work: Work) -> Iterable[str]:
+    """Compare shape and dtype; how the values are stored, compressed or not, is no difference."""
     for output in work.outputs:
         dataset = group.get(output.name)
         wanted = (work.n_positions, output.width)

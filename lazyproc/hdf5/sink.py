@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +34,20 @@ class Sink:
     shares_lock : bool
         The HDF5 file is closed during the loop, so a worker holds its lock shared and foreign writers stay away.
         False where the caller has the file open for writing, and so holds that lock itself.
+    mask : Extent or None
+        The status mask, which lies in the HDF5 file itself, as results that will be compressed do not. None: the first
+        of the results lies there, too.
     """
 
     extents: tuple[Extent, ...]
     fence: Fence
     shares_lock: bool
+    mask: Extent | None = None
+
+    @property
+    def home(self) -> Extent:
+        """One that lies in the HDF5 file, to which locks and sidecar files belong."""
+        return self.mask or self.extents[0]
 
     def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> tuple[int, int]:
         """Write the rows of a block.
@@ -62,28 +72,26 @@ class Sink:
             If the file was replaced or truncated.
         """
         written = 0
-        descriptor = self.extents[0].open(os.O_RDWR)
-        try:
+        with opened((self.home, *self.extents)) as descriptors:
             # The file's lock first: once the driver is known to live, which holds it too, no other program can come in.
             if self.shares_lock:
-                _share(descriptor, self.extents[0].path, self.fence.locking)
+                _share(descriptors[self.home.path], self.home.path, self.fence.locking)
             with self.fence.passed():
                 for extent, rows in zip(self.extents, arrays, strict=True):
                     for start, stop, place in block.offsets():
-                        written += extent.write(descriptor, start, rows[place : place + stop - start])
-                if not self.extents[0].inode.is_local:
-                    os.fdatasync(descriptor)  # the driver can only sync what is on its own machine
-        finally:
-            os.close(descriptor)
+                        written += extent.write(descriptors[extent.path], start, rows[place : place + stop - start])
+                if not self.home.inode.is_local:
+                    for path in {extent.path for extent in self.extents}:
+                        os.fdatasync(descriptors[path])  # the driver can only sync what is on its own machine
         return written, _checksum(rows[:1].tobytes()[:_CHECKED_BYTES] for rows in arrays)
 
     def trial(self) -> Trial:
         """Return what shows whether workers on other machines may write here."""
-        return Trial.of(self.extents[0].path, self.extents[0].inode, self.fence)
+        return Trial.of(self.home.path, self.home.inode, self.fence)
 
     def claims(self) -> Claims:
         """Return this sink for workers of which two may have the same block."""
-        return Claims(self, self.fence, sidecar(self.extents[0].path, "claims"))
+        return Claims(self, self.fence, sidecar(self.home.path, "claims"))
 
     def checksum(self, block: Block) -> int:
         """Read back what `write` returned the checksum of: shows that a worker's bytes are seen here."""
@@ -93,6 +101,20 @@ class Sink:
     def read(self, block: Block) -> tuple[NDArray[Any], ...]:
         """Read the rows of a block, one array an output."""
         return tuple(extent.read(block.runs()) for extent in self.extents)
+
+
+@contextmanager
+def opened(extents: Iterable[Extent]) -> Iterator[dict[str, int]]:
+    """Open the files of extents for writing, each once, and give their descriptors by their paths; raises as `open`."""
+    descriptors: dict[str, int] = {}
+    try:
+        for extent in extents:
+            if extent.path not in descriptors:
+                descriptors[extent.path] = extent.open(os.O_RDWR)
+        yield descriptors
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
 
 
 def _checksum(parts: Any) -> int:

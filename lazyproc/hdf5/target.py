@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import h5py
@@ -20,7 +21,7 @@ from lazyproc.core.errors import ResultsError
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.extents import Extent, using
 from lazyproc.hdf5.room import reserve, writing
-from lazyproc.hdf5.sink import Sink
+from lazyproc.hdf5.sink import Sink, opened
 from lazyproc.hdf5.transaction import share_lock
 
 _PIECE = 2**24
@@ -74,15 +75,15 @@ class InPlaceTarget:
         self.sink: Sink | None = sink
         self._sink = sink
         self._mask = mask
-        self._descriptor = mask.open(os.O_RDWR)
-        try:
+        with ExitStack() as stack:
+            self._descriptors = stack.enter_context(opened((mask, *sink.extents)))
+            self._descriptor = self._descriptors[mask.path]
             if sink.shares_lock:
                 share_lock(self._descriptor, mask.path)
             for extent in (*sink.extents, mask):  # a copy of partial results may have holes
-                reserve(self._descriptor, extent.offset, extent.stop - extent.offset, mask.path, extent.name)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
+                size = extent.stop - extent.offset
+                reserve(self._descriptors[extent.path], extent.offset, size, extent.path, extent.name)
+            self._files = stack.pop_all()
 
     def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> None:
         """Write the rows of a block from the driver. A kill in between leaves them unmarked, so they do not count."""
@@ -93,8 +94,9 @@ class InPlaceTarget:
         if not done:
             return
         for extent in self._sink.extents:
-            extent.check(self._descriptor)  # rows that were cut off again must not be marked
-        self._sync()
+            extent.check(self._descriptors[extent.path])  # rows that were cut off again must not be marked
+        for path in {extent.path for extent in self._sink.extents} | {self._mask.path}:  # failures lie beside the mask
+            self._sync(path)
         self._mark(done, 1)
 
     def unmark(self, positions: Runs) -> None:
@@ -107,15 +109,15 @@ class InPlaceTarget:
         for start, stop in positions:
             for piece in range(start, stop, _PIECE):
                 self._mask.write(self._descriptor, piece, values[: min(_PIECE, stop - piece)])
-        self._sync()
+        self._sync(self._mask.path)
 
-    def _sync(self) -> None:
-        with using(self._mask.path, self._mask.name), writing(self._mask.path, "the results"):
-            os.fdatasync(self._descriptor)
+    def _sync(self, path: str) -> None:
+        with using(path, self._mask.name), writing(path, "the results"):
+            os.fdatasync(self._descriptors[path])
 
     def close(self) -> None:
-        """Close the file; the lock on it goes with that."""
-        os.close(self._descriptor)
+        """Close the files; the lock on the HDF5 file goes with that."""
+        self._files.close()
 
 
 def read_mask_pieces(mask: h5py.Dataset, n_positions: int, name: str) -> Any:

@@ -4,7 +4,8 @@ Plain HDF5 writes a group in several steps, and a kill between two of them can m
 HDF5 writes into an `Overlay`, a Python file object that keeps what is written in memory and reads through to the file.
 Then::
 
-    1  bytes beyond the old end of the file are written and synced      nothing in the file points to them yet
+    1  bytes beyond the old end of the file are written and synced      nothing in the file points to them yet; if they
+                                                                        are many, they are written as they come
     2  the changes inside the old file go into a journal beside it      with what stood there before, and a checksum
     3  they are applied and synced, the journal is removed
 
@@ -27,7 +28,7 @@ import h5py
 
 from lazyproc.core.errors import FileBusyError, ReadOnlyFileError
 from lazyproc.hdf5.durable import JournalError, sync_folder, write_all
-from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end
+from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end, end_of
 from lazyproc.hdf5.extents import check_same_file
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.journal_file import read_journal_file, understood
@@ -36,6 +37,9 @@ from lazyproc.hdf5.locking import lock_hdf5, locking
 from lazyproc.hdf5.overlay import Overlay, Patch
 from lazyproc.hdf5.room import reserve, writing
 from lazyproc.hdf5.undo import read_undo, roll_back
+
+_LARGEST_REST = 2**20
+"""Bytes beyond the end of the HDF5 file that are let be."""
 
 
 @contextmanager
@@ -67,18 +71,36 @@ def transaction(path: str, same: FileId | None = None) -> Iterator[h5py.File]:
 
     Notes
     -----
-    Large datasets must be allocated without being filled: what is written lives in memory until the end.
+    What is written inside the old file lives in memory until the end; of what is added no more than a few MiB.
     The caller must hold the run's lock, so that no two transactions meet.
     """
     recover(path)
     with _held(path) as descriptor:
         if same is not None:
             check_same_file(descriptor, path, same, "the results")
-        overlay = Overlay(descriptor, path)
-        with h5py.File(overlay, "r+") as file:
-            check_end(file, os.pread(descriptor, SUPERBLOCK_BYTES, 0), overlay.old_size, path)
-            yield file
+        _cut_off_rest(descriptor, path)
+        overlay = Overlay(descriptor, path, spills=True)
+        try:
+            with h5py.File(overlay, "r+") as file:
+                check_end(file, os.pread(descriptor, SUPERBLOCK_BYTES, 0), overlay.old_size, path)
+                yield file
+        except BaseException as error:
+            if overlay.has_spilled:
+                os.ftruncate(descriptor, overlay.old_size)
+            if overlay.failure is not None:
+                raise overlay.failure from error
+            raise
         _apply(path, descriptor, overlay)
+
+
+def _cut_off_rest(descriptor: int, path: str) -> None:
+    """Cut off what a transaction has left beyond the end that died: else the next one would have to journal it all."""
+    superblock, size = os.pread(descriptor, SUPERBLOCK_BYTES, 0), os.fstat(descriptor).st_size
+    end = end_of(superblock)
+    if end is not None and size - end > _LARGEST_REST:
+        with h5py.File(Overlay(descriptor, path), "r") as file:
+            check_end(file, superblock, size, path)
+        os.ftruncate(descriptor, end)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.target import InPlaceTarget
 
 from .check import BEGUN, COMMITTED, note_line, recover_file
-from .layouts import Layout
+from .layouts import Layout, set_sizes
 from .processes import PAUSE
 
 
@@ -41,6 +41,7 @@ def _listener(event: Event, each_block_is_committed: bool) -> None:
 
 def compute(layout: Layout, folder: str, interval: float) -> None:
     """Run the layout's process: find, create or resume, compute, commit; recover first what the caller has open."""
+    set_sizes(layout)
     note("begin")
     note_line(BEGUN)
     if layout.needs_recover:

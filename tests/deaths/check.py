@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lazyproc import cli
 from lazyproc.status import file_status
 
-from .layouts import MASK, N_POSITIONS, Layout, expected
+from .layouts import MASK, N_POSITIONS, Layout, expected, set_sizes
 from .processes import CALLS
 from .snapshots import Snapshot, differences, seen_by_lazyproc, snapshot, steady
 
@@ -99,6 +99,7 @@ class Checker:
         if looked:
             with contextlib.suppress(Exception):
                 marked = self.marked()
+        set_sizes(self.layout)
         with _collect(findings, "resuming"), self.layout.process(self.folder) as process:
             process._progress = lambda event: None
             process.compute()

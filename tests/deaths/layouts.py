@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
+from lazyproc.core import compression
+from lazyproc.hdf5 import overlay
 
 from .processes import PROCESSES
 
@@ -77,6 +79,8 @@ class Layout:
     unsafe: frozenset[str] = frozenset()
     may_leave_groups: bool = False
     used_before: bool = False
+    most_kept: int | None = None
+    """Bytes beyond the old end of the file that a transaction keeps in memory (`overlay.MOST_KEPT`)."""
 
     def scan(self, folder: str | Path) -> Path:
         """Return the file with the main dataset."""
@@ -147,6 +151,13 @@ def _change_and_take_back(file: h5py.File) -> None:
     note("ready")
 
 
+def set_sizes(layout: Layout) -> None:
+    """Make what is large in earnest small enough for the layout."""
+    compression.CHUNK_BYTES = 200
+    if layout.most_kept is not None:
+        overlay.MOST_KEPT = layout.most_kept
+
+
 def siblings(n_siblings: int) -> Iterator[tuple[str, NDArray[np.int64], dict[str, Any]]]:
     """Tell what lies beside: names, values and storage."""
     ways: list[dict[str, Any]] = [{}, {"chunks": (7, 5)}, {"chunks": (10, 10), "compression": "gzip"}]
@@ -197,7 +208,7 @@ def expected(layout: Layout) -> dict[str, NDArray[Any]]:
     """Return what an undisturbed run gives for each output, `(n_positions, width)`."""
     data = raw_data()
     means = np.array([[row.mean()] for row in data])
-    if layout.kind in ("declared", "recording"):
+    if layout.kind in ("declared", "recording", "compressed"):
         found = {"Mean": means, "Scaled": np.array([2.0 * row for row in data]).astype("f4")}
         if layout.kind == "recording":
             bad = np.arange(N_POSITIONS) % 9 == 4
@@ -224,6 +235,17 @@ LAYOUTS = [
     Layout("path, source by handle, existing file", target="existing", source_handle=True),
     Layout("path, resuming chunked results", begun={"chunks": (5, 1), "compression": "gzip"}),
     Layout("path, bad positions recorded", kind="recording"),
+    Layout("path, compressed results", kind="compressed"),
+    Layout("path, compressed results, written as they come", kind="compressed", most_kept=0),
+    Layout("path, compressed results, new file", kind="compressed", target="new"),
+    Layout("handle, compressed results", kind="compressed", source_handle=True),
+    Layout(
+        "handle, compressed results, existing file",
+        kind="compressed",
+        target="existing",
+        source_handle=True,
+        target_handle=True,
+    ),
     Layout("path, contiguous, two workers", cores=2),
     Layout("handle, resuming chunked results", source_handle=True, begun={"chunks": (5, 1), "compression": "gzip"}),
     Layout("handle, contiguous, 0 siblings", n_siblings=0, source_handle=True),

@@ -55,6 +55,16 @@ class Recording(Measured):
         return Measured._map_function(row, gain)
 
 
+class Compressed(Measured):
+    """The same, to be compressed; in several storage chunks, as `actions` sees to."""
+
+    process_name = "Compressed"
+    outputs = {
+        "Mean": lazyproc.Output("f8", compression="gzip"),
+        "Scaled": lazyproc.Output("f4", shape_from_main=True, compression="gzip", shuffle=True),
+    }
+
+
 def _noted_mean(row: NDArray[Any], *args: Any, **kwargs: Any) -> float:
     note_call(row)
     return float(row.mean())
@@ -92,6 +102,7 @@ class HooksZipped(HooksPlain):
 PROCESSES: dict[str, Callable[..., Any] | Any] = {
     "declared": Measured,
     "recording": Recording,
+    "compressed": Compressed,
     "hooks": HooksPlain,
     "hooks, chunked": HooksChunked,
     "hooks, gzip": HooksZipped,

@@ -36,6 +36,15 @@ class Twice(lazyproc.Process):
         return 2.0 * spectrum, np.mean(spectrum, dtype=float)
 
 
+class Zipped(Twice):
+    """The same, compressed."""
+
+    outputs = {
+        "Double": lazyproc.Output("f8", shape_from_main=True, units="V", compression="gzip"),
+        "Mean": lazyproc.Output("f8", units="V", compression="gzip", shuffle=True),
+    }
+
+
 class OldTwice(lazyproc.Process):
     """The same by the hooks of the old contract."""
 
@@ -89,17 +98,21 @@ def make_scan(path: str, **storage: Any) -> None:
 
 @contextmanager
 def opened(path: str, by: str, **options: Any) -> Iterator[lazyproc.Process]:
-    """Open a process by "path", by "handle", by "hooks", with results "elsewhere", or a "narrow" one by its path."""
+    """Open a process by "path", by "handle", by "hooks", with results "elsewhere", or a "narrow" one by its path.
+
+    "zipped" and "zipped handle" have compressed results.
+    """
     options = {"cores": 1, "checkpoint_interval": 0.0, **options}
     if by == "elsewhere":
         options["h5_target_group"] = f"{path}.out.h5::/results"
-    if by in ("path", "elsewhere", "narrow"):
-        with (Narrow if by == "narrow" else Twice)(f"{path}::{MAIN}", **options) as process:
+    kind = Zipped if "zipped" in by else Narrow if by == "narrow" else OldTwice if by == "hooks" else Twice
+    if by in ("path", "elsewhere", "narrow", "zipped"):
+        with kind(f"{path}::{MAIN}", **options) as process:
             yield process
         return
     # After an error it stays open: on a full disk HDF5 cannot close it, and may crash when it tries.
     file = h5py.File(path, "r+")
-    with (OldTwice if by == "hooks" else Twice)(file[MAIN], **options) as process:
+    with kind(file[MAIN], **options) as process:
         yield process
     file.close()
 

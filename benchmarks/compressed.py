@@ -1,0 +1,150 @@
+"""Compressed results against h5py's own writer with the same filters.
+
+    python benchmarks/compressed.py                       128 MiB of results, three runs each, after one not counted
+    python benchmarks/compressed.py --mebibytes 1024
+
+Both do the same: read blocks of the source, double their values, store them compressed in the same chunks, synced. h5py
+is a plain loop in one process, ``results[a:b] = 2 * source[a:b]``, whose blocks are multiples of the storage chunks.
+lazyproc is `compute()` as it is, with everything on, on two cores. Each run is a fresh process and a fresh copy of the
+source, in turn (h5py, lazyproc, h5py, lazyproc …); the clock starts after the imports. "plain" is lazyproc without
+compression; "cpu" are the processor's seconds, which depend less on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+MAIN = "/Measurement_000/Channel_000/Raw_Data"
+N_SPECTRAL = 256
+FILTERS: dict[str, dict[str, Any]] = {
+    "gzip 1, shuffle": {"compression": "gzip", "compression_opts": 1, "shuffle": True},
+    "gzip 4, shuffle": {"compression": "gzip", "compression_opts": 4, "shuffle": True},
+    "gzip 4": {"compression": "gzip", "compression_opts": 4},
+    "gzip 9, shuffle": {"compression": "gzip", "compression_opts": 9, "shuffle": True},
+}
+
+
+def make_source(path: str, mebibytes: int) -> None:
+    """Write a main dataset of noisy oscillations, float32."""
+    import h5py
+    import numpy as np
+
+    n_positions = mebibytes * 2**20 // (4 * N_SPECTRAL)
+    chance = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        group = file.create_group(MAIN.rpartition("/")[0])
+        main = group.create_dataset("Raw_Data", (n_positions, N_SPECTRAL), "f4")
+        phase = np.linspace(0, 20, N_SPECTRAL)
+        for start in range(0, n_positions, 4096):
+            shape = (min(4096, n_positions - start), N_SPECTRAL)
+            main[start : start + shape[0]] = np.sin(phase) * chance.uniform(1, 2, (shape[0], 1)) + (
+                1e-3 * chance.standard_normal(shape)
+            )
+        main.attrs["quantity"], main.attrs["units"] = "Counts", "1"
+        for kind, label, shape in (("Position", "X", (n_positions, 1)), ("Spectroscopic", "T", (1, N_SPECTRAL))):
+            for what in ("Indices", "Values"):
+                values = np.arange(max(shape)).reshape(shape)
+                dataset = group.create_dataset(f"{kind}_{what}", data=values, dtype="u4" if what == "Indices" else "f4")
+                dataset.attrs["labels"], dataset.attrs["units"] = np.array([label], "S8"), np.array(["1"], "S8")
+                main.attrs[f"{kind}_{what}"] = dataset.ref
+
+
+def cpu_seconds() -> float:
+    """Return the seconds that this process and its children have kept processors busy."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(one.ru_utime + one.ru_stime for one in map(resource.getrusage, kinds))
+
+
+def twice(block: Any) -> Any:
+    """Return the block doubled."""
+    return 2 * block
+
+
+def with_lazyproc(path: str, filters: dict[str, Any]) -> dict[str, float]:
+    """Compute once, and tell the seconds and what the results take in the file."""
+    import lazyproc
+    import lazyproc.perform  # imported at the first run else
+
+    outputs = {"Twice": lazyproc.Output("f4", shape_from_main=True, **filters)}
+    cls = type("Double", (lazyproc.Process,), {"outputs": outputs, "_block_function": staticmethod(twice)})
+    begin, used = time.perf_counter(), cpu_seconds()
+    with cls(f"{path}::{MAIN}", cores=2) as process:
+        group = process.compute()
+        seconds, cpu = time.perf_counter() - begin, cpu_seconds() - used
+        return {"seconds": seconds, "cpu": cpu, "stored": int(group["Twice"].id.get_storage_size())}
+
+
+def with_h5py(path: str, filters: dict[str, Any]) -> dict[str, float]:
+    """Do the same with a plain loop."""
+    import h5py
+
+    from lazyproc.core.compression import chunk_shape
+
+    begin, used = time.perf_counter(), cpu_seconds()
+    with h5py.File(path, "r+") as file:
+        source = file[MAIN]
+        chunks = chunk_shape(*source.shape, 4)
+        made = file.create_dataset("Twice", source.shape, "f4", chunks=chunks, **filters)
+        rows = 8 * chunks[0]
+        for start in range(0, source.shape[0], rows):
+            made[start : start + rows] = 2 * source[start : start + rows]
+        file.flush()
+        os.fsync(file.id.get_vfd_handle())
+        seconds, cpu = time.perf_counter() - begin, cpu_seconds() - used
+        return {"seconds": seconds, "cpu": cpu, "stored": int(made.id.get_storage_size())}
+
+
+CONTENDERS = {"h5py": with_h5py, "lazyproc": with_lazyproc, "plain": lambda path, filters: with_lazyproc(path, {})}
+
+
+def main() -> None:
+    """Run and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mebibytes", type=int, default=128, help="of results, and of source")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--folder", default=tempfile.gettempdir())
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        contender, path, filters = options.one
+        print(json.dumps(CONTENDERS[contender](path, json.loads(filters))))
+        return
+    n_bytes = options.mebibytes * 2**20
+    heads = ["h5py s", "lazyproc s", "ratio", "plain s", "h5py cpu", "lazyproc cpu", "h5py size", "lazyproc size"]
+    print(f"{f'results of {options.mebibytes} MiB':21}", *heads, sep="  ")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        source = os.path.join(folder, "source.h5")
+        make_source(source, options.mebibytes)
+        for name, filters in FILTERS.items():
+            found: dict[str, list[dict[str, float]]] = {contender: [] for contender in CONTENDERS}
+            for _ in range(options.runs + 1):
+                for contender, results in found.items():
+                    path = shutil.copy(source, os.path.join(folder, "scan.h5"))
+                    os.sync()
+                    command = [sys.executable, os.path.abspath(__file__), "--one", contender, path, json.dumps(filters)]
+                    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                    results.append(json.loads(done.stdout))
+                    os.unlink(path)
+            seconds = {who: statistics.median(one["seconds"] for one in runs[1:]) for who, runs in found.items()}
+            cpu = {who: statistics.median(one["cpu"] for one in runs[1:]) for who, runs in found.items()}
+            sizes = {who: runs[0]["stored"] / n_bytes for who, runs in found.items()}
+            print(
+                f"{name:21}  {seconds['h5py']:6.2f}  {seconds['lazyproc']:10.2f}  "
+                f"{seconds['h5py'] / seconds['lazyproc']:5.1f}  {seconds['plain']:7.2f}  {cpu['h5py']:8.2f}  "
+                f"{cpu['lazyproc']:12.2f}  {sizes['h5py']:9.3f}  {sizes['lazyproc']:13.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Compress finished rows: threads read and encode storage chunks, one writes them in their order.
+
+zlib, ISA-L and NumPy let other Python threads run meanwhile, so all cores are used without sending rows to other
+processes. ISA-L makes streams that any zlib reads: at the levels 1 to 4 several times as fast as zlib, and within a
+few percent as small. For the higher levels, which are chosen to get small files, zlib itself is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import h5py
+import numpy as np
+
+from lazyproc.core.compression import Compression, chunk_shape
+from lazyproc.core.errors import LazyprocError
+from lazyproc.core.memory import DRIVER_BYTES
+from lazyproc.core.specs import ResolvedOutput
+from lazyproc.hdf5.extents import real_path, using
+from lazyproc.hdf5.overlay import MOST_KEPT
+from lazyproc.hdf5.replace import compressed_layout, replaced
+from lazyproc.hdf5.room import give_back, reserve
+from lazyproc.hdf5.rows_file import is_outside, rows_extent, waiting, wanted_compression
+
+CHUNKS_HELD = 5
+"""Chunks in memory a thread: two as they are, two encoded, and what encoding takes."""
+_ISAL_LEVELS = {1: 2, 2: 2, 3: 3, 4: 3}
+_WINDOW = 2
+_ROOM = 2**18
+"""Bytes that are set aside beside each chunk, in a file that HDF5 writes itself, for what it notes of the chunks."""
+
+log = logging.getLogger("lazyproc")
+
+Span = tuple[int, int, int, int]
+"""First and last row, first and last column of a chunk; the last ones are not in it."""
+
+
+class StoppedError(LazyprocError):
+    """The run is asked to stop; the results stay as they are, complete, and are compressed by the next call."""
+
+
+def n_threads(outputs: Iterable[ResolvedOutput], n_positions: int, cores: int, limit_bytes: int) -> int:
+    """Return how many threads may encode chunks of any of the outputs at the same time, by the memory."""
+    sizes = [
+        math.prod(chunk_shape(n_positions, output.width, output.dtype.itemsize)) * output.dtype.itemsize
+        for output in outputs  # also those that are not declared so: the file says what is compressed
+        if output.row_bytes
+    ]
+    room = (limit_bytes - DRIVER_BYTES - MOST_KEPT) // (CHUNKS_HELD * max(sizes, default=1))
+    return max(1, min(cores, room))
+
+
+def compress_results(group: h5py.Group, n_threads: int, stop: Callable[[], bool]) -> list[str]:
+    """Compress all datasets of a complete results group that wait for it.
+
+    Parameters
+    ----------
+    group : h5py.Group
+        The group, in a file that is open for changes which take effect together.
+    n_threads : int
+        How many chunks are encoded at the same time.
+    stop : callable
+        Whether to leave; asked before each chunk.
+
+    Returns
+    -------
+    list of str
+        The files that held the rows; to be removed when the changes are durable.
+
+    Raises
+    ------
+    StoppedError
+        If `stop` says so.
+    NoRoomError
+        If there is no room for the compressed results beside the others.
+    """
+    done: list[str] = []
+    for name in waiting(group):
+        dataset, extent = group[name], rows_extent(group[name])
+        filters = wanted_compression(dataset)
+        log.info("%s: %.1f MiB are compressed, in %d threads", dataset.name, dataset.nbytes / 2**20, n_threads)
+        with _reader(dataset) as read:
+
+            def fill(made: h5py.Dataset, read: Any = read, filters: Compression = filters) -> None:
+                _write_chunks(made, read, filters, n_threads, stop)
+
+            replaced(dataset, compressed_layout(dataset, filters), fill, marked=False)
+        if extent is not None:
+            done.append(extent.path)
+    return done
+
+
+@contextmanager
+def _reader(dataset: h5py.Dataset) -> Iterator[Callable[[Span], bytes]]:
+    """Give what reads the values of a chunk: as bytes of their own file, or through HDF5 where there is none."""
+    extent = rows_extent(dataset) if is_outside(dataset) else None
+    if extent is None:
+        yield lambda span: np.ascontiguousarray(dataset[span[0] : span[1], span[2] : span[3]]).tobytes()
+        return
+    descriptor, itemsize = extent.open(os.O_RDONLY), extent.dtype.itemsize
+
+    def read(span: Span) -> bytes:
+        first, last, left, right = span
+        size = (last - first) * (right - left) * itemsize  # pieces of several rows are always whole rows
+        start = extent.offset + first * extent.row_bytes + left * itemsize
+        with using(extent.path, extent.name, start):
+            data = os.pread(descriptor, size, start)
+            while len(data) < size and (more := os.pread(descriptor, size - len(data), start + len(data))):
+                data += more
+        extent.check(descriptor)
+        return data
+
+    try:
+        yield read
+    finally:
+        os.close(descriptor)
+
+
+def _write_chunks(
+    made: h5py.Dataset, read: Callable[[Span], bytes], filters: Compression, n_threads: int, stop: Callable[[], bool]
+) -> None:
+    """Encode and write all chunks of a new dataset; a few a thread are under way."""
+    size, itemsize = int(np.prod(made.chunks)) * made.dtype.itemsize, made.dtype.itemsize
+
+    def encoded(span: Span) -> tuple[int, int, bytes]:
+        data = read(span).ljust(size, b"\0")  # a chunk at the edge is stored whole
+        return span[0], span[2], encode(data, filters, itemsize)
+
+    under_way: deque[Future[tuple[int, int, bytes]]] = deque()
+    with ThreadPoolExecutor(n_threads) as pool, _roomy(made.file) as make_room:
+        try:
+            for span in _spans(made):
+                under_way.append(pool.submit(encoded, span))
+                if len(under_way) > _WINDOW * n_threads:
+                    _write(made, under_way.popleft().result(), make_room, stop)
+            while under_way:
+                _write(made, under_way.popleft().result(), make_room, stop)
+        finally:
+            for one in under_way:
+                one.cancel()
+
+
+def _spans(made: h5py.Dataset) -> Iterator[Span]:
+    (n_rows, n_columns), (high, wide) = made.shape, made.chunks
+    for first in range(0, n_rows, high):
+        for left in range(0, n_columns, wide):
+            yield first, min(first + high, n_rows), left, min(left + wide, n_columns)
+
+
+def _write(
+    made: h5py.Dataset, chunk: tuple[int, int, bytes], make_room: Callable[[int], None], stop: Callable[[], bool]
+) -> None:
+    if stop():
+        raise StoppedError(f"{made.file.filename}: stopped before the results were compressed; they are complete.")
+    row, column, data = chunk
+    make_room(len(data))
+    made.id.write_direct_chunk((row, column), data)
+
+
+@contextmanager
+def _roomy(file: h5py.File) -> Iterator[Callable[[int], None]]:
+    """Give what sets room aside before HDF5 writes to a file itself: once it could not, it may never flush again."""
+    path = real_path(file)
+    if path is None:  # in memory, or an overlay, which sees to that
+        yield lambda n_bytes: None
+        return
+    descriptor = file.id.get_vfd_handle()
+    reach = os.fstat(descriptor).st_size
+
+    def make_room(n_bytes: int) -> None:
+        nonlocal reach
+        wanted = file.id.get_filesize() + n_bytes + _ROOM
+        if wanted > reach:  # all of what has been added, too: HDF5 has not written its index yet
+            reserve(descriptor, reach, wanted - reach, path, "the compressed results")
+            reach = wanted
+
+    try:
+        yield make_room
+    finally:
+        file.flush()
+        give_back(descriptor)
+
+
+def encode(data: bytes, filters: Compression, itemsize: int) -> bytes:
+    """Return the stored form of a chunk.
+
+    Examples
+    --------
+    >>> zlib.decompress(encode(bytes(1000), Compression(4, False), 8)) == bytes(1000)
+    True
+    """
+    if filters.shuffle and itemsize > 1:
+        values = np.frombuffer(data, np.uint8).reshape(-1, itemsize)
+        regrouped = np.empty(values.shape[::-1], np.uint8)
+        np.copyto(regrouped, values.T)  # numcodecs would keep other threads waiting
+        data = regrouped.tobytes()
+    packed = _deflate(data, filters.level)
+    if len(packed) < len(data):
+        return packed
+    # It cannot be made smaller. HDF5 2.0 forgets which filters a chunk was written without, so it gets this one.
+    return zlib.compress(data, 0)
+
+
+def _deflate(data: bytes, level: int) -> bytes:
+    from isal import isal_zlib
+
+    if level in _ISAL_LEVELS:
+        return bytes(isal_zlib.compress(data, _ISAL_LEVELS[level]))
+    return zlib.compress(data, level)
