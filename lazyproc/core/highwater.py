@@ -25,7 +25,7 @@ _RESET = b"5"
 _NAMES = (b"VmHWM:", b"RssAnon:", b"RssFile:", b"RssShmem:")
 
 
-@dataclass
+@dataclass(eq=False)
 class Taken:
     """What a block under way is found to take.
 
