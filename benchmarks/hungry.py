@@ -139,7 +139,7 @@ def imports(name: str, engine: str) -> None:
     import lazyproc.engine.lane
     import lazyproc.hdf5.chunks
     import lazyproc.hdf5.sink
-    import lazyproc.hdf5.source  # noqa: F401
+    import lazyproc.hdf5.source
 
     if engine != "worker":
         assert lazyproc.Process

@@ -21,6 +21,8 @@ from private_memory import Sampler
 
 LIMITS = (64, 128, 256, 512, 1024, 4096)
 ENGINES = ("serial", "threads", "processes")
+_PROBED = 8
+"""So many of the first blocks may be those of the probe."""
 _HUNGRY = str(Path(__file__).with_name("hungry.py"))
 
 
@@ -57,19 +59,21 @@ def main() -> None:
                     highest, answer = Sampler([_HUNGRY, name, path, engine, str(limit)]).peak()
                     measured, projected = (highest - bare) / 2**20, answer["projected"] / 2**20
                     print(_row(name, engine, measured, projected, limit, answer), flush=True)
-            if not any(path == path_of(folder, other) for other in options.workloads[options.workloads.index(name) :][1:]):
+            if not any(
+                path == path_of(folder, other) for other in options.workloads[options.workloads.index(name) :][1:]
+            ):
                 os.unlink(path)
 
 
 def _row(name: str, engine: str, measured: float, projected: float, limit: int, answer: dict) -> str:
-    sizes = answer["sizes"] or [0]
+    sizes = answer["sizes"][_PROBED:] or [0]
     verdict = "ok" if measured <= projected <= limit else "**over**" if measured > limit else "over projected"
     if measured <= projected and projected > max(2 * measured, measured + 16):
         verdict += ", idle"
     if answer["error"]:
         verdict += f" ({answer['error']})"
     return (
-        f"| {name} | {engine} | {measured:.0f} | {projected:.0f} | {limit} | {max(sizes[3:] or sizes)} to {sizes[-1]} | "
+        f"| {name} | {engine} | {measured:.0f} | {projected:.0f} | {limit} | {max(sizes[: len(sizes) // 8 + 1])}, {sizes[len(sizes) // 2]} | "
         f"{verdict} |"
     )
 

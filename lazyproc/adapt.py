@@ -92,7 +92,7 @@ class Adapting:
             return
         before, n_positions = learner.projected, receipt.block.n_positions
         reckoned = learner.model.worker_peak(n_positions)
-        if not learner.note(n_positions, receipt.taken):
+        if not learner.note(n_positions, receipt.taken, receipt.taken_by_all):
             return
         self._division = self._first_division.within(learner.rows, learner.careful_rows)
         size = self._division.largest

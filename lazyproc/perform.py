@@ -16,7 +16,7 @@ from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import LazyprocError
 from lazyproc.core.events import Finished, Listener, Started
-from lazyproc.core.highwater import high_water
+from lazyproc.core.highwater import give_back, high_water
 from lazyproc.core.identity import function_name
 from lazyproc.core.memory import MEBIBYTE
 from lazyproc.core.probe import Probe
@@ -325,6 +325,8 @@ def _loop(
     first = probe.first
     committer.take_failed(probe.failed, failure_of(first, _block_of(first, remaining)) if first is not None else None)
     committer.commit()  # workers may take a while to start
+    probe.computed.clear()  # written: what the probe took is needed by the blocks now
+    give_back()
     with drain.interruptible(at_first=True):  # a cluster may take its time to answer
         scheduler = declared.scheduler(kernel, probe, remaining.n_positions)
         in_place = declared.in_place_everywhere(scheduler, target.sink)

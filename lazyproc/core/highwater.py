@@ -35,12 +35,15 @@ class Taken:
         Of the block.
     peak : int
         Bytes at most, so far: of the process over what it had at first, shared with blocks beside; 0 if not known.
+    whole : int
+        The same, not shared.
     is_known : bool
         False if what was loaded meanwhile cannot be told from what the block takes.
     """
 
     n_positions: int
     peak: int = 0
+    whole: int = 0
     is_known: bool = field(default=True, repr=False)
 
 
@@ -102,7 +105,11 @@ class HighWater:
         loaded = self._n_modules != len(sys.modules)
         for block in self._blocks:
             block.is_known = block.is_known and not loaded
-            block.peak = max(block.peak, taken * block.n_positions // whole) if block.is_known else 0
+            if block.is_known:
+                block.peak = max(block.peak, taken * block.n_positions // whole)
+                block.whole = max(block.whole, taken)
+            else:
+                block.peak = block.whole = 0
 
 
 def can_measure() -> bool:

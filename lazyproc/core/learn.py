@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from lazyproc.core.errors import MemoryLimitError
 from lazyproc.core.memory import DRIVER_BYTES, FRAGMENTATION, MEBIBYTE, MemoryModel
 
+_UNSEEN_BYTES = 6 * MEBIBYTE
+"""What the driver took before it was looked at, and pages of files that are its own: measured 2-5 MiB."""
 _SLACK_BYTES = MEBIBYTE
 """So much more than was reckoned is nothing to learn from: the system counts pages in lots."""
 _MARGIN = 1.1
@@ -87,6 +89,7 @@ class MemoryLearner:
         self._limit = limit_bytes
         self._vectorized = vectorized
         self._driver_writes = driver_writes
+        self._together = together
         self._beside = DRIVER_BYTES // n_workers if together else 0
         self._last: tuple[int, int] | None = None
         self._n_over = self._n_calm = 0
@@ -102,15 +105,20 @@ class MemoryLearner:
             self.n_workers, self.rows = 1, 1
         self.careful_rows = self.model.careful_rows(self._limit, self.n_workers, driver_writes=self._driver_writes)
 
-    def note(self, n_positions: int, taken: int) -> bool:
-        """Take note of what a block was found to take; 0 if that is not known. Tells whether something was learnt."""
+    def note(self, n_positions: int, taken: int, taken_by_all: int = 0) -> bool:
+        """Take note of what a block was found to take, and all in its process; tells whether something was learnt.
+
+        0 is for what is not known.
+        """
+        if self._together:
+            self.projected = max(self.projected, taken_by_all + _UNSEEN_BYTES)
         taken -= self._beside
         reckoned = self.model.worker_peak(n_positions, driver_writes=self._driver_writes)
         if taken <= reckoned + _SLACK_BYTES:
             return self._is_calm(taken, reckoned)
         self._n_calm = 0
-        # The others may have taken as much, at the same time.
-        self.projected = max(self.projected, DRIVER_BYTES + self.n_workers * taken)
+        if not self._together:  # the others may have taken as much, at the same time
+            self.projected = max(self.projected, DRIVER_BYTES + self.n_workers * taken)
         self.model = self._corrected(n_positions, taken, int(_MARGIN * (taken - reckoned)))
         self._last = n_positions, taken
         self._fit()

@@ -13,9 +13,9 @@ WORKER_BYTES = 6 * MEBIBYTE
 """What a worker takes beside its block: the unpickled function, buffers of the runtime."""
 FRAGMENTATION = 1.5
 """Memory that the allocator keeps for temporaries, over what is in use at a time: measured 1.3 with NumPy's FFT."""
-SURPRISE = 4
-"""So many times more than was measured a block may take at once without breaking the limit; with `FRAGMENTATION` that
-is enough for temporaries of five times what the probe saw."""
+SURPRISE = 6
+"""So many times more than was reckoned a block may take at once without breaking the limit: where the probe has seen
+no temporaries at all, they may be five times the source, beside the source itself."""
 
 
 @dataclass(frozen=True)

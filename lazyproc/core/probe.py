@@ -6,6 +6,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,8 @@ _GIVE_UP_SECONDS = 20
 """A function that takes so long to fail is tried on fewer."""
 _NOISE_BYTES = 2**20
 """So much of what the system tells is no measurement: it counts pages in lots, and tracing takes memory, too."""
+
+_NOTHING = nullcontext()
 
 Compute = Callable[..., Arrays]
 Read = Callable[[Runs], NDArray[Any]]
@@ -134,14 +137,28 @@ def run_probe(
             return probing.measured(probing.slowest)
     # The first call tells little of memory, since it may load and keep a lot, but enough to be careful with the next.
     most_rows = _frugal(most_rows, row_bytes + probing.most_taken())
-    temporary, fixed = _measure_memory(probing, first, most_rows, row_bytes, vectorized=vectorized)
+    temporary, fixed = _measure_memory(probing, first, most_rows, result_bytes, vectorized=vectorized)
     most_rows = _frugal(most_rows, row_bytes + temporary)
-    seconds, rows = _measure_time(probing, first, most_rows)
+    seconds, rows = _measure_time(probing, first, most_rows, row_bytes + temporary)
     temporary, fixed = _seen_by_the_system(probing, temporary, fixed, vectorized=vectorized)
     gain = 1.0
     if try_threads and vectorized and seconds * remaining.n_positions > 20 * _ENOUGH_SECONDS:
         gain = _measure_threads(probing, seconds, min(most_rows, max(rows, int(3 * _ENOUGH_SECONDS / seconds))))
     return probing.measured(seconds, temporary, fixed, gain)
+
+
+class _Tracer:
+    """A context in which what Python's allocators give out is traced; then `peak` holds the most bytes."""
+
+    peak = 0
+
+    def __enter__(self) -> None:
+        tracemalloc.start()
+        self._base = tracemalloc.get_traced_memory()[0]
+
+    def __exit__(self, *exception: object) -> None:
+        self.peak = tracemalloc.get_traced_memory()[1] - self._base
+        tracemalloc.stop()
 
 
 class _Probing:
@@ -169,7 +186,13 @@ class _Probing:
         """Return what was measured, with all that was computed on the way."""
         return Probe(seconds, temporary, fixed, gain, self._computed, self._failed, self._first)
 
-    def call(self, positions: NDArray[np.int64] | Runs) -> float:
+    def traced(self, runs: Runs) -> int:
+        """Compute these positions, and return the most bytes that Python's allocators had given out beside the rows."""
+        tracer = _Tracer()
+        self.call(runs, tracer)
+        return tracer.peak
+
+    def call(self, positions: NDArray[np.int64] | Runs, watch: AbstractContextManager[Any] = _NOTHING) -> float:
         """Compute these positions and return the seconds a position that it took.
 
         0.0 if there are none left, or the function failed for all: how long that takes says nothing about the others.
@@ -179,7 +202,7 @@ class _Probing:
         if not runs:
             return 0.0
         rows = self._read(runs)
-        with peak_of() as taken:
+        with peak_of() as taken, watch:
             begin = time.perf_counter()
             results, failed = self._try(rows, runs)
             seconds = (time.perf_counter() - begin) / len(rows)
@@ -240,7 +263,7 @@ def _look_further(probing: _Probing, remaining: Runs, first: float) -> float:
 
 
 def _measure_memory(
-    probing: _Probing, first: float, most_rows: int, row_bytes: int, *, vectorized: bool
+    probing: _Probing, first: float, most_rows: int, result_bytes: int, *, vectorized: bool
 ) -> tuple[float, int]:
     """Return temporaries a position, and of a call; zero where the function is too slow to be watched."""
     n_rows = max(1, min(most_rows, 64, int(_WATCHED_SECONDS / first) if first else 64)) if vectorized else 1
@@ -248,15 +271,9 @@ def _measure_memory(
         return 0.0, 0
     # The last position, and not the one beside the first: it may be the second and last that is tried.
     runs = probing.left.take(n_rows) if n_rows > 1 else Runs.from_positions(probing.left.spread(2)[-1:])
-    tracemalloc.start()
-    try:
-        base = tracemalloc.get_traced_memory()[0]
-        probing.call(runs)
-        peak = tracemalloc.get_traced_memory()[1] - base
-    finally:
-        tracemalloc.stop()
-    # The rows read and the results kept are part of the peak, and are reckoned elsewhere.
-    temporary = max(0, peak - runs.n_positions * row_bytes)
+    peak = probing.traced(runs)
+    # The results kept are part of the peak, and are reckoned elsewhere.
+    temporary = max(0, peak - runs.n_positions * result_bytes)
     return (temporary / runs.n_positions, 0) if vectorized else (0.0, temporary)
 
 
@@ -280,14 +297,18 @@ def _seen_by_the_system(probing: _Probing, temporary: float, fixed: int, *, vect
     return temporary, max(fixed, *(taken for _, taken in calls))
 
 
-def _measure_time(probing: _Probing, first: float, most_rows: int) -> tuple[float, int]:
-    """Return seconds a position, and of how many positions: more and more until it can be believed."""
+def _measure_time(probing: _Probing, first: float, most_rows: int, row_bytes: float) -> tuple[float, int]:
+    """Return seconds a position, and of how many positions: more and more until it can be believed.
+
+    Each call shows what a larger one will take: `row_bytes` a position are known of.
+    """
     if first > _LONG_SECONDS:
         return _mean_of_long(probing), 1
     seconds, rows = first, 1
     for n_rows in _growing(most_rows):
         left = probing.left
-        if left.n_positions < n_rows:
+        n_rows = _frugal(n_rows, row_bytes + max((taken / n for n, taken in probing.taken[1:]), default=0.0))
+        if left.n_positions < n_rows or n_rows < rows:
             break
         runs = Runs.from_positions(left.spread(n_rows)) if n_rows <= _SPREAD_ROWS else left.take(n_rows)
         seconds, rows = probing.call(runs), n_rows

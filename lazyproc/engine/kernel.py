@@ -155,6 +155,8 @@ class Receipt:
         Of the first bytes written, so that the driver can see whether they arrived.
     taken : int
         Bytes of memory that the block took at most, over what its process had at first; 0 if not known.
+    taken_by_all : int
+        The same of all blocks in its process together.
     arrays : tuple of ndarray or None
         The results, where the driver writes; taken away once they are written.
     failure : Failure or None
@@ -180,6 +182,7 @@ class Receipt:
     attempt: bytes = b""
     rest: Block | None = None
     taken: int = 0
+    taken_by_all: int = 0
 
     @property
     def out_of_memory(self) -> bool:
@@ -207,7 +210,7 @@ def run_block(kernel: Kernel, block: Block) -> Receipt:
         return _do_block(kernel, block)
     with high_water.watch(block.n_positions) as memory:
         receipt = _do_block(kernel, block)
-    receipt.taken = memory.peak
+    receipt.taken, receipt.taken_by_all = memory.peak, memory.whole
     return receipt
 
 
