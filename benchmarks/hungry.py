@@ -1,6 +1,6 @@
 """Workloads for the measurement of memory, and one run of them in this process: started by `memory.py` and by tests.
 
-    python hungry.py WORKLOAD FILE ENGINE MAX_MEM_MB     engine: serial, threads or processes; baseline-… for imports alone
+    python hungry.py WORKLOAD FILE ENGINE MAX_MEM_MB     engine: serial, threads, processes; baseline-… for imports
 
 The file is made if it is not there. The last line printed is JSON: what was projected, the sizes of the blocks, how
 often positions were computed, and the error if there was one.
@@ -59,7 +59,7 @@ def native(block: np.ndarray) -> Any:
     address = libc.malloc(MORE * block.nbytes)
     libc.memset(address, 1, MORE * block.nbytes)
     libc.free(address)
-    return block.mean(axis=1)
+    return block.mean(axis=-1)
 
 
 def later(block: np.ndarray) -> Any:
@@ -74,6 +74,22 @@ def later_native(block: np.ndarray) -> Any:
     return native(block) if ((block[:, 0] >= 0.1) & (block[:, 0] < 0.99)).any() else block.mean(axis=1)
 
 
+def _take(spectrum: np.ndarray, size: int) -> Any:
+    if 0.1 <= spectrum[0] < 0.99:
+        native(np.broadcast_to(spectrum[:1], size // 4 // MORE))
+    return spectrum[0]
+
+
+def big_one(spectrum: np.ndarray) -> Any:
+    """Take 30 MiB for a position after the first tenth: two at once are too much for a limit of 64."""
+    return _take(spectrum, 30 * 2**20)
+
+
+def huge_one(spectrum: np.ndarray) -> Any:
+    """Take 100 MiB for a position after the first tenth."""
+    return _take(spectrum, 100 * 2**20)
+
+
 def later_one(spectrum: np.ndarray) -> Any:
     """Take 1 MiB for a position, and 5 MiB after the first tenth."""
     size = 2**17 * (MORE if 0.1 <= spectrum[0] < 0.99 else 1)
@@ -82,7 +98,7 @@ def later_one(spectrum: np.ndarray) -> Any:
 
 @dataclass(frozen=True)
 class Hungry:
-    """A file's shape (float32), a function, whether it takes blocks, and whether its result is as large as the source."""
+    """A file's shape (float32), a function, whether it takes blocks, and whether its result is as large."""
 
     n_positions: int
     n_spectral: int
@@ -103,7 +119,11 @@ HUNGRY = {
     "later": Hungry(131_072, 512, later, True),
     "later-native": Hungry(131_072, 512, later_native, True),
     "later-one": Hungry(4_096, 512, later_one, False),
+    "big-one": Hungry(200, 512, big_one, False),
+    "huge-one": Hungry(200, 512, huge_one, False),
 }
+USUAL = [name for name in HUNGRY if name not in ("big-one", "huge-one")]
+"""Those that are meant to fit into 64 MiB."""
 
 
 def make_file(path: str, workload: Hungry) -> None:
@@ -179,11 +199,13 @@ def run(name: str, path: str, engine: str, max_mem_mb: int) -> dict[str, Any]:
     workload = HUNGRY[name]
     n_workers = 1 if engine == "serial" else N_WORKERS
     lazyproc.declared.choose_local = lambda kernel, probe, n, workers: Scheduler(engine, min(workers, n_workers))
-    projected, sizes, answer = [], [], {"error": None}
+    projected, sizes, answer, told = [], [], {"error": None}, []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            projected.extend([record.projected_bytes] if hasattr(record, "projected_bytes") else [])
+            if hasattr(record, "projected_bytes"):
+                projected.append(record.projected_bytes)
+                told.append(record.getMessage())
 
     log = logging.getLogger("lazyproc")
     log.addHandler(Keep())
@@ -200,7 +222,7 @@ def run(name: str, path: str, engine: str, max_mem_mb: int) -> dict[str, Any]:
             answer["group"] = group.name
         except LazyprocError as error:
             answer["error"] = f"{type(error).__name__}: {error}"
-    return {**answer, "projected": max(projected, default=0), "sizes": sizes}
+    return {**answer, "projected": max(projected, default=0), "sizes": sizes, "told": told}
 
 
 if __name__ == "__main__":
@@ -212,9 +234,4 @@ if __name__ == "__main__":
         hungry.baseline(workload_name, engine_name.partition("-")[2])
     else:
         hungry.imports(workload_name, engine_name)
-        if os.environ.get("B_DEBUG"):
-            before = set(sys.modules)
-            hungry.run(workload_name, file_path, engine_name, int(limit))
-            print(sorted(set(sys.modules) - before), file=sys.stderr)
-            sys.exit()
         print(json.dumps(hungry.run(workload_name, file_path, engine_name, int(limit))), flush=True)

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import h5py
-from hungry import HUNGRY, make_file
+from hungry import HUNGRY, USUAL, make_file
 from private_memory import Sampler
 
 LIMITS = (64, 128, 256, 512, 1024, 4096)
@@ -44,7 +44,7 @@ def without_results(path: str) -> None:
 def main() -> None:
     """Run and print the table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=list(HUNGRY), default=list(HUNGRY))
+    parser.add_argument("--workloads", nargs="+", choices=list(HUNGRY), default=USUAL)
     parser.add_argument("--limits", nargs="+", type=int, default=LIMITS)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     options = parser.parse_args()
@@ -59,10 +59,7 @@ def main() -> None:
                     highest, answer = Sampler([_HUNGRY, name, path, engine, str(limit)]).peak()
                     measured, projected = (highest - bare) / 2**20, answer["projected"] / 2**20
                     print(_row(name, engine, measured, projected, limit, answer), flush=True)
-            if not any(
-                path == path_of(folder, other) for other in options.workloads[options.workloads.index(name) :][1:]
-            ):
-                os.unlink(path)
+            os.unlink(path)
 
 
 def _row(name: str, engine: str, measured: float, projected: float, limit: int, answer: dict) -> str:
@@ -72,10 +69,8 @@ def _row(name: str, engine: str, measured: float, projected: float, limit: int, 
         verdict += ", idle"
     if answer["error"]:
         verdict += f" ({answer['error']})"
-    return (
-        f"| {name} | {engine} | {measured:.0f} | {projected:.0f} | {limit} | {max(sizes[: len(sizes) // 8 + 1])}, {sizes[len(sizes) // 2]} | "
-        f"{verdict} |"
-    )
+    early, late = max(sizes[: len(sizes) // 8 + 1]), sizes[len(sizes) // 2]
+    return f"| {name} | {engine} | {measured:.0f} | {projected:.0f} | {limit} | {early}, {late} | {verdict} |"
 
 
 if __name__ == "__main__":

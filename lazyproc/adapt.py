@@ -93,6 +93,12 @@ class Adapting:
         before, n_positions = learner.projected, receipt.block.n_positions
         reckoned = learner.model.worker_peak(n_positions)
         if not learner.note(n_positions, receipt.taken, receipt.taken_by_all):
+            if learner.projected > before + MEBIBYTE:
+                log.info(
+                    "%s: %.0f MiB of memory projected by now (%.0f before), %.0f allowed",
+                    self._declared.process_name, learner.projected / MEBIBYTE, before / MEBIBYTE,
+                    self._limit / MEBIBYTE, extra={"projected_bytes": learner.projected},
+                )  # fmt: skip
             return
         self._division = self._first_division.within(learner.rows, learner.careful_rows)
         size = self._division.largest

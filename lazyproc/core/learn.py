@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from lazyproc.core.errors import MemoryLimitError
 from lazyproc.core.memory import DRIVER_BYTES, FRAGMENTATION, MEBIBYTE, MemoryModel
 
-_UNSEEN_BYTES = 6 * MEBIBYTE
-"""What the driver took before it was looked at, and pages of files that are its own: measured 2-5 MiB."""
+_DRIVER_UNSEEN, _WORKER_UNSEEN = 10 * MEBIBYTE, 3 * MEBIBYTE
+"""What they took before it was looked at, and pages of files that are their own: measured 4-8 and 2-3 MiB."""
 _SLACK_BYTES = MEBIBYTE
 """So much more than was reckoned is nothing to learn from: the system counts pages in lots."""
 _MARGIN = 1.1
@@ -110,15 +110,18 @@ class MemoryLearner:
 
         0 is for what is not known.
         """
+        if not taken:
+            return False
         if self._together:
-            self.projected = max(self.projected, taken_by_all + _UNSEEN_BYTES)
+            total = taken_by_all + _DRIVER_UNSEEN
+        else:  # the others may take as much, at the same time
+            total = DRIVER_BYTES + self.n_workers * (taken + _WORKER_UNSEEN)
+        self.projected = max(self.projected, total)
         taken -= self._beside
         reckoned = self.model.worker_peak(n_positions, driver_writes=self._driver_writes)
         if taken <= reckoned + _SLACK_BYTES:
             return self._is_calm(taken, reckoned)
         self._n_calm = 0
-        if not self._together:  # the others may have taken as much, at the same time
-            self.projected = max(self.projected, DRIVER_BYTES + self.n_workers * taken)
         self.model = self._corrected(n_positions, taken, int(_MARGIN * (taken - reckoned)))
         self._last = n_positions, taken
         self._fit()

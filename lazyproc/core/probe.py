@@ -143,6 +143,7 @@ def run_probe(
     temporary, fixed = _seen_by_the_system(probing, temporary, fixed, vectorized=vectorized)
     gain = 1.0
     if try_threads and vectorized and seconds * remaining.n_positions > 20 * _ENOUGH_SECONDS:
+        most_rows = _frugal(most_rows, 2 * (row_bytes + temporary))  # two at once
         gain = _measure_threads(probing, seconds, min(most_rows, max(rows, int(3 * _ENOUGH_SECONDS / seconds))))
     return probing.measured(seconds, temporary, fixed, gain)
 
