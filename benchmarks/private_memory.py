@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -44,10 +45,12 @@ class Sampler:
     def peak(self) -> tuple[int, dict[str, Any]]:
         """Watch until the end; return the highest total and what the program printed."""
         highest = 0
-        while self.child.poll() is None:
-            highest = max(highest, self.now())
-            time.sleep(SAMPLE_SECONDS)
-        output, errors = self.child.communicate()
+        with ThreadPoolExecutor(1) as reader:  # what is printed may be more than a pipe holds
+            end = reader.submit(self.child.communicate)
+            while not end.done():
+                highest = max(highest, self.now())
+                time.sleep(SAMPLE_SECONDS)
+            output, errors = end.result()
         if self.child.returncode:
             raise RuntimeError(f"exit code {self.child.returncode}: {errors}")
         answer: dict[str, Any] = json.loads(output.splitlines()[-1])

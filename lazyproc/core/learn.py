@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from lazyproc.core.errors import MemoryLimitError
 from lazyproc.core.memory import DRIVER_BYTES, FRAGMENTATION, MEBIBYTE, MemoryModel
 
-_DRIVER_UNSEEN, _WORKER_UNSEEN = 10 * MEBIBYTE, 3 * MEBIBYTE
-"""What they took before it was looked at, and pages of files that are their own: measured 4-8 and 2-3 MiB."""
+_DRIVER_UNSEEN, _WORKER_UNSEEN = 14 * MEBIBYTE, 3 * MEBIBYTE
+"""What they took before it was looked at, and pages of files that are their own: measured 4-12 and 2-3 MiB."""
 _SLACK_BYTES = MEBIBYTE
 """So much more than was reckoned is nothing to learn from: the system counts pages in lots."""
 _MARGIN = 1.1
@@ -21,6 +21,9 @@ _APART = 1.5
 """Two blocks whose sizes differ so much tell what goes with their positions and what does not."""
 _CALM_BLOCKS = 16
 """So many blocks in a row must take less than half of what is reckoned before half of what was learnt is forgotten."""
+_EASE = 2
+"""Blocks whose worker has so many times more memory than they take need not become smaller: what a worker's allocator
+keeps of earlier, larger blocks does not go with them."""
 _SURE = 2
 """So many blocks in a row must show that one position does not fit: something else may go on in the process."""
 
@@ -91,7 +94,7 @@ class MemoryLearner:
         self._driver_writes = driver_writes
         self._together = together
         self._beside = DRIVER_BYTES // n_workers if together else 0
-        self._last: tuple[int, int] | None = None
+        self._largest: tuple[int, int] | None = None
         self._n_over = self._n_calm = 0
         self.projected = model.peak(rows, n_workers, driver_writes=driver_writes)
         self._fit()
@@ -103,6 +106,8 @@ class MemoryLearner:
             )
         except MemoryLimitError:  # reckoned with margins: it is tried, and given up when that was measured
             self.n_workers, self.rows = 1, 1
+        if not self._together:
+            self._most_workers = self.n_workers  # processes that have ended are not started again
         self.careful_rows = self.model.careful_rows(self._limit, self.n_workers, driver_writes=self._driver_writes)
 
     def note(self, n_positions: int, taken: int, taken_by_all: int = 0) -> bool:
@@ -123,8 +128,12 @@ class MemoryLearner:
             return self._is_calm(taken, reckoned)
         self._n_calm = 0
         self.model = self._corrected(n_positions, taken, int(_MARGIN * (taken - reckoned)))
-        self._last = n_positions, taken
+        if self._largest is None or n_positions >= self._largest[0]:
+            self._largest = n_positions, taken
+        before = self.careful_rows
         self._fit()
+        if taken <= (self._limit - DRIVER_BYTES) / self.n_workers / _EASE:  # so this size is all right
+            self.careful_rows = max(self.careful_rows, min(n_positions, before, self.rows))
         return True
 
     def _is_calm(self, taken: int, reckoned: int) -> bool:
@@ -143,8 +152,8 @@ class MemoryLearner:
 
     def _corrected(self, n_positions: int, taken: int, missing: int) -> MemoryModel:
         """Return the model with what was missing, as part of each position or of a call."""
-        if self._vectorized and self._last is not None and _APART * n_positions <= self._last[0]:
-            n_before, before = self._last
+        if self._vectorized and self._largest is not None and _APART * n_positions <= self._largest[0]:
+            n_before, before = self._largest
             slope = max(0.0, (before - taken) / (n_before - n_positions))
             if slope * n_positions < taken / 2:  # most of it does not become less with the positions
                 return replace(self.model, fixed_bytes=self.model.fixed_bytes + missing)
