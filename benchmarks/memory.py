@@ -5,7 +5,8 @@
 
 Each run is a fresh process. Measured is the highest private memory (USS) of the driver and its workers together, looked
 at every 10 ms, above bare interpreters with the same imports. Projected is the highest that the run has said: when it
-began, and whenever it found that positions take more than the probe had shown.
+began, and whenever it found that positions take more than the probe had shown. In the end the same again as a short
+table: "measured ≤ projected" for each limit.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--limits", nargs="+", type=int, default=LIMITS)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     options = parser.parse_args()
+    rows = []
     print("| workload | engine | measured | projected | allowed | blocks of | |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="lazyproc-memory-") as folder:
         for name in options.workloads:
@@ -58,11 +60,13 @@ def main() -> None:
                     without_results(path)
                     highest, answer = Sampler([_HUNGRY, name, path, engine, str(limit)]).peak()
                     measured, projected = (highest - bare) / 2**20, answer["projected"] / 2**20
-                    print(_row(name, engine, measured, projected, limit, answer), flush=True)
+                    rows.append(_row(name, engine, measured, projected, limit, answer))
+                    print(f"| {' | '.join(rows[-1])} |", flush=True)
             os.unlink(path)
+    print("", *short(rows), sep="\n")
 
 
-def _row(name: str, engine: str, measured: float, projected: float, limit: int, answer: dict) -> str:
+def _row(name: str, engine: str, measured: float, projected: float, limit: int, answer: dict) -> list[str]:
     sizes = answer["sizes"][_PROBED:] or [0]
     verdict = "ok" if measured <= projected <= limit else "**over**" if measured > limit else "over projected"
     if measured <= projected and projected > max(2 * measured, measured + 16):
@@ -70,7 +74,19 @@ def _row(name: str, engine: str, measured: float, projected: float, limit: int, 
     if answer["error"]:
         verdict += f" ({answer['error']})"
     early, late = max(sizes[: len(sizes) // 8 + 1]), sizes[len(sizes) // 2]
-    return f"| {name} | {engine} | {measured:.0f} | {projected:.0f} | {limit} | {early}, {late} | {verdict} |"
+    return [name, engine, f"{measured:.0f}", f"{projected:.0f}", str(limit), f"{early}, {late}", verdict]
+
+
+def short(rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table with a row for each workload and engine, and a column for each limit."""
+    limits = sorted({row[4] for row in rows}, key=int)
+    lines = [f"| workload | engine | {' | '.join(limits)} | |", "|---" * (len(limits) + 3) + "|"]
+    for which in dict.fromkeys((row[0], row[1]) for row in rows):
+        mine = {row[4]: row for row in rows if (row[0], row[1]) == which}
+        cells = [f"{mine[limit][2]} ≤ {mine[limit][3]}" if limit in mine else "" for limit in limits]
+        bad = {f"{row[6]} at {limit}" for limit, row in mine.items() if not row[6].startswith("ok")}
+        lines.append(f"| {' | '.join([*which, *cells, ', '.join(sorted(bad)) or 'ok'])} |")
+    return lines
 
 
 if __name__ == "__main__":
