@@ -245,7 +245,9 @@ class Declared:
     def blocks(self, remaining: Runs, scheduler: Scheduler, probe: Probe | None, *, driver_writes: bool) -> BlockSizes:
         """Divide what remains into blocks that fit into memory and last about a second, less toward the end."""
         memory = self.memory(probe)
-        workers, rows = memory.fit(self.limit_bytes(), scheduler.n_on_machine, driver_writes=driver_writes)
+        limit = self.limit_bytes()
+        beside, rows = memory.fit(limit, scheduler.n_on_machine, driver_writes=driver_writes)
+        workers = beside
         if workers == scheduler.n_on_machine:  # else it is not known on which machines fewer blocks would be
             workers = scheduler.n_workers
         division = Division(
@@ -256,8 +258,13 @@ class Declared:
             preferred_bytes=_LOCAL_BYTES if scheduler.kind in ("serial", "threads") else _SENT_BYTES,
             interval=self.interval,
         )
+        careful = memory.careful_rows(limit, beside, driver_writes=driver_writes)
+        division = division.within(rows, careful)
         plan = division.plan(remaining, probe.seconds_per_position if probe is not None else None)
-        return BlockSizes(plan, workers, memory, driver_writes, division)
+        projected = memory.peak(
+            min(plan.max_positions, max(1, remaining.n_positions)), beside, driver_writes=driver_writes
+        )
+        return BlockSizes(plan, workers, memory, driver_writes, division, limit, projected)
 
     def plan(self, work: Work, found: list[Found], kernel: Kernel) -> Plan:
         """Return what `compute` would do; reads metadata and status masks, computes and writes nothing."""
@@ -292,8 +299,8 @@ class Declared:
             scheduler=str(scheduler) if probe or scheduler.client else "chosen after a look at the function",
             bytes_per_position=memory.bytes_per_position,
             worker_bytes=rows * memory.bytes_per_position + memory.fixed_bytes,
-            projected_bytes=memory.peak(rows, sizes.n_workers, driver_writes=sizes.driver_writes),
-            allowed_bytes=self.limit_bytes(),
+            projected_bytes=sizes.projected,
+            allowed_bytes=sizes.limit,
             source_bytes=remaining.n_positions * memory.source_bytes,
             result_bytes=remaining.n_positions * memory.result_bytes,
             seconds=None if probe is None else probe.seconds_per_position * remaining.n_positions / sizes.n_workers,
@@ -317,6 +324,10 @@ class BlockSizes:
         Results travel to the driver.
     division : Division
         Divides what is left of the positions anew, when it is known better how long they take.
+    limit : int
+        Bytes allowed.
+    projected : int
+        Bytes to expect at most on one machine.
     """
 
     plan: BlockPlan
@@ -324,6 +335,8 @@ class BlockSizes:
     memory: MemoryModel
     driver_writes: bool
     division: Division
+    limit: int
+    projected: int
 
 
 def stored_probe(group: h5py.Group) -> Probe | None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import h5py
 
+from lazyproc.adapt import Adapting
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import LazyprocError
 from lazyproc.core.events import Finished, Listener, Started
-from lazyproc.core.feed import BlockFeed
+from lazyproc.core.highwater import give_back, high_water
 from lazyproc.core.identity import function_name
+from lazyproc.core.memory import MEBIBYTE
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.declared import Declared, stored_probe
@@ -24,7 +26,6 @@ from lazyproc.drain import Drain, how_far, nothing_yet
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel, failure_of
-from lazyproc.engine.local import Receipts
 from lazyproc.hdf5.compress import StoppedError, n_threads
 from lazyproc.hdf5.finish import adopt, finish, is_unfinished
 from lazyproc.hdf5.guard import finish_pending, flush_guarded
@@ -85,6 +86,7 @@ def perform(
     kernel = declared.kernel(args, kwargs)
     work = declared.work(args, kwargs)
     drain = Drain(nothing_yet(declared.process_name), listener)
+    high_water.forget()
     with drain.on_signals(), locked(declared) as fence:
         with drain.interruptible(at_first=True):
             found = declared.found(work)
@@ -341,29 +343,27 @@ def _loop(
     first = probe.first
     committer.take_failed(probe.failed, failure_of(first, _block_of(first, remaining)) if first is not None else None)
     committer.commit()  # workers may take a while to start
+    probe.computed.clear()  # written: what the probe took is needed by the blocks now
+    give_back()
     with drain.interruptible(at_first=True):  # a cluster may take its time to answer
         scheduler = declared.scheduler(kernel, probe, remaining.n_positions)
         in_place = declared.in_place_everywhere(scheduler, target.sink)
     sizes = declared.blocks(remaining, scheduler, probe, driver_writes=not in_place)
     scheduler = scheduler.with_workers(sizes.n_workers)
-    kernel = kernel.for_run(target.sink if in_place else None, scheduler.native_threads)
+    kernel = kernel.for_run(
+        target.sink if in_place else None, scheduler.native_threads, watched=scheduler.kind != "client"
+    )
     listener(Started(declared.process_name, declared.n_positions, committer.n_all, str(scheduler)))
     log.info(
-        "%s: %d positions in %d blocks of up to %d, in %s",
+        "%s: %d positions in %d blocks of up to %d, in %s; %.0f MiB of memory projected",
         declared.process_name, remaining.n_positions, sizes.plan.count(), sizes.plan.max_positions, scheduler,
+        sizes.projected / MEBIBYTE, extra={"projected_bytes": sizes.projected},
     )  # fmt: skip
-    feed = BlockFeed(sizes.plan, probe.seconds_per_position, sizes.division.plan, scheduler.n_workers)
-    receipts = scheduler.run(kernel, feed, drain.requested, declared.process_name, drain.dropping, drain.interruptible)
-    return run_loop(_noting(receipts, feed), committer, drain)
-
-
-def _noting(receipts: Receipts, feed: BlockFeed) -> Receipts:
-    """Hand receipts on, and tell the feed how long their blocks took."""
-    with contextlib.closing(cast(Generator[Any], receipts)):
-        for receipt in receipts:
-            if receipt is not None and receipt.failure is None:
-                feed.note(receipt.block.n_positions, receipt.seconds, receipt.rest)
-            yield receipt
+    blocks = Adapting(declared, sizes, scheduler, probe)
+    receipts = scheduler.run(
+        kernel, blocks.feed, drain.requested, declared.process_name, drain.dropping, drain.interruptible, blocks.room
+    )
+    return run_loop(blocks.noting(receipts), committer, drain)
 
 
 def compute_here(declared: Declared, kernel: Kernel, runs: Runs) -> tuple[Any, ...]:

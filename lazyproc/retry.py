@@ -12,6 +12,7 @@ import h5py
 from lazyproc.core.errors import FunctionError, OutputError, ResultsError
 from lazyproc.core.events import Listener
 from lazyproc.core.failed import first_lines
+from lazyproc.core.highwater import high_water
 from lazyproc.core.runs import Runs
 from lazyproc.declared import Declared, stored_probe
 from lazyproc.drain import Drain, nothing_yet
@@ -63,6 +64,7 @@ def retry(
     work = declared.work(args, kwargs)
     raises = declared.max_failures is None
     drain = Drain(nothing_yet(declared.process_name), listener)
+    high_water.forget()
     with drain.on_signals(), locked(declared) as fence:
         with drain.interruptible(at_first=True):
             found = _latest(declared, declared.found(work), chosen)

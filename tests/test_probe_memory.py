@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +21,9 @@ from lazyproc.core.probe import Probe, run_probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Output
 from lazyproc.hdf5.usid import REFERENCES
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from private_memory import Sampler
 
 # -- the model -------------------------------------------------------------------------------------------------------
 
@@ -381,48 +382,13 @@ def big_scan(tmp_path_factory):
     return folder
 
 
-class Sampler:
-    """Private memory of a process and of all its children, watched from outside."""
-
-    def __init__(self, folder, name, cores, max_mem_mb):
-        arguments = [f"{folder / 'scan.h5'}::/Raw_Data", name, str(cores), str(max_mem_mb)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.child = subprocess.Popen([sys.executable, str(folder / "driver.py"), *arguments], **pipes)
-        self.process = psutil.Process(self.child.pid)
-
-    def now(self) -> int:
-        total = 0
-        try:
-            for one in [self.process, *self.process.children(recursive=True)]:
-                try:
-                    total += one.memory_full_info().uss
-                except psutil.Error:
-                    continue
-        except psutil.Error:
-            pass
-        return total
-
-    def peak(self) -> tuple[int, dict[str, Any]]:
-        """Watch until the end; return the highest total and what the driver printed."""
-        highest = 0
-        while self.child.poll() is None:
-            highest = max(highest, self.now())
-            time.sleep(0.01)
-        output, errors = self.child.communicate()
-        assert self.child.returncode == 0, errors
-        return highest, json.loads(output)
-
-    def baseline(self) -> int:
-        assert self.child.stdout.readline() == "baseline\n", self.child.stderr.read()
-        time.sleep(0.3)
-        total = self.now()
-        self.child.communicate(timeout=60)
-        return total
+def sampler(folder: Path, name: str, cores: int, max_mem_mb: int) -> Sampler:
+    return Sampler([str(folder / "driver.py"), f"{folder / 'scan.h5'}::/Raw_Data", name, str(cores), str(max_mem_mb)])
 
 
 @pytest.fixture(scope="module")
 def baselines(big_scan):
-    return {cores: Sampler(big_scan, "baseline", cores, 0).baseline() for cores in (1, 2)}
+    return {cores: sampler(big_scan, "baseline", cores, 0).baseline() for cores in (1, 2)}
 
 
 @pytest.mark.parametrize(
@@ -433,7 +399,7 @@ def test_a_real_run_takes_no_more_private_memory_than_allowed(big_scan, baseline
     with h5py.File(big_scan / "scan.h5", "r+") as file:
         for group in [key for key in file if "-" in key]:
             del file[group]
-    highest, answer = Sampler(big_scan, name, cores, max_mem_mb).peak()
+    highest, answer = sampler(big_scan, name, cores, max_mem_mb).peak()
     measured = (highest - baselines[cores]) / MEBIBYTE
     print(
         f"{name}, {answer['scheduler']}, blocks of {answer['rows']}: measured {measured:.0f} MiB, "

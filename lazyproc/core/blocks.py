@@ -87,6 +87,14 @@ class Block:
             return first, replace(self, starts=self.starts[run + 1 :], stops=self.stops[run + 1 :])
         return first, replace(self, starts=(cut, *self.starts[run + 1 :]), stops=self.stops[run:])
 
+    def join(self, later: Block | None) -> Block:
+        """Return this block with the positions of another one, which come after its own."""
+        if later is None:
+            return self
+        if self.stop < later.start:
+            return replace(self, starts=self.starts + later.starts, stops=self.stops + later.stops)
+        return replace(self, starts=self.starts + later.starts[1:], stops=self.stops[:-1] + later.stops)
+
     def offsets(self) -> Iterator[tuple[int, int, int]]:
         """Its runs, and where their rows lie within the rows of the block: (start, stop, offset) of each."""
         offset = 0

@@ -1,4 +1,4 @@
-"""The blocks of a run, one by one; divided anew when positions turn out to take another time than was thought.
+"""The blocks of a run, one by one; divided anew when positions take another time, or more memory, than was thought.
 
 What a probe of a few positions tells may be wrong by far where their cost varies. Blocks that are much too long leave
 workers idle at the end; blocks that are much too short can be more than are handed out in time to all workers.
@@ -39,6 +39,7 @@ class BlockFeed:
     Notes
     -----
     Blocks become smaller if positions take longer; larger only if blocks are done faster than workers get new ones.
+    What they may hold at most for the sake of memory is for others to know (`resize`).
 
     A worker gives back what it has not begun of a block that takes three times as long as was thought: that comes next,
     in small blocks.
@@ -51,7 +52,7 @@ class BlockFeed:
         self,
         plan: BlockPlan,
         seconds_per_position: float | None,
-        divide: Callable[[Runs, float], BlockPlan],
+        divide: Callable[[Runs, float | None], BlockPlan],
         n_workers: int,
     ) -> None:
         self._remaining = plan.remaining
@@ -63,6 +64,7 @@ class BlockFeed:
         self._n_workers = n_workers
         self._next = 0
         self._stop = 0
+        self._most: int | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -76,6 +78,9 @@ class BlockFeed:
         if block is None:
             block = next(self._blocks)
             self._stop = block.stop
+        if self._most is not None and block.n_positions > self._most:
+            block, rest = block.split(self._most)
+            self._given_back.appendleft(iter([rest]))
         self._next += 1
         return replace(block, index=self._next - 1, limit=self._limit(block.n_positions))
 
@@ -91,6 +96,15 @@ class BlockFeed:
         if self._expected is None or self._n_workers == 1:
             return None
         return _PATIENCE * max(self._least, self._expected * n_positions)
+
+    def give_back(self, rest: Block) -> None:
+        """Take positions that were not begun: they come next."""
+        self._given_back.appendleft(iter([rest]))
+
+    def resize(self, most: int) -> None:
+        """Divide the rest anew, since memory allows another size than before: so many positions a block at most."""
+        self._most = most
+        self._divide_rest(self._expected)
 
     def note(self, n_positions: int, seconds: float, rest: Block | None = None) -> None:
         """Take note of a block that is done: how many positions it had, how long it took, what was given back of it."""
@@ -111,7 +125,7 @@ class BlockFeed:
             return measured * _WRONG < expected and self._seconds / self._n_blocks < self._n_workers * HANDOUT_SECONDS
         return measured > expected * _WRONG
 
-    def _divide_rest(self, seconds: float) -> None:
+    def _divide_rest(self, seconds: float | None) -> None:
         self._expected = seconds
         rest = self._remaining.clip(self._stop, 2**63 - 1)
         if rest:

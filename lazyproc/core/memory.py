@@ -13,6 +13,9 @@ WORKER_BYTES = 6 * MEBIBYTE
 """What a worker takes beside its block: the unpickled function, buffers of the runtime."""
 FRAGMENTATION = 1.5
 """Memory that the allocator keeps for temporaries, over what is in use at a time: measured 1.3 with NumPy's FFT."""
+SURPRISE = 6
+"""So many times more than was reckoned a block may take at once without breaking the limit: where the probe has seen
+no temporaries at all, they may be five times the source, beside the source itself."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,19 @@ class MemoryModel:
         """
         share = (limit_bytes - DRIVER_BYTES) / n_workers - WORKER_BYTES - self.fixed_bytes
         return max(0, int(share // self._per_row(driver_writes)))
+
+    def careful_rows(self, limit_bytes: int, n_workers: int, *, driver_writes: bool = False) -> int:
+        """Positions a block should have where nothing else limits it: at least one, and room for surprises.
+
+        A probe sees a few positions; others may take several times as much, and native code more than was seen. What a
+        block takes may turn out to be so many times larger, and is still allowed. Larger blocks would not be faster.
+        """
+        rows = self.rows(limit_bytes, n_workers, driver_writes=driver_writes)
+        return max(1, rows // SURPRISE)
+
+    def worker_peak(self, rows: int, *, driver_writes: bool = False) -> int:
+        """Bytes to expect at most of one worker, for a block of `rows` positions."""
+        return int(WORKER_BYTES + self.fixed_bytes + rows * self._per_row(driver_writes))
 
     def peak(self, rows: int, n_workers: int, *, driver_writes: bool = False) -> int:
         """Bytes to expect at most, for blocks of `rows` positions."""

@@ -6,6 +6,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.apply import Arrays
 from lazyproc.core.failed import FailedPosition, FailedRows
+from lazyproc.core.highwater import peak_of
 from lazyproc.core.runs import Runs
 
 _ENOUGH_SECONDS = 0.01
@@ -36,6 +38,10 @@ _TRIED_BEFORE_GIVING_UP = 10
 """So many spread-out positions are tried before a function that fails for all of them is called broken."""
 _GIVE_UP_SECONDS = 20
 """A function that takes so long to fail is tried on fewer."""
+_NOISE_BYTES = 2**20
+"""So much of what the system tells is no measurement: it counts pages in lots, and tracing takes memory, too."""
+
+_NOTHING = nullcontext()
 
 Compute = Callable[..., Arrays]
 Read = Callable[[Runs], NDArray[Any]]
@@ -50,7 +56,8 @@ class Probe:
     seconds_per_position : float
         Of the function alone, on one core.
     temporary_bytes : float
-        Temporaries a position, beside source and results; for a function that takes blocks.
+        Temporaries a position, beside source and results; for a function that takes blocks. What Python's allocators
+        told or, if that is more, what the process was seen to take.
     fixed_bytes : int
         Temporaries of one call; for a function that takes one position.
     thread_gain : float
@@ -114,7 +121,7 @@ def run_probe(
     RowError, OutputMismatch
         From `compute`; the attribute `runs` of the exception holds the positions that were tried.
     """
-    probing = _Probing(compute, read, remaining, record=record)
+    probing = _Probing(compute, read, remaining, result_bytes, record=record)
     row_bytes = source_bytes + result_bytes
     most_rows = max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, row_bytes)))
     # The first, the last and the middle position differ most: a function that fails on some is found early. Large ones
@@ -128,21 +135,42 @@ def run_probe(
         first = _look_further(probing, remaining, first)
         if probing.all_failed:
             return probing.measured(probing.slowest)
-    temporary, fixed = _measure_memory(probing, first, most_rows, row_bytes, vectorized=vectorized)
-    seconds, rows = _measure_time(probing, first, most_rows)
+    # The first call tells little of memory, since it may load and keep a lot, but enough to be careful with the next.
+    most_rows = _frugal(most_rows, row_bytes + probing.most_taken())
+    temporary, fixed = _measure_memory(probing, first, most_rows, result_bytes, vectorized=vectorized)
+    most_rows = _frugal(most_rows, row_bytes + temporary)
+    seconds, rows = _measure_time(probing, first, most_rows, row_bytes + temporary)
+    temporary, fixed = _seen_by_the_system(probing, temporary, fixed, vectorized=vectorized)
     gain = 1.0
     if try_threads and vectorized and seconds * remaining.n_positions > 20 * _ENOUGH_SECONDS:
+        most_rows = _frugal(most_rows, 2 * (row_bytes + temporary))  # two at once
         gain = _measure_threads(probing, seconds, min(most_rows, max(rows, int(3 * _ENOUGH_SECONDS / seconds))))
     return probing.measured(seconds, temporary, fixed, gain)
+
+
+class _Tracer:
+    """A context in which what Python's allocators give out is traced; then `peak` holds the most bytes."""
+
+    peak = 0
+
+    def __enter__(self) -> None:
+        tracemalloc.start()
+        self._base = tracemalloc.get_traced_memory()[0]
+
+    def __exit__(self, *exception: object) -> None:
+        self.peak = tracemalloc.get_traced_memory()[1] - self._base
+        tracemalloc.stop()
 
 
 class _Probing:
     """The positions still unused, and the results so far."""
 
-    def __init__(self, compute: Compute, read: Read, remaining: Runs, *, record: bool) -> None:
+    def __init__(self, compute: Compute, read: Read, remaining: Runs, result_bytes: int, *, record: bool) -> None:
         self._compute = compute
         self._read = read
         self._record = record
+        self._result_bytes = result_bytes
+        self.taken: list[tuple[int, int]] = []
         self.left = remaining
         self._computed: list[tuple[Runs, Arrays]] = []
         self._failed: list[FailedPosition] = []
@@ -159,7 +187,13 @@ class _Probing:
         """Return what was measured, with all that was computed on the way."""
         return Probe(seconds, temporary, fixed, gain, self._computed, self._failed, self._first)
 
-    def call(self, positions: NDArray[np.int64] | Runs) -> float:
+    def traced(self, runs: Runs) -> int:
+        """Compute these positions, and return the most bytes that Python's allocators had given out beside the rows."""
+        tracer = _Tracer()
+        self.call(runs, tracer)
+        return tracer.peak
+
+    def call(self, positions: NDArray[np.int64] | Runs, watch: AbstractContextManager[Any] = _NOTHING) -> float:
         """Compute these positions and return the seconds a position that it took.
 
         0.0 if there are none left, or the function failed for all: how long that takes says nothing about the others.
@@ -169,15 +203,21 @@ class _Probing:
         if not runs:
             return 0.0
         rows = self._read(runs)
-        begin = time.perf_counter()
-        results, failed = self._try(rows, runs)
-        seconds = (time.perf_counter() - begin) / len(rows)
+        with peak_of() as taken, watch:
+            begin = time.perf_counter()
+            results, failed = self._try(rows, runs)
+            seconds = (time.perf_counter() - begin) / len(rows)
+        self.taken += [(len(rows), max(0, peak - len(rows) * self._result_bytes - _NOISE_BYTES)) for peak in taken]
         self._keep(runs, results, failed)
         self.slowest = max(self.slowest, seconds)
         if len(failed.rows) == len(rows):
             return 0.0
         self.seconds.append(seconds)
         return seconds
+
+    def most_taken(self) -> float:
+        """Return bytes a position beside source and results, as the system saw them: the most of all calls so far."""
+        return max((taken / n_rows for n_rows, taken in self.taken), default=0.0)
 
     def _try(self, rows: NDArray[Any], runs: Runs) -> tuple[Arrays, FailedRows]:
         failed = FailedRows(self._read, runs)
@@ -224,7 +264,7 @@ def _look_further(probing: _Probing, remaining: Runs, first: float) -> float:
 
 
 def _measure_memory(
-    probing: _Probing, first: float, most_rows: int, row_bytes: int, *, vectorized: bool
+    probing: _Probing, first: float, most_rows: int, result_bytes: int, *, vectorized: bool
 ) -> tuple[float, int]:
     """Return temporaries a position, and of a call; zero where the function is too slow to be watched."""
     n_rows = max(1, min(most_rows, 64, int(_WATCHED_SECONDS / first) if first else 64)) if vectorized else 1
@@ -232,26 +272,44 @@ def _measure_memory(
         return 0.0, 0
     # The last position, and not the one beside the first: it may be the second and last that is tried.
     runs = probing.left.take(n_rows) if n_rows > 1 else Runs.from_positions(probing.left.spread(2)[-1:])
-    tracemalloc.start()
-    try:
-        base = tracemalloc.get_traced_memory()[0]
-        probing.call(runs)
-        peak = tracemalloc.get_traced_memory()[1] - base
-    finally:
-        tracemalloc.stop()
-    # The rows read and the results kept are part of the peak, and are reckoned elsewhere.
-    temporary = max(0, peak - runs.n_positions * row_bytes)
+    peak = probing.traced(runs)
+    # The results kept are part of the peak, and are reckoned elsewhere.
+    temporary = max(0, peak - runs.n_positions * result_bytes)
     return (temporary / runs.n_positions, 0) if vectorized else (0.0, temporary)
 
 
-def _measure_time(probing: _Probing, first: float, most_rows: int) -> tuple[float, int]:
-    """Return seconds a position, and of how many positions: more and more until it can be believed."""
+def _frugal(rows: int, row_bytes: float) -> int:
+    """Return how many positions may be tried at once, if one takes so much: the limit on memory holds here, too."""
+    return max(1, min(rows, int(_MOST_BYTES / max(1.0, row_bytes))))
+
+
+def _seen_by_the_system(probing: _Probing, temporary: float, fixed: int, *, vectorized: bool) -> tuple[float, int]:
+    """Return the larger of what Python's allocators told, and what the process took: native code has its own.
+
+    Of block functions only the call with most positions counts, since what does not depend on them is least there; of
+    others all calls. Never the first one: what it has loaded, or made once for all, stays.
+    """
+    calls = probing.taken[1:]
+    if not calls:
+        return temporary, fixed
+    if vectorized:
+        n_rows, taken = max(calls)
+        return max(temporary, taken / n_rows), fixed
+    return temporary, max(fixed, *(taken for _, taken in calls))
+
+
+def _measure_time(probing: _Probing, first: float, most_rows: int, row_bytes: float) -> tuple[float, int]:
+    """Return seconds a position, and of how many positions: more and more until it can be believed.
+
+    Each call shows what a larger one will take: `row_bytes` a position are known of.
+    """
     if first > _LONG_SECONDS:
         return _mean_of_long(probing), 1
     seconds, rows = first, 1
     for n_rows in _growing(most_rows):
         left = probing.left
-        if left.n_positions < n_rows:
+        n_rows = _frugal(n_rows, row_bytes + max((taken / n for n, taken in probing.taken[1:]), default=0.0))
+        if left.n_positions < n_rows or n_rows < rows:
             break
         runs = Runs.from_positions(left.spread(n_rows)) if n_rows <= _SPREAD_ROWS else left.take(n_rows)
         seconds, rows = probing.call(runs), n_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lazyproc.core.blocks import BlockPlan, at_least
 from lazyproc.core.errors import ArgumentValueError
@@ -41,6 +41,17 @@ class Division:
     bytes_per_position: int
     preferred_bytes: int
     interval: float
+
+    def within(self, memory_rows: int, careful_rows: int) -> Division:
+        """Return the same with blocks that memory allows: at most, and where storage chunks do not ask for more."""
+        careful_bytes = max(1, careful_rows * self.bytes_per_position)
+        return replace(self, memory_rows=memory_rows, preferred_bytes=min(self.preferred_bytes, careful_bytes))
+
+    @property
+    def largest(self) -> int:
+        """Positions of a block at most, as far as memory and preferred bytes are concerned."""
+        size = max(1, min(self.memory_rows, self.preferred_bytes // self.bytes_per_position))
+        return max(size, self.align) if self.align <= self.memory_rows else size
 
     def plan(self, remaining: Runs, seconds_per_position: float | None) -> BlockPlan:
         """Divide positions, each of which takes so many seconds; None if that is not known."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lazyproc.core.blocks import Block
+from lazyproc.core.learn import Room
 from lazyproc.core.probe import Probe
 from lazyproc.engine.cluster import count_threads, most_on_machine
 from lazyproc.engine.distant import run_client
@@ -90,6 +91,7 @@ class Scheduler:
         name: str,
         dropping: Stopping = never,
         interruptible: Interruptible = nullcontext,
+        room: Room | None = None,
     ) -> Receipts:
         """Run the blocks.
 
@@ -105,13 +107,15 @@ class Scheduler:
             Of the process.
         interruptible : callable
             Returns a context that surrounds a block in the driver's own thread, which may be taken out of it.
+        room : Room, optional
+            What memory allows at the moment, for blocks that are cut already; not for a cluster.
         """
         if self.kind == "client":
             return run_client(self.client, kernel, blocks, stopping, name, dropping, self.most)
         if self.kind == "processes":
-            return run_processes(kernel, blocks, self.n_workers, stopping, name, dropping)
+            return run_processes(kernel, blocks, self.n_workers, stopping, name, dropping, room)
         if self.kind == "threads":
-            return run_threads(kernel, blocks, self.n_workers, stopping, dropping)
+            return run_threads(kernel, blocks, self.n_workers, stopping, dropping, room)
         return run_serial(kernel, blocks, stopping, interruptible)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
 from lazyproc.core.blocks import Block
 from lazyproc.core.failed import FailedPosition, FailedRows
+from lazyproc.core.highwater import high_water
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.engine.failure import Failure
@@ -82,6 +83,8 @@ class Kernel:
         So many positions of a block may fail and get the fill value; None: a failure fails the block.
     claims : BlockClaims or None
         Tells attempts at a block apart, where a block can be under way twice.
+    watched : bool
+        Whether it is found out what memory blocks take: in processes that have nothing else to do.
     """
 
     function: Callable[..., Any]
@@ -94,10 +97,11 @@ class Kernel:
     native_threads: int | None = None
     max_failures: int | None = None
     claims: BlockClaims | None = None
+    watched: bool = False
 
-    def for_run(self, sink: BlockSink | None, native_threads: int | None) -> Kernel:
+    def for_run(self, sink: BlockSink | None, native_threads: int | None, *, watched: bool = False) -> Kernel:
         """Return the kernel with the way its results go, and its threads."""
-        return replace(self, sink=sink, native_threads=native_threads)
+        return replace(self, sink=sink, native_threads=native_threads, watched=watched)
 
     def compute(
         self, data: NDArray[Any], failed: FailedRows | None = None, seconds: float | None = None
@@ -149,6 +153,10 @@ class Receipt:
         In the worker.
     checksum : int
         Of the first bytes written, so that the driver can see whether they arrived.
+    taken : int
+        Bytes of memory that the block took at most, over what its process had at first; 0 if not known.
+    taken_by_all : int
+        The same of all blocks in its process together.
     arrays : tuple of ndarray or None
         The results, where the driver writes; taken away once they are written.
     failure : Failure or None
@@ -173,6 +181,8 @@ class Receipt:
     example: Failure | None = None
     attempt: bytes = b""
     rest: Block | None = None
+    taken: int = 0
+    taken_by_all: int = 0
 
     @property
     def out_of_memory(self) -> bool:
@@ -181,8 +191,30 @@ class Receipt:
         return any(isinstance(one.error, MemoryError) for one in failures if one is not None)
 
 
+def run_part(block: Block, most: int | None, run: Callable[[Block], Receipt]) -> Receipt:
+    """Do as many positions of a block as memory allows by now; the others come back with the receipt.
+
+    Blocks may have been cut before it was known what they take.
+    """
+    if most is None or block.n_positions <= most:
+        return run(block)
+    first, later = block.split(most)
+    receipt = run(first)
+    receipt.rest = later if receipt.rest is None else receipt.rest.join(later)
+    return receipt
+
+
 def run_block(kernel: Kernel, block: Block) -> Receipt:
     """Do one block. Never raises for what goes wrong with the block itself: the receipt says so."""
+    if not kernel.watched:
+        return _do_block(kernel, block)
+    with high_water.watch(block.n_positions) as memory:
+        receipt = _do_block(kernel, block)
+    receipt.taken, receipt.taken_by_all = memory.peak, memory.whole
+    return receipt
+
+
+def _do_block(kernel: Kernel, block: Block) -> Receipt:
     begin = time.perf_counter()
     receipt = Receipt(block, f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}")
     failed = kernel.collector(block.runs())

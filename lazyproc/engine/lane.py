@@ -25,8 +25,9 @@ from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import WorkerError
+from lazyproc.core.learn import Room
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Receipt, run_packed
+from lazyproc.engine.kernel import Receipt, run_packed, run_part
 
 _LOOK_SECONDS = 0.5
 """How often a worker process looks whether its driver is still there, and the driver whether a worker is."""
@@ -220,10 +221,11 @@ class Lanes:
         for lane in reversed(self._lanes):
             self._free.put(lane)
         self._closed = False
+        self._counting = threading.Lock()
         self._deaths = self._bad_starts = 0
 
-    def do(self, block: Block, wanted: Callable[[], bool]) -> Receipt | None:
-        """Do a block as soon as a lane is free.
+    def do(self, block: Block, wanted: Callable[[], bool], room: Room | None = None) -> Receipt | None:
+        """Do a block as soon as a lane is free: as much of it, in as many lanes, as there is room for by then.
 
         Returns
         -------
@@ -236,7 +238,8 @@ class Lanes:
             try:
                 if self._closed or self.error is not None or not wanted():
                     return None
-                receipt: Receipt = pickle.loads(lane.do(block))
+                most = None if room is None else room.rows
+                receipt: Receipt = run_part(block, most, lambda part: pickle.loads(lane.do(part)))  # noqa: B023
                 self._deaths = self._bad_starts = 0
                 if not receipt.out_of_memory or attempt == self._attempts:
                     return receipt
@@ -255,8 +258,19 @@ class Lanes:
                     "; the block is tried again" if attempt < self._attempts else "",
                 )
             finally:
-                self._free.put(lane)
+                if not self._retire(lane, room):
+                    self._free.put(lane)
         return Receipt(block, failure=Failure.of_lost(error, block))
+
+    def _retire(self, lane: _Lane, room: Room | None) -> bool:
+        """End a process for good if there are more than memory allows: what it keeps is needed by the others."""
+        with self._counting:
+            if room is None or self._closed or len(self._lanes) <= room.n_workers:
+                return False
+            self._lanes.remove(lane)
+        lane.hang_up()
+        lane.end(_LEAVE_SECONDS)
+        return True
 
     def _count(self, died: _Died) -> None:
         """Give up where dying has nothing to do with the blocks."""
@@ -276,7 +290,8 @@ class Lanes:
 
     def close(self, *, kill: bool = False) -> None:
         """End the processes; with `kill` whatever they are doing. None is left when this returns."""
-        self._closed = True
+        with self._counting:
+            self._closed = True
         mine: list[_Lane] = []
         while len(mine) < len(self._lanes):  # a thread gives its lane back as soon as its process has died
             for lane in self._lanes if kill else ():

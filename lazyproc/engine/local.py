@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from lazyproc.core.blocks import Block
+from lazyproc.core.learn import Room
 from lazyproc.engine.kernel import Kernel, Receipt, pack, run_block
 from lazyproc.engine.lane import Lanes
 from lazyproc.engine.threads import BlockThreads
@@ -53,14 +54,19 @@ def run_serial(
 
 
 def run_threads(
-    kernel: Kernel, blocks: Iterable[Block], n_workers: int, stopping: Stopping, dropping: Stopping = never
+    kernel: Kernel,
+    blocks: Iterable[Block],
+    n_workers: int,
+    stopping: Stopping,
+    dropping: Stopping = never,
+    room: Room | None = None,
 ) -> Receipts:
     """Do the blocks in threads of this process; for functions that let other threads run (NumPy on whole blocks)."""
     from threadpoolctl import threadpool_limits
 
     waiting = iter(blocks)
     with threadpool_limits(1):  # BLAS knows one limit for the whole process, which the driver sets and restores
-        threads = BlockThreads(kernel, n_workers)
+        threads = BlockThreads(kernel, n_workers, room)
         try:
             while not dropping():
                 if stopping():
@@ -82,6 +88,7 @@ def run_processes(
     stopping: Stopping,
     name: str = "lazyproc",
     dropping: Stopping = never,
+    room: Room | None = None,
 ) -> Receipts:
     """Do the blocks in worker processes: Dask graphs on Dask's local scheduler, whose threads have a process each.
 
@@ -103,16 +110,16 @@ def run_processes(
     """
     packed = pack(kernel)
     lost: list[Block] = []
-    window = _Window(Lanes(packed, n_workers, _ATTEMPTS), 2 * n_workers, stopping)
+    window = _Window(Lanes(packed, n_workers, _ATTEMPTS), 2 * n_workers, stopping, room)
     for receipt in _run_graphs(window, blocks, _GRAPH_BLOCKS * n_workers, name, dropping):
         if receipt is not None and receipt.failure is not None and receipt.failure.kind == "lost":
-            lost.append(receipt.block)
+            lost += [receipt.block] if receipt.rest is None else [receipt.block, receipt.rest]
             yield None
         else:
             yield receipt
     for block in lost:
         whole = replace(block, limit=None)
-        yield from _run_graphs(_Window(Lanes(packed, 1, 1), 1, stopping), [whole], 1, name, dropping)
+        yield from _run_graphs(_Window(Lanes(packed, 1, 1), 1, stopping, room), [whole], 1, name, dropping)
 
 
 def _run_graphs(window: _Window, blocks: Iterable[Block], size: int, name: str, dropping: Stopping) -> Receipts:
@@ -138,8 +145,9 @@ class _Window:
     A slow block holds back its own place only; a slow driver, which does not take receipts, holds back everything.
     """
 
-    def __init__(self, lanes: Lanes, size: int, stopping: Stopping) -> None:
+    def __init__(self, lanes: Lanes, size: int, stopping: Stopping, room: Room | None = None) -> None:
         self.size = size
+        self._room = room
         self.threads = ThreadPoolExecutor(size, "lazyproc")
         self._lanes = lanes
         self._stopping = stopping
@@ -157,7 +165,7 @@ class _Window:
         while not self._places.acquire(timeout=TICK):
             if not self.wanted():
                 return
-        receipt = self._lanes.do(block, self.wanted)
+        receipt = self._lanes.do(block, self.wanted, self._room)
         if receipt is None:
             self._places.release()
         else:

@@ -6,7 +6,8 @@ import queue
 import threading
 
 from lazyproc.core.blocks import Block
-from lazyproc.engine.kernel import Kernel, Receipt, run_block
+from lazyproc.core.learn import Room
+from lazyproc.engine.kernel import Kernel, Receipt, run_block, run_part
 
 
 class BlockThreads:
@@ -18,6 +19,8 @@ class BlockThreads:
         What is done with a block.
     n_threads : int
         How many threads.
+    room : Room, optional
+        What memory allows, as it is when a block begins. Default: everything.
 
     Notes
     -----
@@ -25,8 +28,11 @@ class BlockThreads:
     place then does not pass the fence of a run that is over. It keeps neither the driver nor the interpreter waiting.
     """
 
-    def __init__(self, kernel: Kernel, n_threads: int) -> None:
+    def __init__(self, kernel: Kernel, n_threads: int, room: Room | None = None) -> None:
         self._kernel = kernel
+        self._room = room
+        self._n_busy = 0
+        self._turn = threading.Condition()
         self._tasks: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Receipt | BaseException] = queue.SimpleQueue()
         self._threads = [
@@ -81,7 +87,15 @@ class BlockThreads:
 
         threadpool_limits(1)  # OpenMP knows a limit for each thread
         while (block := self._tasks.get()) is not None:
+            with self._turn:
+                while self._room is not None and self._n_busy >= self._room.n_workers:
+                    self._turn.wait()  # until another one ends, whatever it is that it has learnt
+                self._n_busy += 1
+            most = None if self._room is None else self._room.rows
             try:
-                self._done.put(run_block(self._kernel, block))
+                self._done.put(run_part(block, most, lambda part: run_block(self._kernel, part)))
             except BaseException as error:
                 self._done.put(error)
+            with self._turn:
+                self._n_busy -= 1
+                self._turn.notify_all()

@@ -1,0 +1,129 @@
+"""The blocks of a run, and what is learnt from those that are done: how long positions take, and how much memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Generator
+from typing import Any, cast
+
+from lazyproc.core.blocks import BlockPlan
+from lazyproc.core.errors import MemoryLimitError
+from lazyproc.core.feed import BlockFeed
+from lazyproc.core.learn import MemoryLearner, Room
+from lazyproc.core.memory import MEBIBYTE
+from lazyproc.core.probe import Probe
+from lazyproc.core.runs import Runs
+from lazyproc.declared import BlockSizes, Declared
+from lazyproc.engine.choose import Scheduler
+from lazyproc.engine.kernel import Receipt
+from lazyproc.engine.local import Receipts
+
+log = logging.getLogger("lazyproc")
+
+
+class Adapting:
+    """Hands out blocks, and divides the rest anew when they take more time or memory than was thought.
+
+    Parameters
+    ----------
+    declared : Declared
+        What is done.
+    sizes : BlockSizes
+        The division to begin with.
+    scheduler : Scheduler
+        Where; of a cluster nothing is known but its time, since it belongs to others, too.
+    probe : Probe
+        What the division was reckoned from.
+
+    Attributes
+    ----------
+    feed : BlockFeed
+        The blocks.
+    room : Room or None
+        What memory allows at the moment; None on a cluster.
+    """
+
+    def __init__(self, declared: Declared, sizes: BlockSizes, scheduler: Scheduler, probe: Probe) -> None:
+        self._declared = declared
+        self._division = self._first_division = sizes.division
+        self._limit = sizes.limit
+        self._learner: MemoryLearner | None = None
+        self.room: Room | None = None
+        most = sizes.plan.max_positions
+        if scheduler.kind != "client":
+            self.room = Room(most, scheduler.n_workers)
+            self._learner = MemoryLearner(
+                sizes.memory,
+                sizes.limit,
+                scheduler.n_workers,
+                most,
+                vectorized=declared.vectorized,
+                driver_writes=sizes.driver_writes,
+                together=scheduler.kind != "processes",
+            )
+        self.feed = BlockFeed(sizes.plan, probe.seconds_per_position, self._divide, scheduler.n_workers)
+
+    def _divide(self, rest: Runs, seconds: float | None) -> BlockPlan:
+        return self._division.plan(rest, seconds)
+
+    def noting(self, receipts: Receipts) -> Receipts:
+        """Hand receipts on, and take note of what their blocks took.
+
+        Raises
+        ------
+        MemoryLimitError
+            If blocks that cannot be made smaller take more than is allowed; those that are done count.
+        """
+        with contextlib.closing(cast(Generator[Any], receipts)):
+            for receipt in receipts:
+                if receipt is not None and receipt.failure is None:
+                    self.feed.note(receipt.block.n_positions, receipt.seconds, receipt.rest)
+                    self._learn(receipt)
+                elif receipt is not None and receipt.rest is not None:
+                    self.feed.give_back(receipt.rest)
+                yield receipt
+                if receipt is not None and receipt.failure is None:
+                    self._check(receipt)
+
+    def _learn(self, receipt: Receipt) -> None:
+        learner, room = self._learner, self.room
+        if learner is None or room is None or not receipt.taken:
+            return
+        before, n_positions = learner.projected, receipt.block.n_positions
+        reckoned = learner.model.worker_peak(n_positions)
+        if not learner.note(n_positions, receipt.taken, receipt.taken_by_all):
+            if learner.projected > before + MEBIBYTE:
+                log.info(
+                    "%s: %.0f MiB of memory projected by now (%.0f before), %.0f allowed",
+                    self._declared.process_name, learner.projected / MEBIBYTE, before / MEBIBYTE,
+                    self._limit / MEBIBYTE, extra={"projected_bytes": learner.projected},
+                )  # fmt: skip
+            return
+        self._division = self._first_division.within(learner.rows, learner.careful_rows)
+        size = self._division.largest
+        level = logging.WARNING if size < room.rows or learner.n_workers < room.n_workers else logging.INFO
+        log.log(
+            level,
+            "%s: the block of positions %d to %d took %.0f MiB of memory, where %.0f were reckoned; blocks have now up "
+            "to %d positions instead of %d, %d at a time; %.0f MiB projected for all (%.0f before), %.0f allowed",
+            self._declared.process_name, receipt.block.start, receipt.block.stop - 1, receipt.taken / MEBIBYTE,
+            reckoned / MEBIBYTE, size, room.rows, learner.n_workers, learner.projected / MEBIBYTE, before / MEBIBYTE,
+            self._limit / MEBIBYTE, extra={"projected_bytes": learner.projected},
+        )  # fmt: skip
+        room.rows, room.n_workers = size, learner.n_workers
+        self.feed.resize(size)
+
+    def _check(self, receipt: Receipt) -> None:
+        if self._learner is None:
+            return
+        block = receipt.block
+        needed = self._learner.too_much(block.n_positions, receipt.taken)
+        if needed is not None:
+            raise MemoryLimitError(
+                f"max_mem_mb: {self._limit // MEBIBYTE} MiB are allowed, but {self._declared.process_name} was found "
+                f"to take {receipt.taken / MEBIBYTE:.0f} MiB at positions {block.start} to {block.stop - 1} of "
+                f"{self._declared.label}, with one block at a time that cannot be made smaller; expected no more than "
+                "the probe of a few positions had shown. What is finished is kept. Raise max_mem_mb to "
+                f"{needed} or more; the same call then goes on."
+            )

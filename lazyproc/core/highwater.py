@@ -1,0 +1,170 @@
+"""What the blocks of this process really take: its high-water mark, taken back before a block and read after it.
+
+Linux keeps for each process the most memory that it ever had, and takes that back when asked to. So nothing has to be
+watched while a block is computed, and nothing is missed: not what native code allocates, and not what lasts a
+millisecond. It costs 5 µs before a block and 20 µs after it. Elsewhere, or where the system does not allow it (a
+``/proc`` that is read-only), nothing is measured, and the memory model is all there is.
+
+What is counted is anonymous memory: the pages of libraries, of files and of memory shared with others are not.
+The mark belongs to the whole process, so whoever reads it beside (`getrusage`'s ``ru_maxrss``) finds that of the last
+blocks only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+_STATUS, _CLEAR = "/proc/self/status", "/proc/self/clear_refs"
+_RESET = b"5"
+"""What takes back the mark, and does nothing else."""
+_NAMES = (b"VmHWM:", b"RssAnon:", b"RssFile:", b"RssShmem:")
+
+
+@dataclass(eq=False)
+class Taken:
+    """What a block under way is found to take.
+
+    Attributes
+    ----------
+    n_positions : int
+        Of the block.
+    peak : int
+        Bytes at most, so far: of the process over what it had at first, shared with blocks beside; 0 if not known.
+    whole : int
+        The same, not shared.
+    is_known : bool
+        False if what was loaded meanwhile cannot be told from what the block takes.
+    """
+
+    n_positions: int
+    peak: int = 0
+    whole: int = 0
+    is_known: bool = field(default=True, repr=False)
+
+
+class HighWater:
+    """The high-water mark of this process, shared out to the blocks under way. Safe in threads.
+
+    Notes
+    -----
+    The mark is read whenever a block begins or ends, so what it says is always of a known set of blocks; each gets a
+    part of it by its positions, and in the end the largest of its parts. It is over what the process had before the
+    first block, which is found anew after modules were imported: those are not counted, as by `max_mem_mb`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: list[Taken] = []
+        self._base: int | None = None
+        self._n_modules = 0
+        self._works = can_measure()
+
+    def forget(self) -> None:
+        """Count from what the process has now: another run begins."""
+        with self._lock:
+            if not self._blocks and self._works:
+                self._begin_anew()
+
+    @contextmanager
+    def watch(self, n_positions: int) -> Iterator[Taken]:
+        """Find out what is taken in this context, by a block of so many positions."""
+        taken = Taken(max(1, n_positions))
+        if not self._works:
+            yield taken
+            return
+        with self._lock:
+            if self._blocks:
+                self._share_out()
+            elif self._base is None or self._n_modules != len(sys.modules):
+                self._begin_anew()
+            self._blocks.append(taken)
+            reset()
+        try:
+            yield taken
+        finally:
+            with self._lock:
+                self._share_out()
+                self._blocks.remove(taken)
+                if self._blocks:
+                    reset()
+
+    def _begin_anew(self) -> None:
+        give_back()
+        self._base = read()[1]
+        self._n_modules = len(sys.modules)
+
+    def _share_out(self) -> None:
+        """Give each block its part of what was taken since the last reset."""
+        taken = max(0, read()[0] - (self._base or 0))
+        whole = sum(block.n_positions for block in self._blocks)
+        loaded = self._n_modules != len(sys.modules)
+        for block in self._blocks:
+            block.is_known = block.is_known and not loaded
+            if block.is_known:
+                block.peak = max(block.peak, taken * block.n_positions // whole)
+                block.whole = max(block.whole, taken)
+            else:
+                block.peak = block.whole = 0
+
+
+def can_measure() -> bool:
+    """Tell whether the system keeps a high-water mark, and lets it be taken back."""
+    try:
+        reset()
+        return read()[0] > 0
+    except (OSError, ValueError):
+        return False
+
+
+def reset() -> None:
+    """Take back the mark to what the process has now."""
+    with open(_CLEAR, "wb", 0) as file:
+        file.write(_RESET)
+
+
+def read() -> tuple[int, int]:
+    """Return bytes of memory of its own that the process had at most since the last reset, and that it has now."""
+    with open(_STATUS, "rb", 0) as file:
+        text = file.read(4096)
+    mark, own, files, shared = (_value(text, name) for name in _NAMES)
+    return max(own, mark - files - shared), own
+
+
+def _value(text: bytes, name: bytes) -> int:
+    begin = text.index(name) + len(name)
+    return 1024 * int(text[begin : text.index(b"kB", begin)])
+
+
+def give_back() -> None:
+    """Let the allocator give back what it keeps of earlier work, so that later work is not found to take nothing."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
+        if trim is not None:
+            trim(0)
+
+
+@contextmanager
+def peak_of() -> Iterator[list[int]]:
+    """Find the bytes that the process takes in this context over those it had; the list stays empty if not known.
+
+    Not known is it also if modules were imported on the way. For one thread with nothing beside it.
+    """
+    found: list[int] = []
+    if not high_water._works:
+        yield found
+        return
+    give_back()
+    modules, before = len(sys.modules), read()[1]
+    reset()
+    yield found
+    if modules == len(sys.modules):
+        found.append(max(0, read()[0] - before))
+
+
+high_water = HighWater()
+"""That of this process: there is only one mark."""
