@@ -33,7 +33,7 @@ from deaths.trials import Scene, Tally, try_phase, worker_calls, worker_points  
 from workloads import make_file  # noqa: E402
 
 PARTS = ("points", "workers", "kills", "cuts", "throughput")
-RECOVERY_POINTS = 200
+RECOVERY_POINTS = 100
 """So many of the pairs of a death and a death in the recovery after it, for each layout."""
 
 
