@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import h5py
 import numpy as np
@@ -22,6 +22,7 @@ from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.grid import position_grid, spectroscopic_grid
 from lazyproc.hdf5.seal import check_places
 from lazyproc.hdf5.search import text_attribute
+from lazyproc.hdf5.steady import read_steadily
 from lazyproc.hdf5.usid import is_main, read_text
 from lazyproc.layout import Axis, axis_of_grid, axis_of_output, block_grid, name_apart, positions_per_view_block
 from lazyproc.views import BlockView, Committed, StatusView, group_id, lazy_arrays
@@ -33,6 +34,8 @@ _ADVICE = "Compute it again with override=True, or restore the file from a copy.
 _STATUS = "status"
 _SPECTRAL = "spectral"
 _NOTHING = Axis((), (), (), {})
+
+Result = TypeVar("Result")
 
 
 def open_results(group: h5py.Group | str | os.PathLike[str]) -> xarray.Dataset:
@@ -70,13 +73,22 @@ def open_results(group: h5py.Group | str | os.PathLike[str]) -> xarray.Dataset:
     >>> maps = open_results("scan.h5::/Measurement_000/Channel_000/Raw_Data-Fit_000")  # doctest: +SKIP
     >>> maps["Amplitude"].plot()  # doctest: +SKIP
     """
-    files = Files()
-    try:
-        path, opened = _open_group(group, files)
-        with reading(f"{path or opened.file.filename}::{opened.name}", _ADVICE):
-            return _dataset_of_group(opened, path)
-    finally:
-        files.close()
+    return _read(group, _dataset_of_group)
+
+
+def _read(group: Any, read: Callable[[h5py.Group, str | None], Result]) -> Result:
+    """Open a group, read it and close what was opened; again, if the file was being changed."""
+
+    def once() -> Result:
+        files = Files()
+        try:
+            path, opened = _open_group(group, files)
+            with reading(f"{path or opened.file.filename}::{opened.name}", _ADVICE):
+                return read(opened, path)
+        finally:
+            files.close()
+
+    return read_steadily(split_address(group, "group")[0] if isinstance(group, str | os.PathLike) else None, once)
 
 
 def _open_group(group: Any, files: Files) -> tuple[str | None, h5py.Group]:
@@ -171,13 +183,9 @@ def failures(group: h5py.Group | str | os.PathLike[str]) -> list[FailedPosition]
     ...     print(one)
     position 17: ValueError: array must not contain infs or NaNs
     """
-    files = Files()
-    try:
-        path, opened = _open_group(group, files)
-        with reading(f"{path or opened.file.filename}::{opened.name}", _ADVICE):
-            return read_failures(opened, text_attribute(opened, "lazyproc_status_mask", STATUS_MASK))
-    finally:
-        files.close()
+    return _read(
+        group, lambda opened, _: read_failures(opened, text_attribute(opened, "lazyproc_status_mask", STATUS_MASK))
+    )
 
 
 def _status_name(group: h5py.Group, n_positions: int) -> str:

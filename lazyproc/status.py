@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import h5py
 
-from lazyproc.core.errors import ArgumentTypeError, LazyprocError, ResultsError
+from lazyproc.core.errors import ArgumentTypeError, ResultsError
 from lazyproc.core.specs import STATUS_MASK
 from lazyproc.hdf5.damage import H5_ERRORS, members, reading, walk
 from lazyproc.hdf5.failures import count_failed
@@ -18,9 +17,8 @@ from lazyproc.hdf5.lock import holder
 from lazyproc.hdf5.rows_file import check_rows
 from lazyproc.hdf5.seal import check_places, check_seal
 from lazyproc.hdf5.search import count_done
+from lazyproc.hdf5.steady import read_steadily
 from lazyproc.hdf5.usid import is_main, read_text
-
-_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -77,27 +75,8 @@ def file_status(path: str) -> FileStatus:
 
     A run that creates its group just now changes the structure of the file under a reader: then it is read again.
     """
-    results: tuple[ResultsStatus, ...] = ()
-    for attempt in range(_ATTEMPTS):
-        before = _stamp(path)
-        try:
-            results = _results(path)
-        except (LazyprocError, *H5_ERRORS):
-            if attempt == _ATTEMPTS - 1 or _stamp(path) == before:
-                raise
-        else:
-            if not any(one.problem for one in results) or _stamp(path) == before:
-                break
+    results = read_steadily(path, lambda: _results(path), lambda found: not any(one.problem for one in found))
     return FileStatus(path, holder(path), results)
-
-
-def _stamp(path: str) -> tuple[int, int] | None:
-    """Return what changes whenever a file is written."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 def _results(path: str) -> tuple[ResultsStatus, ...]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block, BlockPlan
-from lazyproc.core.errors import ResultsError, StaleViewError
+from lazyproc.core.errors import StaleViewError
 from lazyproc.core.failed import DONE, FAILED, NOT_DONE, FailedRows
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import POSITION_STATUS, Output, ResolvedOutput
@@ -24,6 +24,7 @@ from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.rows_file import check_readable
 from lazyproc.hdf5.search import text_attribute
 from lazyproc.hdf5.source import Source
+from lazyproc.hdf5.steady import read_steadily
 from lazyproc.layout import Axis, BlockGrid, block_grid, positions_per_view_block
 
 if TYPE_CHECKING:
@@ -72,10 +73,8 @@ class Committed:
         ResultsError
             If they are damaged.
         """
-        try:
-            return self._read(start, stop)
-        except ResultsError:  # they may just have been compressed: then what the group referred to is gone
-            return self._read(start, stop)
+        # They may just have been compressed, or others begun: then some of what was read belongs to the state before.
+        return read_steadily(self.path, lambda: self._read(start, stop))
 
     def _read(self, start: int, stop: int) -> tuple[Arrays, NDArray[np.uint8]]:
         with self._opened() as group:
@@ -90,8 +89,12 @@ class Committed:
 
     def read_status(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Read the status alone; raises as `read` does."""
-        with self._opened() as group:
-            return self._status(group, start, stop)
+
+        def once() -> NDArray[np.uint8]:
+            with self._opened() as group:
+                return self._status(group, start, stop)
+
+        return read_steadily(self.path, once)
 
     @contextmanager
     def _opened(self) -> Iterator[h5py.Group]:

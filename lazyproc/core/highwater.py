@@ -66,7 +66,7 @@ class HighWater:
 
     def forget(self) -> None:
         """Count from what the process has now: another run begins."""
-        with self._lock:
+        with self._lock, self._while_it_works():
             if not self._blocks and self._works:
                 self._begin_anew()
 
@@ -77,7 +77,7 @@ class HighWater:
         if not self._works:
             yield taken
             return
-        with self._lock:
+        with self._lock, self._while_it_works():
             if self._blocks:
                 self._share_out()
             elif self._base is None or self._n_modules != len(sys.modules):
@@ -87,11 +87,23 @@ class HighWater:
         try:
             yield taken
         finally:
-            with self._lock:
-                self._share_out()
-                self._blocks.remove(taken)
+            with self._lock, self._while_it_works():
+                if taken in self._blocks:
+                    self._share_out()
+                    self._blocks.remove(taken)
                 if self._blocks:
                     reset()
+
+    @contextmanager
+    def _while_it_works(self) -> Iterator[None]:
+        """Measure no more if the system does not let it be done any longer: a process may give up its rights."""
+        try:
+            yield
+        except OSError:
+            self._works = False
+            for block in self._blocks:
+                block.is_known, block.peak, block.whole = False, 0, 0
+            self._blocks.clear()
 
     def _begin_anew(self) -> None:
         give_back()
@@ -155,7 +167,7 @@ def peak_of() -> Iterator[list[int]]:
     Not known is it also if modules were imported on the way. For one thread with nothing beside it.
     """
     found: list[int] = []
-    if not high_water._works:
+    if not can_measure():
         yield found
         return
     give_back()
