@@ -39,6 +39,8 @@ _LOCAL_BYTES = 8 * 2**20
 _SENT_BYTES = 32 * 2**20
 """The same for a block that is sent to another process."""
 
+_MANY_POSITIONS, _EARLY_PROCESSES = 2_000, 4
+
 log = logging.getLogger("lazyproc")
 
 
@@ -106,6 +108,8 @@ class Declared:
     max_failures: int | None = None
     _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
     """Made once for each call of a method of Process: the values are taken not to change within it."""
+    _hashes: dict[str, str] = field(default_factory=dict, repr=False)
+    """The same for the function's code."""
 
     @property
     def n_positions(self) -> int:
@@ -132,10 +136,15 @@ class Declared:
             parameters=self.parameters,
             arguments=arguments_text(args, kwargs),
             outputs=self.outputs,
-            code=code_hash(self.function),
+            code=self._code(),
             status_name=self.status_name,
             fingerprint=self._fingerprint_like,
         )
+
+    def _code(self) -> str:
+        if "code" not in self._hashes:
+            self._hashes["code"] = code_hash(self.function)
+        return self._hashes["code"]
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the main dataset's values as they are now."""
@@ -145,6 +154,8 @@ class Declared:
         """Return the present fingerprint, made as far as possible as the stored one was."""
         if self.verify == "none":
             return ""
+        if stored in self._fingerprints.values():
+            return stored
         return self._fingerprint("full" if stored.startswith("all:") else "sampled")
 
     def _fingerprint(self, verify: str) -> str:
@@ -230,6 +241,17 @@ class Declared:
         if probe is None:
             return Scheduler("processes" if self.cores > 1 else "serial", self.cores)
         return choose_local(kernel, probe, n_remaining, self.cores)
+
+    def likely_processes(self) -> int:
+        """Return how many worker processes are worth being started before anything is known of the function.
+
+        For a function of one position and many of these they mostly turn out to be needed; if not, they are ended. No
+        more than a few: the others are started when they are needed.
+        """
+        many = self.n_positions >= _MANY_POSITIONS and self.source.travels
+        if self.vectorized or not many or self.cores == 1 or (self.client or active_client()) is not None:
+            return 0
+        return min(self.cores, _EARLY_PROCESSES)
 
     def in_place_everywhere(self, scheduler: Scheduler, sink: Sink | None) -> bool:
         """Tell whether all workers may write into the file themselves; if not, the log says why."""

@@ -26,6 +26,7 @@ from lazyproc.drain import Drain, how_far, nothing_yet
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel, failure_of
+from lazyproc.engine.lane import Crew
 from lazyproc.hdf5.compress import StoppedError, n_threads
 from lazyproc.hdf5.finish import adopt, finish, is_unfinished
 from lazyproc.hdf5.guard import finish_pending, flush_guarded
@@ -44,6 +45,7 @@ from lazyproc.hdf5.record import (
 from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.rows_file import waiting
 from lazyproc.hdf5.search import Found, Work, remaining_positions
+from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.target import Target
 from lazyproc.hdf5.transaction import recover
 from lazyproc.recording import check_limit, raise_limit, say_failed
@@ -102,11 +104,13 @@ def perform(
             warn_of(partial[name])
         declared = declared.settled()
         kernel = replace(kernel, source=declared.source)
-        if name is None:
-            name, remaining, probe = _start(declared, work, kernel, drain)
-        else:
-            remaining, probe = _resume(declared, work, kernel, name, drain)
-        run_group(declared, work, kernel, name, fence, remaining, probe, listener, drain)
+        with Crew([Sink.__module__, type(kernel.source).__module__]) as crew:
+            if name is None:
+                crew.start(declared.likely_processes())
+                name, remaining, probe = _start(declared, work, kernel, drain)
+            else:
+                remaining, probe = _resume(declared, work, kernel, name, drain)
+            run_group(declared, work, kernel, name, fence, remaining, probe, listener, drain, crew=crew)
         return name
 
 
@@ -270,6 +274,7 @@ def run_group(
     drain: Drain,
     *,
     undone: Runs | None = None,
+    crew: Crew | None = None,
 ) -> Outcome:
     """Write what the probe computed, then run the blocks, then note the end.
 
@@ -292,6 +297,8 @@ def run_group(
     undone : Runs, optional
         All positions that are not done once `remaining`, which are marked as done until now, are taken back. Default:
         `remaining` is all that is not done.
+    crew : Crew, optional
+        Worker processes that were started beforehand.
     """
     same = declared.place.file_id()
     target, failed = open_target(
@@ -303,7 +310,7 @@ def run_group(
         if undone is not None and failed is not None:
             target.unmark(remaining)
             failed.release(remaining)
-        outcome = _loop(declared, kernel, target, remaining, probe, committer, drain, listener)
+        outcome = _loop(declared, kernel, target, remaining, probe, committer, drain, listener, crew or Crew())
     finally:
         n_committed = n_before + committer.n_done
         drain.message = how_far(declared.process_name, n_committed, work.n_positions, declared.place.path)
@@ -332,6 +339,7 @@ def _loop(
     committer: Committer,
     drain: Drain,
     listener: Listener,
+    crew: Crew,
 ) -> Outcome:
     if not committer.has_room(probe.failed):
         committer.refuse(probe.failed)
@@ -350,6 +358,8 @@ def _loop(
         in_place = declared.in_place_everywhere(scheduler, target.sink)
     sizes = declared.blocks(remaining, scheduler, probe, driver_writes=not in_place)
     scheduler = scheduler.with_workers(sizes.n_workers)
+    if scheduler.kind != "processes":
+        crew.close()
     kernel = kernel.for_run(
         target.sink if in_place else None, scheduler.native_threads, watched=scheduler.kind != "client"
     )
@@ -361,7 +371,14 @@ def _loop(
     )  # fmt: skip
     blocks = Adapting(declared, sizes, scheduler, probe)
     receipts = scheduler.run(
-        kernel, blocks.feed, drain.requested, declared.process_name, drain.dropping, drain.interruptible, blocks.room
+        kernel,
+        blocks.feed,
+        drain.requested,
+        declared.process_name,
+        drain.dropping,
+        drain.interruptible,
+        blocks.room,
+        crew,
     )
     return run_loop(blocks.noting(receipts), committer, drain)
 

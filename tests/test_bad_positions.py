@@ -272,6 +272,7 @@ class NumberSource:
     """Positions whose values are their own numbers."""
 
     travels = True
+    read_seconds = 0.0
 
     def rows(self, runs: Any) -> NDArray[Any]:
         return np.concatenate([np.arange(start, stop, dtype=float) for start, stop in runs]).reshape(-1, 1)

@@ -17,6 +17,7 @@ import dis
 import functools
 import hashlib
 import inspect
+import linecache
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -242,7 +243,7 @@ def _read(code: types.CodeType) -> _File | None:
     """
     codes: dict[tuple[str, int], list[types.CodeType]] = {}
     try:
-        lines, _ = inspect.findsource(code)
+        lines = _lines(code)
         tree = ast.parse("".join(lines))
         units = [tree, *(ast.Module([statement], []) for statement in tree.body if not isinstance(statement, _Import))]
         for unit in units:
@@ -253,6 +254,12 @@ def _read(code: types.CodeType) -> _File | None:
     except (OSError, TypeError, SyntaxError, ValueError, IndexError, RecursionError):
         return None
     return _File(tree, codes)
+
+
+def _lines(code: types.CodeType) -> list[str]:
+    """Return the lines of the file that a code object came from; `inspect` looks through all modules for it."""
+    linecache.checkcache(code.co_filename)
+    return linecache.getlines(code.co_filename) or inspect.findsource(code)[0]
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

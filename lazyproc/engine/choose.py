@@ -15,6 +15,7 @@ from lazyproc.core.probe import Probe
 from lazyproc.engine.cluster import count_threads, most_on_machine
 from lazyproc.engine.distant import run_client
 from lazyproc.engine.kernel import Kernel, pack
+from lazyproc.engine.lane import Crew
 from lazyproc.engine.local import Interruptible, Receipts, Stopping, never, run_processes, run_serial, run_threads
 
 _POOL_PAYS = 1.5
@@ -92,6 +93,7 @@ class Scheduler:
         dropping: Stopping = never,
         interruptible: Interruptible = nullcontext,
         room: Room | None = None,
+        crew: Crew | None = None,
     ) -> Receipts:
         """Run the blocks.
 
@@ -109,11 +111,13 @@ class Scheduler:
             Returns a context that surrounds a block in the driver's own thread, which may be taken out of it.
         room : Room, optional
             What memory allows at the moment, for blocks that are cut already; not for a cluster.
+        crew : Crew, optional
+            Worker processes that were started beforehand.
         """
         if self.kind == "client":
             return run_client(self.client, kernel, blocks, stopping, name, dropping, self.most)
         if self.kind == "processes":
-            return run_processes(kernel, blocks, self.n_workers, stopping, name, dropping, room)
+            return run_processes(kernel, blocks, self.n_workers, stopping, name, dropping, room, crew)
         if self.kind == "threads":
             return run_threads(kernel, blocks, self.n_workers, stopping, dropping, room)
         return run_serial(kernel, blocks, stopping, interruptible)
@@ -136,12 +140,14 @@ def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int)
     Notes
     -----
     Only functions that take whole blocks are run in threads: those that take one position at a time mostly hold
-    Python's lock, and old fitting libraries are not made for threads.
+    Python's lock, and old fitting libraries are not made for threads. Reading and decoding, which let other threads
+    run, count for the function.
     """
     seconds = probe.seconds_per_position * n_remaining
-    if n_workers == 1 or seconds < _THREADS_PAY:
+    reading = kernel.source.read_seconds * n_remaining
+    if n_workers == 1 or seconds + (reading if kernel.vectorized else 0.0) < _THREADS_PAY:
         return Scheduler("serial", 1)
-    if kernel.vectorized and probe.thread_gain >= _GAIN:
+    if kernel.vectorized and seconds + reading >= _GAIN * (seconds / probe.thread_gain + reading / 2):
         return Scheduler("threads", n_workers)
     if seconds < _POOL_PAYS or not kernel.source.travels:
         return Scheduler("serial", 1)

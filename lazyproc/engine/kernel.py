@@ -25,9 +25,16 @@ from lazyproc.engine.native import limits
 
 
 class BlockSource(Protocol):
-    """What reads positions; `travels` tells whether other processes can use it."""
+    """What reads positions; `travels` tells whether other processes can use it.
+
+    `read_seconds` is what reading a position takes, roughly, where threads can do it side by side; else 0.
+    """
 
     travels: Any
+
+    @property
+    def read_seconds(self) -> float:
+        """Seconds, as above."""
 
     def rows(self, runs: Any) -> NDArray[Any]:
         """Read runs of positions into one array `(n_positions, n_spectral)`."""

@@ -7,6 +7,7 @@ their work, and which block it had is known. A new process then takes its place.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -41,7 +43,7 @@ _STARTS = 3
 """So many processes may die, one after the other, before they are ready for a block."""
 _MAIN = (
     "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = json.loads(sys.argv[2]); "
-    "from lazyproc.engine.lane import serve; serve(int(sys.argv[1]))"
+    "from lazyproc.engine.lane import serve; serve(int(sys.argv[1]), json.loads(sys.argv[3]))"
 )
 
 log = logging.getLogger("lazyproc")
@@ -73,10 +75,13 @@ def _leave_with(driver: int) -> None:
     os._exit(1)
 
 
-def serve(descriptor: int) -> None:
-    """Do blocks until the driver hangs up; the first message is the packed kernel."""
+def serve(descriptor: int, modules: Sequence[str] = ()) -> None:
+    """Do blocks until the driver hangs up; the first message is the packed kernel, which may need the modules."""
     set_up_worker()
     driver = Connection(descriptor)
+    for name in modules:
+        with suppress(ImportError):
+            importlib.import_module(name)
     try:
         packed = driver.recv_bytes()
         driver.send_bytes(b"ready")
@@ -104,11 +109,82 @@ class _Died(Exception):
         self.was_ready = was_ready
 
 
+class Crew:
+    """Worker processes that are started before it is known what they will do, so that they are ready by then.
+
+    Parameters
+    ----------
+    modules : sequence of str
+        What they load meanwhile, where it is there.
+
+    Notes
+    -----
+    Used by one thread until lanes take processes, then by these; `close` ends those that nobody has taken.
+    """
+
+    def __init__(self, modules: Sequence[str] = ()) -> None:
+        self._modules = tuple(modules)
+        self._waiting: deque[tuple[subprocess.Popen[bytes], Any]] = deque()
+
+    def start(self, n_processes: int) -> None:
+        """Start processes, and do not wait until they are ready."""
+        with suppress(OSError):  # whoever needs them will try again, and tell
+            for _ in range(n_processes):
+                self._waiting.append(_start_process(self._modules))
+
+    def take(self) -> tuple[subprocess.Popen[bytes], Any]:
+        """Return a process that waits for its kernel, and the socket to it; a new one if there is none."""
+        while self._waiting:
+            process, socket = self._waiting.popleft()
+            if process.poll() is None:
+                return process, socket
+            socket.close()
+        return _start_process(self._modules)
+
+    def close(self) -> None:
+        """Kill those that nobody has taken."""
+        while self._waiting:
+            process, socket = self._waiting.popleft()
+            _kill(process)
+            process.wait()
+            socket.close()
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _start_process(modules: Sequence[str]) -> tuple[subprocess.Popen[bytes], Any]:
+    """Start a worker process; return it with the socket to it."""
+    ours, theirs = Pipe()
+    one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR")}
+    folders = json.dumps([str(folder) for folder in sys.path])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_DRIVER)  # the process is to begin so
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _MAIN, str(theirs.fileno()), folders, json.dumps(list(modules))],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | one_thread,
+                process_group=0,  # Ctrl-C does not reach programs that the function runs; killed together
+            )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return process, ours
+
+
 class _Lane:
     """One worker process, started when there is a first block for it, and again after it died."""
 
-    def __init__(self, packed: bytes) -> None:
+    def __init__(self, packed: bytes, crew: Crew) -> None:
         self._packed = packed
+        self._crew = crew
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: Any = None
 
@@ -128,21 +204,7 @@ class _Lane:
             raise _Died(how, was_ready=ready) from error
 
     def _start(self) -> None:
-        self._socket, theirs = Pipe()
-        one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR")}
-        folders = json.dumps([str(folder) for folder in sys.path])
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_DRIVER)  # the process is to begin so
-        try:
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", _MAIN, str(theirs.fileno()), folders],
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
-                    env=os.environ | one_thread,
-                    process_group=0,  # Ctrl-C does not reach programs that the function runs; killed together
-                )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._process, self._socket = self._crew.take()
         self._socket.send_bytes(self._packed)
 
     def _receive(self) -> bytes:
@@ -206,6 +268,8 @@ class Lanes:
         How many processes.
     attempts : int
         How often a block may be tried whose process dies.
+    crew : Crew, optional
+        Where the processes come from; the caller closes it. Default: they are started when there are blocks for them.
 
     Attributes
     ----------
@@ -213,10 +277,11 @@ class Lanes:
         Why no more blocks are done: processes die whatever they do.
     """
 
-    def __init__(self, packed: bytes, n_workers: int, attempts: int) -> None:
+    def __init__(self, packed: bytes, n_workers: int, attempts: int, crew: Crew | None = None) -> None:
         self.error: WorkerError | None = None
         self._attempts = attempts
-        self._lanes = [_Lane(packed) for _ in range(n_workers)]
+        crew = crew or Crew()
+        self._lanes = [_Lane(packed, crew) for _ in range(n_workers)]
         self._free: queue.LifoQueue[_Lane] = queue.LifoQueue()  # the last one's process is running
         for lane in reversed(self._lanes):
             self._free.put(lane)

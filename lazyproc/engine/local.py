@@ -21,7 +21,7 @@ from typing import Any
 from lazyproc.core.blocks import Block
 from lazyproc.core.learn import Room
 from lazyproc.engine.kernel import Kernel, Receipt, pack, run_block
-from lazyproc.engine.lane import Lanes
+from lazyproc.engine.lane import Crew, Lanes
 from lazyproc.engine.threads import BlockThreads
 
 TICK = 0.25
@@ -89,6 +89,7 @@ def run_processes(
     name: str = "lazyproc",
     dropping: Stopping = never,
     room: Room | None = None,
+    crew: Crew | None = None,
 ) -> Receipts:
     """Do the blocks in worker processes: Dask graphs on Dask's local scheduler, whose threads have a process each.
 
@@ -110,7 +111,7 @@ def run_processes(
     """
     packed = pack(kernel)
     lost: list[Block] = []
-    window = _Window(Lanes(packed, n_workers, _ATTEMPTS), 2 * n_workers, stopping, room)
+    window = _Window(Lanes(packed, n_workers, _ATTEMPTS, crew), 2 * n_workers, stopping, room)
     for receipt in _run_graphs(window, blocks, _GRAPH_BLOCKS * n_workers, name, dropping):
         if receipt is not None and receipt.failure is not None and receipt.failure.kind == "lost":
             lost += [receipt.block] if receipt.rest is None else [receipt.block, receipt.rest]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -297,9 +298,8 @@ def _has_open_datasets(group: h5py.Group) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Return the versions of what computes."""
-    from importlib.metadata import version
-
+    """Return the versions of what computes; of Dask if it is loaded, since small jobs do without."""
+    loaded: dict[str, Any] = {name: sys.modules.get(name) for name in ("lazyproc", "numpy", "h5py", "dask")}
     return {"python": platform.python_version()} | {
-        name: version(name) for name in ("lazyproc", "numpy", "h5py", "dask")
+        name: str(module.__version__) for name, module in loaded.items() if hasattr(module, "__version__")
     }
