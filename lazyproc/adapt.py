@@ -19,6 +19,9 @@ from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.kernel import Receipt
 from lazyproc.engine.local import Receipts
 
+_NOTABLE = 0.9
+"""A block that becomes less than so much of what it was is worth a warning."""
+
 log = logging.getLogger("lazyproc")
 
 
@@ -102,7 +105,7 @@ class Adapting:
             return
         self._division = self._first_division.within(learner.rows, learner.careful_rows)
         size = self._division.largest
-        level = logging.WARNING if size < room.rows or learner.n_workers < room.n_workers else logging.INFO
+        level = logging.WARNING if size < _NOTABLE * room.rows or learner.n_workers < room.n_workers else logging.INFO
         log.log(
             level,
             "%s: the block of positions %d to %d took %.0f MiB of memory, where %.0f were reckoned; blocks have now up "
