@@ -21,7 +21,7 @@ from lazyproc.core.runs import Runs
 from lazyproc.core.signature import keyword_arguments
 from lazyproc.core.sizing import Division
 from lazyproc.core.specs import ResolvedOutput
-from lazyproc.engine.choose import Scheduler, choose_local
+from lazyproc.engine.choose import POOL_PAYS, Scheduler, choose_local
 from lazyproc.engine.cluster import active_client
 from lazyproc.engine.handshake import why_not_in_place
 from lazyproc.engine.kernel import BlockSink, Kernel
@@ -39,7 +39,7 @@ _LOCAL_BYTES = 8 * 2**20
 _SENT_BYTES = 32 * 2**20
 """The same for a block that is sent to another process."""
 
-_MANY_POSITIONS, _EARLY_PROCESSES = 2_000, 4
+_EARLY_PROCESSES = 4
 
 log = logging.getLogger("lazyproc")
 
@@ -217,8 +217,8 @@ class Declared:
         available = int(psutil.virtual_memory().available)
         return available if self.max_bytes is None else min(self.max_bytes, available)
 
-    def probe(self, kernel: Kernel, remaining: Runs) -> Probe:
-        """Measure the function on a few positions, and check what it returns."""
+    def probe(self, kernel: Kernel, remaining: Runs, early: Callable[[float], None] | None = None) -> Probe:
+        """Measure the function on a few positions, and check what it returns; `early` is told of the first calls."""
         memory = self.memory(None)
         return run_probe(
             kernel.compute,
@@ -229,6 +229,7 @@ class Declared:
             vectorized=self.vectorized,
             try_threads=self.cores > 1 and self.client is None,
             record=self.max_failures is not None,
+            early=early,
         )
 
     def scheduler(self, kernel: Kernel, probe: Probe | None, n_remaining: int) -> Scheduler:
@@ -242,16 +243,16 @@ class Declared:
             return Scheduler("processes" if self.cores > 1 else "serial", self.cores)
         return choose_local(kernel, probe, n_remaining, self.cores)
 
-    def likely_processes(self) -> int:
-        """Return how many worker processes are worth being started before anything is known of the function.
+    def likely_processes(self, seconds_per_position: float) -> int:
+        """Return how many worker processes are worth being started when it was just found how long a position takes.
 
-        For a function of one position and many of these they mostly turn out to be needed; if not, they are ended. No
-        more than a few: the others are started when they are needed.
+        They are ready when the rest of the probe is done, and the results group made. No more than a few: the others
+        are started when they are needed.
         """
-        many = self.n_positions >= _MANY_POSITIONS and self.source.travels
-        if self.vectorized or not many or self.cores == 1 or (self.client or active_client()) is not None:
+        if self.vectorized or not self.source.travels or (self.client or active_client()) is not None:
             return 0
-        return min(self.cores, _EARLY_PROCESSES)
+        is_long = seconds_per_position * self.n_positions >= POOL_PAYS
+        return min(self.cores, _EARLY_PROCESSES) if is_long and self.cores > 1 else 0
 
     def in_place_everywhere(self, scheduler: Scheduler, sink: Sink | None) -> bool:
         """Tell whether all workers may write into the file themselves; if not, the log says why."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -106,8 +106,7 @@ def perform(
         kernel = replace(kernel, source=declared.source)
         with Crew([Sink.__module__, type(kernel.source).__module__]) as crew:
             if name is None:
-                crew.start(declared.likely_processes())
-                name, remaining, probe = _start(declared, work, kernel, drain)
+                name, remaining, probe = _start(declared, work, kernel, drain, crew)
             else:
                 remaining, probe = _resume(declared, work, kernel, name, drain)
             run_group(declared, work, kernel, name, fence, remaining, probe, listener, drain, crew=crew)
@@ -155,13 +154,15 @@ def warn_of(found: Found) -> None:
     say_failed(found.name, found.n_failed, found.n_positions)
 
 
-def probe_function(declared: Declared, kernel: Kernel, remaining: Runs, *, begun: bool) -> Probe:
+def probe_function(
+    declared: Declared, kernel: Kernel, remaining: Runs, *, begun: bool, early: Callable[[float], None] | None = None
+) -> Probe:
     """Try the function; what it raises reaches the user with the positions concerned.
 
     Where failures are recorded, it must not fail wherever it is tried, unless results show that it can do better.
     """
     try:
-        probe = declared.probe(kernel, remaining)
+        probe = declared.probe(kernel, remaining, early)
     except (RowError, OutputMismatch) as error:
         failure = failure_of(error, _block_of(error, remaining))
     else:
@@ -183,13 +184,17 @@ def _as_block(runs: Runs) -> Block:
     return Block(0, tuple(runs.starts.tolist()), tuple(runs.stops.tolist()))
 
 
-def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain) -> tuple[str, Runs, Probe]:
-    """Probe, and only then create the results group."""
+def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: Crew) -> tuple[str, Runs, Probe]:
+    """Probe, and only then create the results group; meanwhile worker processes start, if that is worth it."""
+
+    def early(seconds: float) -> None:
+        crew.start(declared.likely_processes(seconds))
+
     remaining = Runs.full(declared.n_positions)
     declared.flush_main()
     declared.blocks(remaining, Scheduler("serial", 1), None, driver_writes=False)  # does one position fit at all?
     with drain.interruptible(at_first=True):
-        probe = probe_function(declared, kernel, remaining, begun=False)
+        probe = probe_function(declared, kernel, remaining, begun=False, early=early)
     # and with what was measured? Before anything is created
     declared.blocks(remaining, Scheduler("serial", 1), probe, driver_writes=declared.place.lock_path is None)
     with drain.interruptible(at_first=True):

@@ -348,7 +348,7 @@ def test_a_whole_run_is_right(tmp_path: Path, bad: dict[int, str], process: Any,
 @pytest.mark.parametrize("kind", ["threads", "processes", "client"])
 def test_a_whole_run_on_every_scheduler(scan: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole runs of which the driver's process, its threads, others, and a cluster do the blocks."""
-    monkeypatch.setattr("lazyproc.engine.choose._POOL_PAYS", 0.0)
+    monkeypatch.setattr("lazyproc.engine.choose.POOL_PAYS", 0.0)
     monkeypatch.setattr("lazyproc.engine.choose._THREADS_PAY", 0.0)
     monkeypatch.setattr("lazyproc.engine.choose._GAIN", 0.0 if kind == "threads" else 1e9)
     bad = {3.0, 4.0, 77.0, 119.0}

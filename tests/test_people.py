@@ -345,7 +345,7 @@ def run_with(kind: str, process: Process) -> None:
 
     declared = process._declared()
     chosen = Scheduler(kind, 2 if kind != "serial" else 1)
-    object.__setattr__(declared, "scheduler", lambda *_: chosen)
+    object.__setattr__(declared, "scheduler", lambda *_, **__: chosen)
     process._declared = lambda: declared
     process.compute()
 

@@ -94,6 +94,7 @@ def run_probe(
     vectorized: bool,
     try_threads: bool,
     record: bool = False,
+    early: Callable[[float], None] | None = None,
 ) -> Probe:
     """Measure a function on a few of the remaining positions.
 
@@ -115,6 +116,8 @@ def run_probe(
     record : bool
         Go on where the function fails, and keep that. If it fails for the first ten positions tried (fewer of a slow
         function), which are spread over all that remain, nothing is measured: see `Probe.all_failed`.
+    early : callable, optional
+        Is told, as soon as it is known, about how many seconds a position takes.
 
     Raises
     ------
@@ -135,6 +138,8 @@ def run_probe(
         first = _look_further(probing, remaining, first)
         if probing.all_failed:
             return probing.measured(probing.slowest)
+    if early is not None and first > _LONG_SECONDS:
+        early(first)
     # The first call tells little of memory, since it may load and keep a lot, but enough to be careful with the next.
     most_rows = _frugal(most_rows, row_bytes + probing.most_taken())
     temporary, fixed = _measure_memory(probing, first, most_rows, result_bytes, vectorized=vectorized)

@@ -18,7 +18,7 @@ from lazyproc.engine.kernel import Kernel, pack
 from lazyproc.engine.lane import Crew
 from lazyproc.engine.local import Interruptible, Receipts, Stopping, never, run_processes, run_serial, run_threads
 
-_POOL_PAYS = 1.5
+POOL_PAYS = 1.5
 """Seconds of computing from which worker processes are worth their start."""
 _THREADS_PAY = 0.2
 _GAIN = 1.5
@@ -149,7 +149,7 @@ def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int)
         return Scheduler("serial", 1)
     if kernel.vectorized and seconds + reading >= _GAIN * (seconds / probe.thread_gain + reading / 2):
         return Scheduler("threads", n_workers)
-    if seconds < _POOL_PAYS or not kernel.source.travels:
+    if seconds < POOL_PAYS or not kernel.source.travels:
         return Scheduler("serial", 1)
     try:
         pack(kernel)
