@@ -14,7 +14,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_COLOURS = {"lazyproc": "#1b6ca8", "joblib": "#e08e0b", "dask": "#b23a48", "xarray": "#6a994e", "pyusid": "#7d7d7d"}
+_COLOURS = {
+    "limit": "#c4c4c4",
+    "lazyproc": "#1b6ca8",
+    "joblib": "#e08e0b",
+    "dask": "#b23a48",
+    "xarray": "#6a994e",
+    "pyusid": "#7d7d7d",
+}
 
 
 def main(source: str, target: str) -> None:
@@ -29,7 +36,8 @@ def main(source: str, target: str) -> None:
     draw(memory, measured, names, "memory")
     memory.set_ylabel("peak private memory, MiB")
     memory.set_yscale("log")
-    times.legend(ncols=4, frameon=False)
+    for axes in (times, memory):
+        axes.legend(ncols=5, frameon=False)
     figure.savefig(target, dpi=110)
 
 
