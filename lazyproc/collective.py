@@ -140,6 +140,7 @@ def _begin(
         _refuse_compression(declared)
         probe = ranks.once(lambda: _probe(declared, kernel, Runs.full(declared.n_positions), begun=False))
         provenance = ranks.once(lambda: _provenance(declared, probe))
+        declared.know_fingerprint(provenance.fingerprint)
         group = declared.place.group()
         assert group is not None
         name = create_group(group, declared.main, work, provenance, None)

@@ -150,6 +150,10 @@ class Declared:
         """Return the fingerprint of the main dataset's values as they are now."""
         return self._fingerprint(self.verify)
 
+    def know_fingerprint(self, made: str) -> None:
+        """Take the fingerprint that another rank has made; all ranks then know as much, and ask HDF5 the same."""
+        self._fingerprints.setdefault(self.verify, made)
+
     def _fingerprint_like(self, stored: str) -> str:
         """Return the present fingerprint, made as far as possible as the stored one was."""
         if self.verify == "none":
