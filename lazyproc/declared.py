@@ -32,7 +32,7 @@ from lazyproc.hdf5.fingerprint import fingerprint
 from lazyproc.hdf5.place import Place
 from lazyproc.hdf5.search import Found, Work, remaining_positions, search
 from lazyproc.hdf5.sink import Sink
-from lazyproc.hdf5.source import FileSource, Source
+from lazyproc.hdf5.source import FileSource, Source, write_out
 
 _LOCAL_BYTES = 8 * 2**20
 """Source and results of a block that costs next to nothing to start: small enough for the processor's caches."""
@@ -164,8 +164,8 @@ class Declared:
 
     def _fingerprint(self, verify: str) -> str:
         if verify not in self._fingerprints:
-            if verify != "none":
-                self.flush_main()
+            if verify != "none" and self.main_path is None:
+                write_out(self.main, self.source)
             self._fingerprints[verify] = fingerprint(self.main, self.source, verify, self.main_path)
         return self._fingerprints[verify]
 

@@ -43,7 +43,7 @@ from lazyproc.hdf5.hook_record import (
     text_of,
 )
 from lazyproc.hdf5.search import remaining_positions
-from lazyproc.hdf5.source import source_of
+from lazyproc.hdf5.source import source_of, write_out
 from lazyproc.hook_loop import Batches, HookLoop, allocate_results, check_group, files_of, locked, settle_end
 from lazyproc.hook_ranks import RankedLoop, locked_by_first, opened_together, ranks_of
 
@@ -234,10 +234,10 @@ class HookContract:
         if self._verify == "none":
             return ""
         dataset = h5py.Dataset(self.h5_main.id)
-        if dataset.file.mode != "r":
-            dataset.file.flush()
+        source = source_of(dataset)
+        write_out(dataset, source)
         verify = "full" if stored.startswith("all:") else self._verify
-        return fingerprint(dataset, source_of(dataset), verify)
+        return fingerprint(dataset, source, verify)
 
     def _start_hooks(self, cores: Any, max_mem_mb: Any, mem_multiplier: Any) -> None:
         """Do what the old constructor did: sizes, a first try of `_get_existing_datasets`, the search."""

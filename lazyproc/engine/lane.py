@@ -134,8 +134,8 @@ class Crew:
 
     def take(self) -> tuple[subprocess.Popen[bytes], Any]:
         """Return a process that waits for its kernel, and the socket to it; a new one if there is none."""
-        while self._waiting:
-            process, socket = self._waiting.popleft()
+        while (waiting := self._next()) is not None:
+            process, socket = waiting
             if process.poll() is None:
                 return process, socket
             socket.close()
@@ -143,11 +143,17 @@ class Crew:
 
     def close(self) -> None:
         """Kill those that nobody has taken."""
-        while self._waiting:
-            process, socket = self._waiting.popleft()
+        while (waiting := self._next()) is not None:
+            process, socket = waiting
             _kill(process)
             process.wait()
             socket.close()
+
+    def _next(self) -> tuple[subprocess.Popen[bytes], Any] | None:
+        try:
+            return self._waiting.popleft()
+        except IndexError:  # asked first would not do: several lanes may take the last one
+            return None
 
     def __enter__(self) -> Crew:
         return self

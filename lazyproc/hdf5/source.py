@@ -162,6 +162,20 @@ def source_of(dataset: h5py.Dataset, path: str | None = None) -> Source:
     return FileSource(path, str(dataset.name), inode, shape, dataset.dtype, chunk_rows, chunk_bytes, many)
 
 
+def write_out(dataset: h5py.Dataset, source: Source) -> None:
+    """Have what a writable handle still holds back written, as far as reading the positions needs that.
+
+    Rows that have their place need only their own bytes. All else goes through HDF5's index of the file, so the whole
+    file is flushed: whatever the caller has changed in it is written then.
+    """
+    if dataset.file.mode == "r":
+        return
+    if isinstance(source, ExtentSource):
+        dataset.flush()
+    else:
+        dataset.file.flush()
+
+
 def chunk_layout(dataset: h5py.Dataset) -> tuple[int, int]:
     """Return the positions in a storage chunk, and the decoded bytes of all chunks that hold one position."""
     if dataset.chunks is None:

@@ -32,7 +32,7 @@ from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end, end_of
 from lazyproc.hdf5.extents import check_same_file
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.journal_file import read_journal_file, understood
-from lazyproc.hdf5.lock import RunLock, open_sidecar, sidecar
+from lazyproc.hdf5.lock import RunLock, holder, open_sidecar, sidecar
 from lazyproc.hdf5.locking import lock_hdf5, locking
 from lazyproc.hdf5.overlay import Overlay, Patch
 from lazyproc.hdf5.room import reserve, writing
@@ -283,12 +283,15 @@ def recover(path: str, *, force: bool = False) -> bool:
 def recover_locked(path: str, *, force: bool = False) -> bool:
     """Do as `recover`, for a caller who does not hold the run's lock; it is taken only if there is something to do.
 
+    Something to do is also to remove the lock files that a death has left, if nobody holds them.
+
     Raises
     ------
     FileBusyError
         If another run has the file: what lies beside it may be of a change that is just being made.
     """
-    if not any(os.path.exists(sidecar(path, kind)) for kind in ("journal", "undo")):
+    is_pending = any(os.path.exists(sidecar(path, kind)) for kind in ("journal", "undo"))
+    if not is_pending and not (os.path.exists(sidecar(path, "lock")) and holder(path) is None):
         return False
     lock = RunLock(path, uuid.uuid4().hex)
     lock.acquire()
