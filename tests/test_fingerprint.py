@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from usid_files import make_usid_file
 
 import lazyproc.hdf5.fingerprint as module
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.fingerprint import VERIFY, fingerprint
-from lazyproc.hdf5.source import ExtentSource, FileSource, HandleSource, source_of
+from lazyproc.hdf5.source import ExtentSource, FileSource, HandleSource, source_of, write_out
 
 N_ROWS, N_COLUMNS = 48, 10
 COMPOUND = np.dtype([("Amplitude", "f4"), ("Phase", "f8")])
@@ -292,3 +293,22 @@ def test_samples_lie_within_the_spans_in_order_and_are_as_many_bytes_as_promised
     if total and samples > 1:
         assert flat[0][0] == 0
         assert flat[-1][1] == total
+
+
+def test_comparing_contiguous_data_writes_out_nothing_else_of_the_caller(tmp_path):
+    """He may have changed the structure: HDF5 would write that in several steps, which nobody guards."""
+    path = tmp_path / "a.h5"
+    make_usid_file(path, n_rows=2, n_cols=3, n_spectral=4)
+    with h5py.File(path, "r+") as file:
+        main = file["/Measurement_000/Channel_000/Raw_Data"]
+        main[0, 0] = 77
+        file.create_group("Mine").attrs["text"] = "x" * 500
+        before = path.read_bytes()
+        source = source_of(main)
+        write_out(main, source)
+        after = path.read_bytes()
+        offset, size = main.id.get_offset(), main.nbytes
+        assert source.rows([(0, 1)])[0, 0] == 77
+        assert before[:offset] == after[:offset]
+        # HDF5 may make the file longer: nothing points there yet. It must not become shorter.
+        assert before[offset + size :] == after[offset + size : len(before)]

@@ -389,6 +389,43 @@ def test_processes_that_all_die(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(psutil.Process().children()) == begin
 
 
+def test_processes_that_were_started_beforehand_are_taken_and_none_is_left() -> None:
+    """More lanes than there are of them, one of which is dead already; and more of them than lanes."""
+    begin = len(psutil.Process().children())
+    for n_started, n_workers in ((2, 4), (4, 1)):
+        with lane.Crew(["lazyproc.hdf5.sink", "no.such.module"]) as crew:
+            crew.start(n_started)
+            started = {child.pid for child in psutil.Process().children()}
+            os.kill(next(iter(started)), signal.SIGKILL)
+            receipts = list(run_processes(kernel_of(twice), BlockPlan(Runs.full(100), 1), n_workers, never, crew=crew))
+        done = [one for one in receipts if one is not None]
+        assert sorted(one.block.start for one in done) == list(range(100))
+        assert not [one for one in done if one.failure is not None]
+        workers = {int(one.worker.split(":")[1]) for one in done}
+        assert workers & started, "those are used first"
+        assert len(psutil.Process().children()) == begin
+
+
+def test_lanes_that_ask_at_once_each_get_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if there are fewer than lanes: asking whether one is left, and taking it, must be one step."""
+
+    class Dead:
+        def poll(self) -> int | None:
+            return None
+
+    monkeypatch.setattr(lane, "_start_process", lambda modules: (Dead(), None))
+    for _ in range(200):
+        crew = lane.Crew()
+        crew.start(3)
+        taken: list[Any] = []
+        threads = [threading.Thread(target=lambda: taken.append(crew.take())) for _ in range(8)]  # noqa: B023
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({id(process) for process, _ in taken}) == 8
+
+
 def test_processes_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(WorkerError, match=r"do not start: the last one ended with exit code 1"):
