@@ -312,3 +312,39 @@ def test_comparing_contiguous_data_writes_out_nothing_else_of_the_caller(tmp_pat
         assert before[:offset] == after[:offset]
         # HDF5 may make the file longer: nothing points there yet. It must not become shorter.
         assert before[offset + size :] == after[offset + size : len(before)]
+
+
+@pytest.mark.parametrize("filters", [{}, {"compression": "gzip", "shuffle": True}])
+@pytest.mark.parametrize("room", [0, 2**16])
+def test_comparing_chunked_data_writes_out_nothing_of_the_structure(tmp_path, filters, room):
+    """What the caller's handle knows is compared, and the file on disk stays one that opens, as it was."""
+    path = tmp_path / "a.h5"
+    options = {"page_buf_size": room, "fs_strategy": "page", "fs_page_size": 4096} if room else {}
+    values = np.random.default_rng(5).normal(size=(48, 10))
+    with h5py.File(path, "w", **options) as file:
+        file.create_dataset("main", data=values, chunks=(8, 5), **filters)
+    with h5py.File(path, "r") as file:
+        old = fingerprint(file["main"], source_of(file["main"]), "full")
+    with h5py.File(path, "r+", **({"page_buf_size": room} if room else {})) as file:
+        main = file["main"]
+        main[3, 3] = 77
+        file.create_group("Mine").attrs["text"] = "x" * 500
+        before = path.read_bytes()
+        source = source_of(main)
+        write_out(main, source)
+        new = fingerprint(main, source, "full")
+        after = path.read_bytes()
+        (tmp_path / "killed.h5").write_bytes(after)
+        places = [main.id.get_chunk_info(number) for number in range(main.id.get_num_chunks())]
+    chunks = {place for one in places for place in range(one.byte_offset, one.byte_offset + one.size)}
+    changed = {place for place in range(len(before)) if before[place : place + 1] != after[place : place + 1]}
+    assert changed <= chunks, "but for rows of the main dataset, the file is as it was"
+    with h5py.File(tmp_path / "killed.h5", "r") as file:
+        assert "Mine" not in file
+        np.testing.assert_array_equal(np.delete(file["main"][()], np.s_[:8], axis=0), values[8:])
+        if not filters:
+            assert file["main"][3, 3] in (77, values[3, 3])
+    with h5py.File(path, "r") as file:
+        assert file["main"][3, 3] == 77
+        assert new != old
+        assert fingerprint(file["main"], source_of(file["main"]), "full") == new

@@ -33,7 +33,7 @@ def fingerprint(dataset: h5py.Dataset, source: Source, verify: str, path: str | 
     Parameters
     ----------
     dataset : h5py.Dataset
-        The main dataset. What its handle has not flushed is not seen.
+        The main dataset. Of contiguous data, what its handle has not flushed is not seen.
     source : Source
         How its positions are read.
     verify : str
@@ -70,13 +70,18 @@ def _pieces(dataset: h5py.Dataset, source: Source, everything: bool, path: str |
     elif dataset.chunks is not None and path is not None:
         places = _chunk_places(dataset)
         yield repr([offset for offset, _, _ in places]).encode()
-        if dataset.file.userblock_size:
+        if dataset.file.userblock_size or _holds_back(dataset.file):
             yield from _chunks(dataset, [(offset, size) for offset, _, size in places], everything)
         else:
             inode = source.inode if isinstance(source, FileSource | ChunkSource) else None
             yield from _raw(path, inode, [(place, size) for _, place, size in places], everything)
     else:
         yield from _values(dataset, everything)
+
+
+def _holds_back(file: h5py.File) -> bool:
+    """Tell whether the handle may know chunks that are not in the file yet. Ranks together have written all before."""
+    return str(file.mode) != "r" and str(file.driver) != "mpio"
 
 
 def _chunk_places(dataset: h5py.Dataset) -> list[tuple[tuple[int, ...], int, int]]:

@@ -163,17 +163,13 @@ def source_of(dataset: h5py.Dataset, path: str | None = None) -> Source:
 
 
 def write_out(dataset: h5py.Dataset, source: Source) -> None:
-    """Have what a writable handle still holds back written, as far as reading the positions needs that.
+    """Have the rows that a writable handle still holds back written, where they are read as bytes without HDF5.
 
-    Rows that have their place need only their own bytes. All else goes through HDF5's index of the file, so the whole
-    file is flushed: whatever the caller has changed in it is written then.
+    Only rows that have their place: their own bytes are all that is written. The index of chunked data is a part of the
+    file's structure, which only a guarded change may write out; until then they are read through the handle.
     """
-    if dataset.file.mode == "r":
-        return
-    if isinstance(source, ExtentSource):
+    if dataset.file.mode != "r" and isinstance(source, ExtentSource):
         dataset.flush()
-    else:
-        dataset.file.flush()
 
 
 def chunk_layout(dataset: h5py.Dataset) -> tuple[int, int]:

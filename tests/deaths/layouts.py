@@ -260,6 +260,7 @@ LAYOUTS = [
         target_handle=True,
     ),
     Layout("handle, used before", n_siblings=20, source_handle=True, used_before=True),
+    Layout("handle, gzip, used before", GZIP, 20, source_handle=True, used_before=True),
     Layout("hooks, handle", source_handle=True, kind="hooks"),
     Layout("hooks, path", kind="hooks"),
     Layout("hooks, path, gzip results, new file", target="new", kind="hooks, gzip"),
