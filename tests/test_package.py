@@ -21,7 +21,7 @@ import lazyproc
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lazyproc"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = ("dask.array", "distributed", "xarray", "matplotlib", "scipy")
+HEAVY = ("asyncio", "dask.array", "distributed", "xarray", "matplotlib", "scipy")
 
 
 def run_python(code: str, *arguments: str) -> str:
