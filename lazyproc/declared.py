@@ -27,6 +27,7 @@ from lazyproc.engine.handshake import why_not_in_place
 from lazyproc.engine.kernel import BlockSink, Kernel
 from lazyproc.engine.mpi import native_threads
 from lazyproc.hdf5.chunks import chunked_source
+from lazyproc.hdf5.damage import H5_ERRORS, attribute
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.fingerprint import fingerprint
 from lazyproc.hdf5.place import Place
@@ -369,6 +370,6 @@ class BlockSizes:
 def stored_probe(group: h5py.Group) -> Probe | None:
     """Return what was measured when a results group was begun; None if that is not known, or not readable."""
     try:
-        return Probe(**json.loads(group.attrs.get("lazyproc_probe", "null")))
-    except (TypeError, ValueError):
+        return Probe(**json.loads(attribute(group, "lazyproc_probe", "null")))
+    except H5_ERRORS:
         return None

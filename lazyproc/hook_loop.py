@@ -22,6 +22,7 @@ from lazyproc.core.events import BlockDone, Finished, Started
 from lazyproc.core.runs import Runs
 from lazyproc.drain import Drain, how_far
 from lazyproc.engine.cluster import active_client
+from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.guard import BatchGuards, finish_pending, guarded
 from lazyproc.hdf5.hook_record import WriteWatch, sync_files
@@ -106,7 +107,7 @@ def settle_end(group: h5py.Group, n_positions: int, status_name: str) -> None:
     if group.file.mode == "r" or real_path(group.file) is None:
         return
     with suppress(FileBusyError, ReadOnlyFileError), locked(group.file):
-        if group.attrs.get("last_pixel") != n_positions:
+        if attribute(group, "last_pixel", None) != n_positions:
             note_end(group, n_positions, status_name)
 
 

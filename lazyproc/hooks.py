@@ -29,6 +29,7 @@ from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.cluster import active_client
 from lazyproc.engine.parallel import parallel_compute
 from lazyproc.hdf5.apart import check_apart
+from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.fingerprint import fingerprint
 from lazyproc.hdf5.guard import guarded
 from lazyproc.hdf5.hook_record import (
@@ -381,7 +382,7 @@ def _of_same_work(groups: list[h5py.Group], work: HookWork, arguments: str) -> l
 
 def _belongs_to_one_phase(group: h5py.Group, work: HookWork) -> bool:
     """Tell whether computing afresh means another group: not for a later phase, which builds on what is in this one."""
-    return is_first_phase(group, work) and (work.status_name in group or int(group.attrs.get("last_pixel", 0)) > 0)
+    return is_first_phase(group, work) and (work.status_name in group or int(attribute(group, "last_pixel", 0)) > 0)
 
 
 def is_hook_style(cls: type[Process]) -> bool:

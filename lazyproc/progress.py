@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any
 
 from lazyproc.core.events import BlockDone, Event, Finished, Started, Stopping
@@ -25,29 +26,49 @@ class ProgressBar:
 
     def __init__(self, delay: float = _PATIENCE) -> None:
         self._delay = delay
+        self._started: Started | None = None
+        self._begin = 0.0
+        self._n_done = 0
+        self._says = ""
         self._bar: Any = None
-        self._name = ""
 
     def __call__(self, event: Event) -> None:
         """Take an event of the run."""
         if isinstance(event, Started):
-            self._bar, self._name = self._open(event), event.process_name
-        elif self._bar is not None and isinstance(event, BlockDone):
-            self._bar.update(event.n_positions)
-        elif self._bar is not None and isinstance(event, Stopping):
-            self._bar.set_description(f"{self._name}: stopping")
-        elif self._bar is not None and isinstance(event, Finished):
-            self._bar.close()
-            self._bar = None
+            self._started, self._begin, self._n_done = event, time.monotonic(), 0
+            self._says = event.process_name
+        elif self._started is not None and isinstance(event, BlockDone):
+            self._n_done += event.n_positions
+            self._show(event.n_positions)
+        elif self._started is not None and isinstance(event, Stopping):
+            self._says = f"{self._started.process_name}: stopping"
+            if self._bar is not None:
+                self._bar.set_description(self._says)
+        elif isinstance(event, Finished):
+            if self._bar is not None:
+                self._bar.close()
+            self._bar = self._started = None
 
-    def _open(self, event: Started) -> Any:
+    def _show(self, n_more: int) -> None:
+        """Move the bar on, which is made once it is time for it: a short job need not load what draws it."""
+        if self._bar is not None:
+            self._bar.update(n_more)
+            return
+        passed = time.monotonic() - self._begin
+        if passed >= self._delay:
+            self._bar = self._open()
+            self._bar.start_t = self._bar.last_print_t = time.time() - passed  # as if it had been there all along
+            self._bar.update(self._n_done)
+
+    def _open(self) -> Any:
         from tqdm.auto import tqdm
 
+        assert self._started is not None
         # disable=None makes tqdm silent unless standard error is a terminal; its notebook form knows better itself.
         return tqdm(
-            total=event.n_positions,
-            initial=event.n_done,
-            desc=event.process_name,
+            total=self._started.n_positions,
+            initial=self._started.n_done,
+            desc=self._says,
             unit=" positions",
             unit_scale=False,
             **_width(),

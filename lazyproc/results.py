@@ -15,7 +15,7 @@ from lazyproc.core.specs import STATUS_MASK, Output, ResolvedOutput
 from lazyproc.engine.kernel import Kernel
 from lazyproc.hdf5.attributes import MANIFEST, read_parameters
 from lazyproc.hdf5.create import SCALAR_MARK
-from lazyproc.hdf5.damage import members, reading
+from lazyproc.hdf5.damage import attribute, attributes, members, reading
 from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.failures import has_failures, read_failures
 from lazyproc.hdf5.files import Files, split_address
@@ -208,11 +208,11 @@ def _stored_output(dataset: h5py.Dataset, by_declaration: bool) -> tuple[Resolve
     column counts as one value.
     """
     name = str(dataset.name).rpartition("/")[2]
-    quantity, units = read_text(dataset.attrs["quantity"]), read_text(dataset.attrs["units"])
+    quantity, units = (read_text(attribute(dataset, name)) for name in ("quantity", "units"))
     spec = Output(dataset.dtype, None, quantity, units, fill_value=dataset.fillvalue if by_declaration else None)
     grid = spectroscopic_grid(dataset)
     single = dataset.shape[1] == 1 and len(grid.labels) == 1
-    if single and dataset.attrs.get(SCALAR_MARK, not by_declaration):
+    if single and attribute(dataset, SCALAR_MARK, not by_declaration):
         return ResolvedOutput(name, dataset.dtype, (), quantity, units, None, spec), _NOTHING
     axis = axis_of_grid(grid, _SPECTRAL, ())
     return ResolvedOutput(name, dataset.dtype, (dataset.shape[1],), quantity, units, None, spec), axis
@@ -227,12 +227,12 @@ def _name_inner(outputs: Sequence[ResolvedOutput], axes: Sequence[Axis], positio
 
 def _attributes(group: h5py.Group) -> dict[str, Any]:
     """Return parameters and provenance; references are left out, since they mean nothing outside the file."""
-    attributes = {
+    natural = {
         name: read_text(value).strip() if isinstance(value, str | bytes) else value
-        for name, value in group.attrs.items()
+        for name, value in attributes(group).items()
         if name != MANIFEST and not isinstance(value, h5py.Reference | h5py.RegionReference)
     }
-    return {name: _plain(value) for name, value in (attributes | read_parameters(group)).items()}
+    return {name: _plain(value) for name, value in (natural | read_parameters(group)).items()}
 
 
 def _plain(value: Any) -> Any:

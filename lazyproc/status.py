@@ -10,7 +10,7 @@ import h5py
 
 from lazyproc.core.errors import ArgumentTypeError, ResultsError
 from lazyproc.core.specs import STATUS_MASK
-from lazyproc.hdf5.damage import H5_ERRORS, members, reading, walk
+from lazyproc.hdf5.damage import H5_ERRORS, attribute, members, reading, walk
 from lazyproc.hdf5.failures import count_failed
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.lock import holder
@@ -126,7 +126,7 @@ def _examine(name: str, group: h5py.Group | Exception) -> ResultsStatus:
 def _text(group: h5py.Group, name: str) -> str:
     """Return an attribute as text; empty if it is not there, or is no text."""
     try:
-        return read_text(group.attrs.get(name, "")).strip()
+        return read_text(attribute(group, name, "")).strip()
     except (ArgumentTypeError, *H5_ERRORS):
         return ""
 

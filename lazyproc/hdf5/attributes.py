@@ -19,7 +19,7 @@ import numpy as np
 
 from lazyproc.core.errors import ParameterError, ResultsError
 from lazyproc.core.parameters import Encoded, decode, encode, is_bookkeeping
-from lazyproc.hdf5.damage import reading
+from lazyproc.hdf5.damage import attribute, reading
 
 MANIFEST = "lazyproc_parameter_kinds"
 """The attribute (or, when it is large, the dataset) that names all parameters and their kinds, as JSON."""
@@ -182,7 +182,7 @@ def _store(group: h5py.Group, name: str, value: Any) -> None:
 
 def _load(group: h5py.Group, name: str) -> Any:
     if name in group.attrs:
-        return group.attrs[name]
+        return attribute(group, name)
     path = f"{LARGE_GROUP}/{_dataset_name(name)}"
     if path not in group:
         raise ResultsError(
@@ -214,7 +214,7 @@ def _is_reference(group: h5py.Group, name: str) -> bool:
 
 def _read_natural(group: h5py.Group, name: str) -> Any:
     try:
-        value = group.attrs[name]
+        value = attribute(group, name)
     except (OSError, TypeError, ValueError) as error:
         raise ResultsError(
             f"Results group {group.name!r}: the attribute {name!r} is of a type that h5py cannot read ({error}); "

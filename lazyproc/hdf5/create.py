@@ -19,6 +19,7 @@ import numpy as np
 
 from lazyproc.core.errors import ArgumentValueError, ReadOnlyFileError, ResultsError
 from lazyproc.core.specs import Dimension, ResolvedOutput
+from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.grid import spans
 from lazyproc.hdf5.usid import REFERENCES, ancillary_handles, read_texts
 
@@ -283,8 +284,8 @@ def _copied_pair(
 
 def _copy(group: h5py.Group, source: h5py.Dataset, name: str, along: int) -> h5py.Dataset:
     """Copy an ancillary dataset in pieces, with its attributes but for references: they hold in their own file only."""
-    attrs = {key: source.attrs[key] for key in source.attrs if _is_plain(source.attrs, key)}
-    attrs.update((key, read_texts(source.attrs[key])) for key in ("labels", "units"))
+    attrs = {key: attribute(source, key) for key in source.attrs if _is_plain(source.attrs, key)}
+    attrs.update((key, read_texts(attribute(source, key))) for key in ("labels", "units"))
     copy = create_contiguous(group, name, source.shape, source.dtype, attrs)
     for start, stop in spans(source, along):
         piece = np.s_[:, start:stop] if along else np.s_[start:stop, :]

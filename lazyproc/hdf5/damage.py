@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import h5py
 
@@ -15,6 +16,10 @@ from lazyproc.core.errors import LazyprocError, ResultsError
 
 H5_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 """What h5py, and the decoding of what it returns, raise for things that cannot be read, depending on what is wrong."""
+
+_REQUIRED = object()
+_VARIABLE_KINDS = (0, 1)
+"""Types of variable length are sequences or texts: "Datatype Message" of the HDF5 File Format Specification."""
 
 Member = tuple[str, h5py.Group | h5py.Dataset | h5py.Datatype | Exception]
 """A name, and the object or why it cannot be opened."""
@@ -56,6 +61,52 @@ def address_of(item: h5py.Group | h5py.Dataset | h5py.Datatype) -> int:
     return int(h5py.h5o.get_info(item.id).addr)
 
 
+def attribute(item: h5py.Group | h5py.Dataset, name: str, default: Any = _REQUIRED) -> Any:
+    """Read an attribute that may be damaged.
+
+    Parameters
+    ----------
+    item : h5py.Group or h5py.Dataset
+        What has it.
+    name : str
+        Of the attribute.
+    default : object, optional
+        What is returned if there is none.
+
+    Raises
+    ------
+    KeyError
+        If there is none, and no default.
+    TypeError
+        If its type is one with which HDF5 would end the process.
+    OSError, RuntimeError, ValueError
+        Whatever h5py raises for others that cannot be read.
+    """
+    attrs = item.attrs
+    if default is not _REQUIRED and name not in attrs:
+        return default
+    _check_type(name, attrs.get_id(name).get_type())
+    return attrs[name]
+
+
+def attributes(item: h5py.Group | h5py.Dataset) -> dict[str, Any]:
+    """Read all attributes, as `attribute` does."""
+    return {name: attribute(item, name) for name in item.attrs}
+
+
+def _check_type(name: str, kind: h5py.h5t.TypeID) -> None:
+    """Refuse types of variable length of a kind that does not exist: HDF5 calls what is not there, without a look."""
+    if isinstance(kind, h5py.h5t.TypeCompoundID):
+        for number in range(kind.get_nmembers()):
+            _check_type(name, kind.get_member_type(number))
+    elif isinstance(kind, h5py.h5t.TypeArrayID):
+        _check_type(name, kind.get_super())
+    elif isinstance(kind, h5py.h5t.TypeVlenID):
+        if kind.encode()[3] & 0x0F not in _VARIABLE_KINDS:  # two bytes of H5Tencode, the class, the kind
+            raise TypeError(f"the type of the attribute {name} is damaged")
+        _check_type(name, kind.get_super())
+
+
 def members(group: h5py.Group, *, follow: bool = False) -> Iterator[Member]:
     """Yield name and object of all hard links in a group; what cannot be opened comes as the exception.
 
@@ -90,8 +141,14 @@ def walk(group: h5py.Group) -> Iterator[Member]:
     """Yield full name and object of all that lies below a group, each object once; damaged parts come as exceptions.
 
     Soft and external links are not followed. A group comes before what is in it.
+
+    Raises
+    ------
+    ResultsError
+        If the group itself is damaged.
     """
-    seen = {address_of(group)}
+    with reading(f"{group.file.filename}::{group.name}", "Restore the file from a copy."):
+        seen = {address_of(group)}
     under_way = [_inside(str(group.name), group)]
     while under_way:
         for name, item in under_way[-1]:

@@ -17,7 +17,7 @@ from lazyproc.core.errors import (
     ReadOnlyFileError,
     ResultsError,
 )
-from lazyproc.hdf5.damage import H5_ERRORS, members
+from lazyproc.hdf5.damage import H5_ERRORS, attributes, members
 from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.heap import DamagedHeapError, is_endless_heap
 from lazyproc.hdf5.holder import holder, say_who
@@ -216,7 +216,7 @@ def check_heaps(item: h5py.Group | h5py.Dataset) -> None:
         same = files.open(path)[item.name]
         for one in (same, *(inside for _, inside in members(same))) if isinstance(same, h5py.Group) else (same,):
             if not isinstance(one, Exception):
-                dict(one.attrs)
+                attributes(one)
     except DamagedHeapError as error:
         raise ResultsError(f"{error}. Close the file, and restore it from a copy.") from error
     except (LazyprocError, *H5_ERRORS) as error:  # reading through the handle will say what is wrong

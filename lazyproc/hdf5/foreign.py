@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from lazyproc.hdf5.damage import attributes
 from lazyproc.hdf5.overlay import Overlay, Patch
 
 _LARGEST = 2**24
@@ -108,7 +109,7 @@ def _are_results(item: Any) -> bool:
 
 
 def _attributes(item: Any) -> dict[str, int]:
-    return {name: _checksum(item.attrs[name]) for name in item.attrs}
+    return {name: _checksum(value) for name, value in attributes(item).items()}
 
 
 def _stored(dataset: h5py.Dataset) -> dict[str, Any]:

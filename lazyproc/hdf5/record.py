@@ -19,6 +19,7 @@ from lazyproc.core.specs import FAILED_POSITIONS, POSITION_STATUS, ResolvedOutpu
 from lazyproc.hdf5.apart import check_apart
 from lazyproc.hdf5.attributes import write_parameters
 from lazyproc.hdf5.create import External, create_output, create_results_group, create_status_mask
+from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.extents import Extent, find_extent
 from lazyproc.hdf5.failure_log import ExtentRows, FailureLog
 from lazyproc.hdf5.failures import EMPTY_ROW, Rows, capacity_of, create_failures, has_failures
@@ -225,7 +226,7 @@ def note_end(parent: h5py.Group, name: str, work: Work, workers: str = "", secon
 
 def lacks_end(group: h5py.Group, work: Work) -> bool:
     """Tell whether the last run died after its last commit, but before it could record that."""
-    last: list[Any] = np.ravel(group.attrs.get("last_pixel", work.n_positions)).tolist()
+    last: list[Any] = np.ravel(attribute(group, "last_pixel", work.n_positions)).tolist()
     return last != [work.n_positions]
 
 

@@ -27,6 +27,7 @@ from lazyproc.core.compression import Compression
 from lazyproc.core.errors import ResultsError
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.hdf5.create import LARGEST_FILLED
+from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.durable import sync_folder, write_all
 from lazyproc.hdf5.extents import Extent, plain_type, real_path
 from lazyproc.hdf5.file_id import FileId
@@ -117,7 +118,7 @@ def wanted_compression(dataset: h5py.Dataset) -> Compression:
     ResultsError
         If that cannot be read.
     """
-    text = dataset.attrs[MARK]
+    text = attribute(dataset, MARK)
     try:
         return Compression.from_text(text)
     except (TypeError, ValueError) as error:
@@ -154,7 +155,7 @@ def rows_beside(dataset: h5py.Dataset) -> str:
         If it is not there, is too short, or holds something else.
     """
     path, recorded = path_behind(dataset.file), recorded_path(dataset)
-    output, run_id = str(dataset.name).rpartition("/")[2], str(dataset.parent.attrs.get("lazyproc_run_id", ""))
+    output, run_id = str(dataset.name).rpartition("/")[2], str(attribute(dataset.parent, "lazyproc_run_id", ""))
     name = recorded if path is None else rows_path(path, run_id, output)
     try:
         descriptor = open_sidecar(name, os.O_RDONLY)

@@ -24,7 +24,7 @@ import xxhash
 
 from lazyproc.core.errors import ResultsError
 from lazyproc.hdf5.attributes import LARGEST_ATTRIBUTE, MANIFEST, parameter_names, stored_parameter
-from lazyproc.hdf5.damage import reading
+from lazyproc.hdf5.damage import attribute, reading
 from lazyproc.hdf5.extents import plain_type
 
 SEAL, PLACES = "lazyproc_seal", "lazyproc_places"
@@ -71,7 +71,7 @@ def check_seal(group: h5py.Group) -> None:
         If it is not. A group without a seal, of pyUSID or of old hooks, passes.
     """
     with reading(f"Results group {group.name!r}", _ADVICE):
-        if SEAL in group.attrs and group.attrs[SEAL] != _seal_of(group):
+        if SEAL in group.attrs and attribute(group, SEAL) != _seal_of(group):
             raise ResultsError(
                 f"Results group {group.name!r}: its parameters, or what else is recorded of them, are not those that "
                 f"it was created with: another program has changed its attributes, or the file is damaged. {_ADVICE}"
@@ -90,7 +90,7 @@ def check_places(group: h5py.Group) -> None:
     with reading(f"Results group {group.name!r}", _ADVICE):
         if PLACES not in group.attrs:
             return
-        recorded = json.loads(group.attrs[PLACES])
+        recorded = json.loads(attribute(group, PLACES))
         now = {name: _place_of_member(group, name) for name in recorded}
         for name, (_, *form) in recorded.items():
             if now[name][1:] != form:
@@ -112,7 +112,7 @@ def check_places(group: h5py.Group) -> None:
 def _seal_of(group: h5py.Group) -> str:
     digest = xxhash.xxh3_128()
     for name in _SEALED:
-        _take(digest, name, group.attrs[name] if name in group.attrs else None)
+        _take(digest, name, attribute(group, name, None))
     for name in sorted(parameter_names(group)):
         _take(digest, name, stored_parameter(group, name))
     return digest.hexdigest()

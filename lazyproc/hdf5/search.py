@@ -21,8 +21,9 @@ from lazyproc.core.identity import code_changed
 from lazyproc.core.parameters import differences, same_arguments
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import ResolvedOutput
+from lazyproc.hdf5.apart import check_apart
 from lazyproc.hdf5.attributes import has_manifest, read_parameters
-from lazyproc.hdf5.damage import H5_ERRORS, reading
+from lazyproc.hdf5.damage import H5_ERRORS, attribute, reading
 from lazyproc.hdf5.failures import count_failed
 from lazyproc.hdf5.files import check_heaps
 from lazyproc.hdf5.rows_file import check_rows
@@ -179,6 +180,8 @@ def examine(group: h5py.Group, work: Work, *, thorough: bool = True) -> Found:
                 check_seal(group)
                 check_places(group)
                 check_rows(group)
+                if n_done < work.n_positions:
+                    check_apart(group)
     except FileChangedError:  # of the source
         raise
     except ResultsError as error:  # one damaged group must not stand in the way of all others
@@ -207,7 +210,7 @@ def remaining_positions(group: h5py.Group, n_positions: int, status_name: str) -
     if not has_last_pixel:
         raise ResultsError(f"{label}: there is no status mask, nor the attribute last_pixel of older results.")
     try:
-        last = int(np.asarray(group.attrs["last_pixel"]).ravel()[0])
+        last = int(np.asarray(attribute(group, "last_pixel")).ravel()[0])
     except H5_ERRORS as error:
         raise ResultsError(
             f"{group.name}: there is no status mask, and the attribute last_pixel is no number ({error}); expected how "
@@ -225,7 +228,7 @@ def text_attribute(group: h5py.Group, name: str, default: str = "") -> str:
         If it is no text, or cannot be read.
     """
     try:
-        return read_text(group.attrs[name]) if name in group.attrs else default
+        return read_text(attribute(group, name, default))
     except (ArgumentTypeError, *H5_ERRORS) as error:
         raise ResultsError(
             f"{group.name}: the attribute {name} cannot be read ({error}); expected a text. It was changed by another "
@@ -291,7 +294,7 @@ def source_name(group: h5py.Group) -> str | None:
     for name in ("lazyproc_source", "source_dataset_path"):
         if name in group.attrs:
             return text_attribute(group, name)
-    reference = group.attrs.get("source_000")
+    reference = attribute(group, "source_000", None)
     if isinstance(reference, h5py.Reference) and reference:
         try:
             return str(group.file[reference].name)

@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, NotMainDatasetError, ResultsError
-from lazyproc.hdf5.damage import H5_ERRORS, address_of, reading, walk
+from lazyproc.hdf5.damage import H5_ERRORS, address_of, attribute, reading, walk
 
 REFERENCES = ("Position_Indices", "Position_Values", "Spectroscopic_Indices", "Spectroscopic_Values")
 """The attributes of a main dataset that refer to its ancillary datasets, in the order of `ancillary_handles`."""
@@ -231,7 +231,7 @@ def _referred(h5: h5py.Dataset, name: str, linked: set[int] | None) -> h5py.Data
     """
     advice = f"Write the reference again: h5.attrs[{name!r}] = dataset.ref."
     try:
-        reference = h5.attrs[name]
+        reference = attribute(h5, name)
     except H5_ERRORS as error:
         _refuse(h5, f"its attribute {name} cannot be read ({error}). {advice}")
     if not isinstance(reference, h5py.Reference):
@@ -326,7 +326,7 @@ def _texts(h5: h5py.Dataset, item: h5py.Dataset, name: str, count: int) -> Texts
     """Return the texts in an attribute of the main dataset or of an ancillary one."""
     wanted = "a text" if item is h5 else f"{count} text(s), one a dimension"
     try:
-        value = item.attrs[name] if name in item.attrs else None
+        value = attribute(item, name, None)
         texts = () if value is None else read_texts(value)
         problem = "is missing" if value is None else f"is {texts}, {len(texts)} text(s)"
     except ArgumentTypeError:

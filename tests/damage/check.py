@@ -251,11 +251,11 @@ def in_child(action: Callable[[], Any], seconds: float = WATCHDOG) -> dict[str, 
     _, status = os.waitpid(child, 0)
     if hung:
         crash.seek(0)
-        return {"died": "hung", "trace": crash.read().decode(errors="replace")[-3000:]}
+        return {"died": "hung", "trace": crash.read().decode(errors="replace")[:3000]}
     if status:
         crash.seek(0)
         died = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
-        return {"died": died, "trace": crash.read().decode(errors="replace")[-3000:]}
+        return {"died": died, "trace": crash.read().decode(errors="replace")[:3000]}
     return {"result": json.loads(text)}
 
 
