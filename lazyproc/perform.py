@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,9 +25,9 @@ from lazyproc.core.runs import Runs
 from lazyproc.declared import Declared, stored_probe
 from lazyproc.drain import Drain, how_far, nothing_yet
 from lazyproc.engine.choose import Scheduler
+from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel, failure_of
-from lazyproc.engine.lane import Crew
 from lazyproc.hdf5.compress import StoppedError, n_threads
 from lazyproc.hdf5.finish import adopt, finish, is_unfinished
 from lazyproc.hdf5.guard import finish_pending, flush_guarded
@@ -50,6 +51,9 @@ from lazyproc.hdf5.target import Target
 from lazyproc.hdf5.transaction import recover
 from lazyproc.recording import check_limit, raise_limit, say_failed
 from lazyproc.run import Committer, Outcome, run_loop
+
+_LONG_CALL = 0.03
+"""Seconds: a first call of the function that is not back by then may be one of a long job."""
 
 log = logging.getLogger("lazyproc")
 
@@ -187,13 +191,20 @@ def _as_block(runs: Runs) -> Block:
 def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: Crew) -> tuple[str, Runs, Probe]:
     """Probe, and only then create the results group; meanwhile worker processes start, if that is worth it."""
 
+    loaded = set(sys.modules)
+
     def early(seconds: float) -> None:
+        crew.stand_down()
         crew.start(declared.likely_processes(seconds))
+        new = [name for name in list(sys.modules) if name not in loaded]
+        crew.load(new)
+        loaded.update(new)
 
     remaining = Runs.full(declared.n_positions)
     declared.flush_main()
     declared.blocks(remaining, Scheduler("serial", 1), None, driver_writes=False)  # does one position fit at all?
-    with drain.interruptible(at_first=True):
+    # A call that takes a while loads what it needs, or is long: processes can start beside it.
+    with drain.interruptible(at_first=True), crew.standby(declared.likely_processes(_LONG_CALL), _LONG_CALL):
         probe = probe_function(declared, kernel, remaining, begun=False, early=early)
     # and with what was measured? Before anything is created
     declared.blocks(remaining, Scheduler("serial", 1), probe, driver_writes=declared.place.lock_path is None)

@@ -33,6 +33,7 @@ from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Dimension, Output
 from lazyproc.engine import lane
 from lazyproc.engine.choose import Scheduler
+from lazyproc.engine.crew import Crew
 from lazyproc.engine.kernel import Receipt
 from lazyproc.engine.local import never, run_processes
 from lazyproc.hdf5.claims import Claims
@@ -393,7 +394,7 @@ def test_processes_that_were_started_beforehand_are_taken_and_none_is_left() -> 
     """More lanes than there are of them, one of which is dead already; and more of them than lanes."""
     begin = len(psutil.Process().children())
     for n_started, n_workers in ((2, 4), (4, 1)):
-        with lane.Crew(["lazyproc.hdf5.sink", "no.such.module"]) as crew:
+        with Crew(["lazyproc.hdf5.sink", "no.such.module"]) as crew:
             crew.start(n_started)
             started = {child.pid for child in psutil.Process().children()}
             os.kill(next(iter(started)), signal.SIGKILL)
@@ -413,9 +414,9 @@ def test_lanes_that_ask_at_once_each_get_a_process(monkeypatch: pytest.MonkeyPat
         def poll(self) -> int | None:
             return None
 
-    monkeypatch.setattr(lane, "_start_process", lambda modules: (Dead(), None))
+    monkeypatch.setattr("lazyproc.engine.crew._start_process", lambda modules: (Dead(), None))
     for _ in range(200):
-        crew = lane.Crew()
+        crew = Crew()
         crew.start(3)
         taken: list[Any] = []
         threads = [threading.Thread(target=lambda: taken.append(crew.take())) for _ in range(8)]  # noqa: B023
@@ -424,6 +425,38 @@ def test_lanes_that_ask_at_once_each_get_a_process(monkeypatch: pytest.MonkeyPat
         for thread in threads:
             thread.join()
         assert len({id(process) for process, _ in taken}) == 8
+
+
+def is_loaded(row: np.ndarray) -> float:
+    return float("colorsys" in sys.modules)
+
+
+def test_processes_load_what_the_first_call_has_loaded() -> None:
+    for names in (["colorsys", "no.such.module"], []):
+        with Crew() as crew:
+            crew.start(1)
+            crew.load(names)
+            receipts = list(run_processes(kernel_of(is_loaded), BlockPlan(Runs.full(1), 1), 1, never, crew=crew))
+        done = [one for one in receipts if one is not None and one.arrays is not None]
+        assert [float(one.arrays[0][0, 0]) for one in done] == [float(bool(names))]
+
+
+def test_processes_start_beside_a_call_that_takes_long() -> None:
+    begin = len(psutil.Process().children())
+    with Crew() as crew:
+        with crew.standby(2, 0.01):
+            time.sleep(0.3)
+            assert len(psutil.Process().children()) == begin + 2
+        crew.start(2)
+        assert len(psutil.Process().children()) == begin + 2, "they are there already"
+    assert len(psutil.Process().children()) == begin
+    for ends in (Crew.stand_down, lambda crew: None):
+        with Crew() as crew, crew.standby(2, 5.0):
+            ends(crew)
+        assert len(psutil.Process().children()) == begin
+    with Crew() as crew, crew.standby(0, 0.0):
+        time.sleep(0.1)
+        assert len(psutil.Process().children()) == begin
 
 
 def test_processes_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

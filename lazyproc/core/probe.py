@@ -117,7 +117,8 @@ def run_probe(
         Go on where the function fails, and keep that. If it fails for the first ten positions tried (fewer of a slow
         function), which are spread over all that remain, nothing is measured: see `Probe.all_failed`.
     early : callable, optional
-        Is told, as soon as it is known, about how many seconds a position takes.
+        Is told about how many seconds a position takes: once the first calls are back, though 0.0 if that is still
+        little more than a guess, and when it is measured.
 
     Raises
     ------
@@ -138,13 +139,15 @@ def run_probe(
         first = _look_further(probing, remaining, first)
         if probing.all_failed:
             return probing.measured(probing.slowest)
-    if early is not None and first > _LONG_SECONDS:
-        early(first)
+    if early is not None:
+        early(first if first > _LONG_SECONDS else 0.0)
     # The first call tells little of memory, since it may load and keep a lot, but enough to be careful with the next.
     most_rows = _frugal(most_rows, row_bytes + probing.most_taken())
     temporary, fixed = _measure_memory(probing, first, most_rows, result_bytes, vectorized=vectorized)
     most_rows = _frugal(most_rows, row_bytes + temporary)
     seconds, rows = _measure_time(probing, first, most_rows, row_bytes + temporary)
+    if early is not None:
+        early(seconds)
     temporary, fixed = _seen_by_the_system(probing, temporary, fixed, vectorized=vectorized)
     gain = 1.0
     if try_threads and vectorized and seconds * remaining.n_positions > 20 * _ENOUGH_SECONDS:

@@ -13,9 +13,9 @@ from lazyproc.core.blocks import Block
 from lazyproc.core.learn import Room
 from lazyproc.core.probe import Probe
 from lazyproc.engine.cluster import count_threads, most_on_machine
+from lazyproc.engine.crew import Crew
 from lazyproc.engine.distant import run_client
 from lazyproc.engine.kernel import Kernel, pack
-from lazyproc.engine.lane import Crew
 from lazyproc.engine.local import Interruptible, Receipts, Stopping, never, run_processes, run_serial, run_threads
 
 POOL_PAYS = 1.5

@@ -7,98 +7,33 @@ their work, and which block it had is known. A new process then takes its place.
 
 from __future__ import annotations
 
-import importlib
-import json
 import logging
-import os
 import pickle
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import WorkerError
 from lazyproc.core.learn import Room
+from lazyproc.engine.crew import Crew, kill
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Receipt, run_packed, run_part
+from lazyproc.engine.kernel import Receipt, run_part
+from lazyproc.engine.worker import LOOK_SECONDS
 
-_LOOK_SECONDS = 0.5
-"""How often a worker process looks whether its driver is still there, and the driver whether a worker is."""
 _LEAVE_SECONDS = 5.0
 """How long a worker process that has nothing more to do may take to end."""
-_FOR_THE_DRIVER = (signal.SIGTERM, signal.SIGUSR1)
-"""Slurm sends them to each process of a job; the driver drains."""
 _DEATHS_IN_A_ROW = 100
 """So many processes may die without one block being finished in between."""
 _STARTS = 3
 """So many processes may die, one after the other, before they are ready for a block."""
-_MAIN = (
-    "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = json.loads(sys.argv[2]); "
-    "from lazyproc.engine.lane import serve; serve(int(sys.argv[1]), json.loads(sys.argv[3]))"
-)
 
 log = logging.getLogger("lazyproc")
-
-
-# -- in a worker process ---------------------------------------------------------------------------------------------
-
-
-def set_up_worker() -> None:
-    """Set up a worker process: when to stop is the driver's affair, and without a driver there is nothing to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    worker = os.getpid()
-
-    def go_on(number: int, frame: Any) -> None:
-        if os.getpid() != worker:  # forked by the function: not ours to protect
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    for number in _FOR_THE_DRIVER:
-        signal.signal(number, go_on)  # unlike SIG_IGN not inherited by programs that the function starts
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_DRIVER)
-    threading.Thread(target=_leave_with, args=(os.getppid(),), name="lazyproc-driver", daemon=True).start()
-
-
-def _leave_with(driver: int) -> None:
-    """End this process soon after the driver has gone: a driver that is killed cannot send its workers home."""
-    while os.getppid() == driver:
-        time.sleep(_LOOK_SECONDS)
-    os._exit(1)
-
-
-def serve(descriptor: int, modules: Sequence[str] = ()) -> None:
-    """Do blocks until the driver hangs up; the first message is the packed kernel, which may need the modules."""
-    set_up_worker()
-    driver = Connection(descriptor)
-    for name in modules:
-        with suppress(ImportError):
-            importlib.import_module(name)
-    try:
-        packed = driver.recv_bytes()
-        driver.send_bytes(b"ready")
-        while True:
-            driver.send_bytes(_dump(run_packed(packed, driver.recv())))
-    except (EOFError, OSError):
-        return  # the driver has hung up
-
-
-def _dump(receipt: Receipt) -> bytes:
-    try:
-        return pickle.dumps(receipt, pickle.HIGHEST_PROTOCOL)
-    except Exception as error:  # out of memory, most likely
-        return pickle.dumps(Receipt(receipt.block, failure=Failure.of_worker(error, receipt.block)))
-
-
-# -- in the driver ---------------------------------------------------------------------------------------------------
 
 
 class _Died(Exception):
@@ -107,82 +42,6 @@ class _Died(Exception):
     def __init__(self, how: str, *, was_ready: bool) -> None:
         super().__init__(how)
         self.was_ready = was_ready
-
-
-class Crew:
-    """Worker processes that are started before it is known what they will do, so that they are ready by then.
-
-    Parameters
-    ----------
-    modules : sequence of str
-        What they load meanwhile, where it is there.
-
-    Notes
-    -----
-    Used by one thread until lanes take processes, then by these; `close` ends those that nobody has taken.
-    """
-
-    def __init__(self, modules: Sequence[str] = ()) -> None:
-        self._modules = tuple(modules)
-        self._waiting: deque[tuple[subprocess.Popen[bytes], Any]] = deque()
-
-    def start(self, n_processes: int) -> None:
-        """Start processes, and do not wait until they are ready."""
-        with suppress(OSError):  # whoever needs them will try again, and tell
-            for _ in range(n_processes):
-                self._waiting.append(_start_process(self._modules))
-
-    def take(self) -> tuple[subprocess.Popen[bytes], Any]:
-        """Return a process that waits for its kernel, and the socket to it; a new one if there is none."""
-        while (waiting := self._next()) is not None:
-            process, socket = waiting
-            if process.poll() is None:
-                return process, socket
-            socket.close()
-        return _start_process(self._modules)
-
-    def close(self) -> None:
-        """Kill those that nobody has taken."""
-        while (waiting := self._next()) is not None:
-            process, socket = waiting
-            _kill(process)
-            process.wait()
-            socket.close()
-
-    def _next(self) -> tuple[subprocess.Popen[bytes], Any] | None:
-        try:
-            return self._waiting.popleft()
-        except IndexError:  # asked first would not do: several lanes may take the last one
-            return None
-
-    def __enter__(self) -> Crew:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def _start_process(modules: Sequence[str]) -> tuple[subprocess.Popen[bytes], Any]:
-    """Start a worker process; return it with the socket to it."""
-    ours, theirs = Pipe()
-    one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR")}
-    folders = json.dumps([str(folder) for folder in sys.path])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_DRIVER)  # the process is to begin so
-    try:
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, str(theirs.fileno()), folders, json.dumps(list(modules))],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                env=os.environ | one_thread,
-                process_group=0,  # Ctrl-C does not reach programs that the function runs; killed together
-            )
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return process, ours
 
 
 class _Lane:
@@ -211,10 +70,10 @@ class _Lane:
 
     def _start(self) -> None:
         self._process, self._socket = self._crew.take()
-        self._socket.send_bytes(self._packed)
+        self._socket.send(self._packed)
 
     def _receive(self) -> bytes:
-        while not self._socket.poll(_LOOK_SECONDS):
+        while not self._socket.poll(LOOK_SECONDS):
             # Most often the socket tells at once; not if a process that the function has forked holds its other end.
             if self._process is not None and self._process.poll() is not None and not self._socket.poll():
                 raise EOFError
@@ -241,26 +100,19 @@ class _Lane:
     def kill(self) -> None:
         """Kill the process; from any thread."""
         if self._process is not None:
-            _kill(self._process)
+            kill(self._process)
 
     def end(self, seconds: float = 0.0) -> None:
         """Wait so long for the process to end, then kill it; when no other thread uses the lane."""
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(max(0.0, seconds))
-            _kill(self._process)
+            kill(self._process)
             self._process.wait()
             self._process = None
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a worker process, if it is still there, with all that its function has started."""
-    if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Lanes:
@@ -368,7 +220,7 @@ class Lanes:
             for lane in self._lanes if kill else ():
                 lane.kill()
             with suppress(queue.Empty):
-                mine.append(self._free.get(timeout=_LOOK_SECONDS))
+                mine.append(self._free.get(timeout=LOOK_SECONDS))
         for lane in mine:
             lane.hang_up()
         deadline = time.monotonic() + (0.0 if kill else _LEAVE_SECONDS)

@@ -20,8 +20,9 @@ from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.learn import Room
+from lazyproc.engine.crew import Crew
 from lazyproc.engine.kernel import Kernel, Receipt, pack, run_block
-from lazyproc.engine.lane import Crew, Lanes
+from lazyproc.engine.lane import Lanes
 from lazyproc.engine.threads import BlockThreads
 
 TICK = 0.25

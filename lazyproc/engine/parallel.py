@@ -15,7 +15,7 @@ from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, WorkerEr
 from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.cluster import active_client, count_threads
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.lane import set_up_worker
+from lazyproc.engine.worker import set_up_worker
 
 _PIECES = 4
 """Pieces a core: enough to even out, few enough to be worth their way."""

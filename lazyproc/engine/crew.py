@@ -1,0 +1,144 @@
+"""Worker processes from their start until a lane takes them, which may be before it is known what they will do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
+from typing import Any
+
+from lazyproc.engine.worker import FOR_THE_DRIVER
+
+_MAIN = (
+    "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = json.loads(sys.argv[2]); "
+    "from lazyproc.engine.worker import serve; serve(int(sys.argv[1]), json.loads(sys.argv[3]))"
+)
+_MOST_MODULES = 2000
+"""So many names fit into a socket that nobody reads from yet."""
+
+Waiting = tuple[subprocess.Popen[bytes], Any]
+"""A process, and the socket to it."""
+
+
+class Crew:
+    """Worker processes that are started before it is known what they will do, so that they are ready by then.
+
+    Parameters
+    ----------
+    modules : sequence of str
+        What they load meanwhile, where it is there.
+
+    Notes
+    -----
+    Used by one thread until lanes take processes, then by these; `close` ends those that nobody has taken.
+    """
+
+    def __init__(self, modules: Sequence[str] = ()) -> None:
+        self._modules = tuple(modules)
+        self._waiting: deque[Waiting] = deque()
+        self._n_started = 0
+        self._stand_down = threading.Event()
+
+    def start(self, n_processes: int) -> None:
+        """Start processes until there have been so many, and do not wait until they are ready."""
+        with suppress(OSError):  # whoever needs them will try again, and tell
+            while self._n_started < n_processes:
+                self._waiting.append(_start_process(self._modules))
+                self._n_started += 1
+
+    @contextmanager
+    def standby(self, n_processes: int, seconds: float) -> Iterator[None]:
+        """Start processes in so many seconds, unless `stand_down` is called before, or the context ends."""
+
+        def wait() -> None:
+            if not self._stand_down.wait(seconds):
+                self.start(n_processes)
+
+        if n_processes <= 0:
+            yield
+            return
+        thread = threading.Thread(target=wait, name="lazyproc-standby", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.stand_down()
+            thread.join()
+
+    def stand_down(self) -> None:
+        """Start nothing by the clock from now on."""
+        self._stand_down.set()
+
+    def load(self, modules: Collection[str]) -> None:
+        """Have all processes load modules while they wait for work."""
+        names = list(modules)[:_MOST_MODULES]
+        self._modules += tuple(names)
+        for _, socket in list(self._waiting):
+            with suppress(OSError):  # it has died; whoever takes it will see
+                socket.send(names)
+
+    def take(self) -> Waiting:
+        """Return a process that waits for its kernel, and the socket to it; a new one if there is none."""
+        while (waiting := self._next()) is not None:
+            process, socket = waiting
+            if process.poll() is None:
+                return process, socket
+            socket.close()
+        return _start_process(self._modules)
+
+    def close(self) -> None:
+        """Kill those that nobody has taken."""
+        while (waiting := self._next()) is not None:
+            process, socket = waiting
+            kill(process)
+            process.wait()
+            socket.close()
+
+    def _next(self) -> Waiting | None:
+        try:
+            return self._waiting.popleft()
+        except IndexError:  # asked first would not do: several lanes may take the last one
+            return None
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _start_process(modules: Sequence[str]) -> tuple[subprocess.Popen[bytes], Any]:
+    """Start a worker process; return it with the socket to it."""
+    ours, theirs = Pipe()
+    one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR")}
+    folders = json.dumps([str(folder) for folder in sys.path])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_DRIVER)  # the process is to begin so
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _MAIN, str(theirs.fileno()), folders, json.dumps(list(modules))],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | one_thread,
+                process_group=0,  # Ctrl-C does not reach programs that the function runs; killed together
+            )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return process, ours
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a worker process, if it is still there, with all that its function has started."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,76 @@
+"""What a worker process of this machine does: blocks, one after the other, for as long as its driver is there."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from lazyproc.engine.failure import Failure
+from lazyproc.engine.kernel import Receipt, run_packed
+
+LOOK_SECONDS = 0.5
+"""How often a worker process looks whether its driver is still there, and the driver whether a worker is."""
+FOR_THE_DRIVER = (signal.SIGTERM, signal.SIGUSR1)
+"""Slurm sends them to each process of a job; the driver drains."""
+
+
+def set_up_worker() -> None:
+    """Set up a worker process: when to stop is the driver's affair, and without a driver there is nothing to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker = os.getpid()
+
+    def go_on(number: int, frame: Any) -> None:
+        if os.getpid() != worker:  # forked by the function: not ours to protect
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in FOR_THE_DRIVER:
+        signal.signal(number, go_on)  # unlike SIG_IGN not inherited by programs that the function starts
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_DRIVER)
+    threading.Thread(target=_leave_with, args=(os.getppid(),), name="lazyproc-driver", daemon=True).start()
+
+
+def _leave_with(driver: int) -> None:
+    """End this process soon after the driver has gone: a driver that is killed cannot send its workers home."""
+    while os.getppid() == driver:
+        time.sleep(LOOK_SECONDS)
+    os._exit(1)
+
+
+def serve(descriptor: int, modules: Iterable[str] = ()) -> None:
+    """Do blocks until the driver hangs up.
+
+    Before them come, as messages, names of modules that will be needed, any number of times, and then the kernel.
+    """
+    set_up_worker()
+    driver = Connection(descriptor)
+    _load(modules)
+    try:
+        while not isinstance(packed := driver.recv(), bytes):
+            _load(packed)
+        driver.send_bytes(b"ready")
+        while True:
+            driver.send_bytes(_dump(run_packed(packed, driver.recv())))
+    except (EOFError, OSError):
+        return  # the driver has hung up
+
+
+def _load(modules: Iterable[str]) -> None:
+    for name in modules:
+        with suppress(Exception):  # whoever needs it will try again, and tell
+            importlib.import_module(name)
+
+
+def _dump(receipt: Receipt) -> bytes:
+    try:
+        return pickle.dumps(receipt, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # out of memory, most likely
+        return pickle.dumps(Receipt(receipt.block, failure=Failure.of_worker(error, receipt.block)))
