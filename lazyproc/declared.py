@@ -21,7 +21,7 @@ from lazyproc.core.runs import Runs
 from lazyproc.core.signature import keyword_arguments
 from lazyproc.core.sizing import Division
 from lazyproc.core.specs import ResolvedOutput
-from lazyproc.engine.choose import POOL_PAYS, Scheduler, choose_local
+from lazyproc.engine.choose import HELP_PAYS, POOL_PAYS, Scheduler, choose_local
 from lazyproc.engine.cluster import active_client
 from lazyproc.engine.handshake import why_not_in_place
 from lazyproc.engine.kernel import BlockSink, Kernel
@@ -256,8 +256,9 @@ class Declared:
         """
         if self.vectorized or not self.source.travels or (self.client or active_client()) is not None:
             return 0
-        is_long = seconds_per_position * self.n_positions >= POOL_PAYS
-        return min(self.cores, _EARLY_PROCESSES) if is_long and self.cores > 1 else 0
+        seconds = seconds_per_position * self.n_positions
+        n_processes = self.cores if seconds >= POOL_PAYS else self.cores - 1 if seconds >= HELP_PAYS else 0
+        return min(n_processes, _EARLY_PROCESSES) if self.cores > 1 else 0
 
     def in_place_everywhere(self, scheduler: Scheduler, sink: Sink | None) -> bool:
         """Tell whether all workers may write into the file themselves; if not, the log says why."""

@@ -6,6 +6,7 @@ import itertools
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block, BlockPlan
+from lazyproc.core.learn import Room
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Output
@@ -91,6 +93,50 @@ def test_engines_of_this_machine_agree(max_positions: int) -> None:
     np.testing.assert_array_equal(collect(run_serial(block, plan, never)), EXPECTED)
     np.testing.assert_array_equal(collect(run_threads(block, plan, 2, never)), EXPECTED)
     np.testing.assert_array_equal(collect(run_processes(one, plan, 2, never)), EXPECTED)
+    np.testing.assert_array_equal(collect(Scheduler("both", 2).run(one, plan, never, "both")), EXPECTED)
+
+
+def slowly_twice(spectrum: NDArray[Any]) -> Any:
+    time.sleep(0.002)
+    return 2 * spectrum[0]
+
+
+def test_this_process_works_until_others_are_there_and_beside_them() -> None:
+    plan = BlockPlan(REMAINING, 10)
+    receipts = [one for one in Scheduler("both", 2).run(kernel_of(slowly_twice), plan, never, "both") if one is not None]
+    np.testing.assert_array_equal(collect(iter(receipts)), EXPECTED)
+    mine = [str(os.getpid()) in one.worker for one in receipts]
+    assert mine[0]
+    assert 0 < sum(mine) < len(mine)
+    assert len({one.worker for one in receipts}) == 2
+
+
+def test_this_process_does_it_all_if_no_others_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    receipts = Scheduler("both", 3).run(kernel_of(slowly_twice), BlockPlan(REMAINING, 50), never, "both")
+    np.testing.assert_array_equal(collect(receipts), EXPECTED)
+
+
+def die_elsewhere(spectrum: NDArray[Any], driver: int) -> Any:
+    time.sleep(0.002)
+    if os.getpid() != driver:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return spectrum[0]
+
+
+def test_this_process_goes_on_when_others_die() -> None:
+    kernel = kernel_of(die_elsewhere, driver=os.getpid())
+    receipts = [one for one in Scheduler("both", 2).run(kernel, BlockPlan(REMAINING, 20), never, "both") if one]
+    assert {one.failure.kind for one in receipts if one.failure is not None} == {"lost"}
+    assert sum(one.block.n_positions for one in receipts) == REMAINING.n_positions
+    done = sum(one.block.n_positions for one in receipts if one.failure is None)
+    assert done > REMAINING.n_positions / 3
+
+
+def test_memory_for_one_block_at_a_time_leaves_this_process_idle() -> None:
+    room = Room(1000, 1)
+    receipts = Scheduler("both", 2).run(kernel_of(slowly_twice), BlockPlan(REMAINING, 20), never, "both", room=room)
+    np.testing.assert_array_equal(collect(receipts), EXPECTED)
 
 
 def test_more_blocks_than_one_graph_holds() -> None:
@@ -117,7 +163,7 @@ def test_window_of_threads_is_bounded() -> None:
             assert len(started) - taken <= 2 * 2
 
 
-@pytest.mark.parametrize("engine", ["serial", "threads", "processes"])
+@pytest.mark.parametrize("engine", ["serial", "both", "threads", "processes"])
 def test_stopping_starts_nothing_new(engine: str) -> None:
     plan = BlockPlan(REMAINING, 5)
     taken: list[Receipt] = []
@@ -189,6 +235,8 @@ def test_one_task_a_block() -> None:
 # seconds a position, thread gain, vectorised, workers -> scheduler
 CHOICES = [
     pytest.param(1e-6, 1.0, False, 2, "serial", id="too short for a pool"),
+    pytest.param(1e-3, 1.0, False, 2, "both", id="between these: processes help"),
+    pytest.param(1e-3, 1.0, True, 2, "serial", id="a block function of the same length"),
     pytest.param(1e-2, 1.0, False, 2, "processes", id="long: processes pay"),
     pytest.param(1e-2, 1.9, False, 2, "processes", id="functions of one position never run in threads"),
     pytest.param(1e-3, 1.9, True, 2, "threads", id="NumPy on blocks: threads cost nothing to start"),

@@ -16,8 +16,19 @@ from lazyproc.engine.cluster import count_threads, most_on_machine
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.distant import run_client
 from lazyproc.engine.kernel import Kernel, pack
-from lazyproc.engine.local import Interruptible, Receipts, Stopping, never, run_processes, run_serial, run_threads
+from lazyproc.engine.local import (
+    Interruptible,
+    Receipts,
+    Stopping,
+    never,
+    run_both,
+    run_processes,
+    run_serial,
+    run_threads,
+)
 
+HELP_PAYS = 0.4
+"""Seconds of computing from which worker processes can still help this one."""
 POOL_PAYS = 1.5
 """Seconds of computing from which worker processes are worth their start."""
 _THREADS_PAY = 0.2
@@ -34,7 +45,7 @@ class Scheduler:
     Attributes
     ----------
     kind : str
-        ``"serial"``, ``"threads"``, ``"processes"`` or ``"client"``.
+        ``"serial"``, ``"both"`` (this process and others), ``"threads"``, ``"processes"`` or ``"client"``.
     n_workers : int
         Blocks computed at the same time.
     client : Client or None
@@ -60,6 +71,11 @@ class Scheduler:
         return cls("client", count_threads(client), client, most_on_machine(client), worker_threads)
 
     @property
+    def has_processes(self) -> bool:
+        """Whether blocks are done in worker processes of this machine."""
+        return self.kind in ("both", "processes")
+
+    @property
     def n_on_machine(self) -> int:
         """Blocks computed at the same time on the machine that computes the most."""
         return self.n_workers if self.n_beside is None else self.n_beside
@@ -67,6 +83,7 @@ class Scheduler:
     def __str__(self) -> str:
         names = {
             "serial": "this process",
+            "both": f"this process and {self.n_workers - 1} more",
             "threads": f"{self.n_workers} threads",
             "processes": f"{self.n_workers} processes",
             "client": f"Dask cluster, {self.n_workers} threads",
@@ -82,7 +99,8 @@ class Scheduler:
         """Return the scheduler with as many workers as the memory allows; a cluster gets only so many blocks then."""
         if self.kind == "client":
             return replace(self, most=n_workers) if n_workers < self.n_workers else self
-        return replace(self, n_workers=n_workers)
+        kind = "serial" if self.kind == "both" and n_workers == 1 else self.kind
+        return replace(self, kind=kind, n_workers=n_workers)
 
     def run(
         self,
@@ -116,6 +134,8 @@ class Scheduler:
         """
         if self.kind == "client":
             return run_client(self.client, kernel, blocks, stopping, name, dropping, self.most)
+        if self.kind == "both":
+            return run_both(kernel, blocks, self.n_workers, stopping, name, dropping, interruptible, room, crew)
         if self.kind == "processes":
             return run_processes(kernel, blocks, self.n_workers, stopping, name, dropping, room, crew)
         if self.kind == "threads":
@@ -149,19 +169,21 @@ def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int)
         return Scheduler("serial", 1)
     if kernel.vectorized and seconds + reading >= _GAIN * (seconds / probe.thread_gain + reading / 2):
         return Scheduler("threads", n_workers)
-    if seconds < POOL_PAYS or not kernel.source.travels:
+    helped = not kernel.vectorized and HELP_PAYS <= seconds < POOL_PAYS
+    if (seconds < POOL_PAYS and not helped) or not kernel.source.travels:
         return Scheduler("serial", 1)
     try:
         pack(kernel)
     except Exception as error:
-        log.warning(
+        log.log(
+            logging.DEBUG if helped else logging.WARNING,
             "the function cannot be sent to worker processes (%s: %s), so one core does it all; define it at the top "
             "level of a module, and keep open files and locks out of its arguments",
             type(error).__name__,
             error,
         )
         return Scheduler("serial", 1)
-    return Scheduler("processes", n_workers)
+    return Scheduler("both" if helped else "processes", n_workers)
 
 
 def available_cores() -> int:

@@ -84,6 +84,14 @@ class Crew:
             with suppress(OSError):  # it has died; whoever takes it will see
                 socket.send(names)
 
+    def is_here(self) -> bool:
+        """Tell whether one of the processes has started, and waits for its kernel."""
+        for process, socket in list(self._waiting):
+            with suppress(OSError):
+                if process.poll() is None and socket.poll():
+                    return True
+        return False
+
     def take(self) -> Waiting:
         """Return a process that waits for its kernel, and the socket to it; a new one if there is none."""
         while (waiting := self._next()) is not None:

@@ -59,7 +59,8 @@ class _Lane:
         try:
             if not ready:
                 self._start()
-                self._receive()
+                self._receive()  # it is here
+                self._receive()  # and has the kernel
                 ready = True
             self._socket.send(block)
             return self._receive()

@@ -91,6 +91,8 @@ def run_processes(
     dropping: Stopping = never,
     room: Room | None = None,
     crew: Crew | None = None,
+    ahead: int = _GRAPH_BLOCKS,
+    patience: Callable[[], float] = lambda: TICK,
 ) -> Receipts:
     """Do the blocks in worker processes: Dask graphs on Dask's local scheduler, whose threads have a process each.
 
@@ -112,8 +114,8 @@ def run_processes(
     """
     packed = pack(kernel)
     lost: list[Block] = []
-    window = _Window(Lanes(packed, n_workers, _ATTEMPTS, crew), 2 * n_workers, stopping, room)
-    for receipt in _run_graphs(window, blocks, _GRAPH_BLOCKS * n_workers, name, dropping):
+    window = _Window(Lanes(packed, n_workers, _ATTEMPTS, crew), 2 * n_workers, stopping, room, patience)
+    for receipt in _run_graphs(window, blocks, ahead * n_workers, name, dropping):
         if receipt is not None and receipt.failure is not None and receipt.failure.kind == "lost":
             lost += [receipt.block] if receipt.rest is None else [receipt.block, receipt.rest]
             yield None
@@ -122,6 +124,51 @@ def run_processes(
     for block in lost:
         whole = replace(block, limit=None)
         yield from _run_graphs(_Window(Lanes(packed, 1, 1), 1, stopping, room), [whole], 1, name, dropping)
+
+
+def run_both(
+    kernel: Kernel,
+    blocks: Iterable[Block],
+    n_workers: int,
+    stopping: Stopping,
+    name: str,
+    dropping: Stopping,
+    interruptible: Interruptible,
+    room: Room | None,
+    crew: Crew | None,
+) -> Receipts:
+    """Do blocks in this thread, and beside it in worker processes, once they are there: one fewer than workers.
+
+    For a job that takes little longer than the start of a process, and may be done before it.
+    """
+    waiting = iter(blocks)
+    busy = True
+    others: Any = None
+    own = crew or Crew()
+    own.start(n_workers - 1)
+    packed = kernel.for_run(kernel.sink, 1, watched=kernel.watched)  # their own threads of BLAS are for them to limit
+    try:
+        while others is None or room is None or room.n_workers > 1:
+            if others is None and own.is_here():
+                others = run_processes(
+                    packed, waiting, n_workers - 1, stopping, name, dropping, room, own, 1, lambda: TICK * (not busy)
+                )
+            if others is not None:
+                yield next(others, None)
+            block = None if stopping() else next(waiting, None)
+            if block is None:
+                break
+            with interruptible():
+                receipt = run_block(kernel, block)
+            yield receipt
+        busy = False
+        if others is not None:
+            yield from others
+    finally:
+        if others is not None:
+            others.close()
+        if crew is None:
+            own.close()
 
 
 def _run_graphs(window: _Window, blocks: Iterable[Block], size: int, name: str, dropping: Stopping) -> Receipts:
@@ -147,8 +194,16 @@ class _Window:
     A slow block holds back its own place only; a slow driver, which does not take receipts, holds back everything.
     """
 
-    def __init__(self, lanes: Lanes, size: int, stopping: Stopping, room: Room | None = None) -> None:
+    def __init__(
+        self,
+        lanes: Lanes,
+        size: int,
+        stopping: Stopping,
+        room: Room | None = None,
+        patience: Callable[[], float] = lambda: TICK,
+    ) -> None:
         self.size = size
+        self._patience = patience
         self._room = room
         self.threads = ThreadPoolExecutor(size, "lazyproc")
         self._lanes = lanes
@@ -178,7 +233,7 @@ class _Window:
         return self._ready.empty() and self._error is None and self._lanes.error is None
 
     def next_receipt(self) -> Receipt | None:
-        """Take a receipt, or None after a tick.
+        """Take a receipt, or None if there is none for some time.
 
         Raises
         ------
@@ -186,7 +241,7 @@ class _Window:
             If nothing can be done in the lanes anymore.
         """
         try:
-            receipt = self._ready.get(timeout=TICK)
+            receipt = self._ready.get(timeout=self._patience())
         except queue.Empty:
             error = self._error or self._lanes.error
             if error is not None:

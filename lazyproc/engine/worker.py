@@ -48,12 +48,14 @@ def _leave_with(driver: int) -> None:
 def serve(descriptor: int, modules: Iterable[str] = ()) -> None:
     """Do blocks until the driver hangs up.
 
-    Before them come, as messages, names of modules that will be needed, any number of times, and then the kernel.
+    Before them come, as messages, names of modules that will be needed, any number of times, and then the kernel. Says
+    first that it is here, and then that it has the kernel.
     """
     set_up_worker()
     driver = Connection(descriptor)
     _load(modules)
     try:
+        driver.send_bytes(b"here")
         while not isinstance(packed := driver.recv(), bytes):
             _load(packed)
         driver.send_bytes(b"ready")
