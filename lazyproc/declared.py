@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -371,6 +372,9 @@ class BlockSizes:
 def stored_probe(group: h5py.Group) -> Probe | None:
     """Return what was measured when a results group was begun; None if that is not known, or not readable."""
     try:
-        return Probe(**json.loads(attribute(group, "lazyproc_probe", "null")))
+        stored = json.loads(attribute(group, "lazyproc_probe", "null"))
+        if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in stored.values()):
+            return None
+        return Probe(**stored) if stored["seconds_per_position"] > 0 and stored.get("thread_gain", 1) > 0 else None
     except H5_ERRORS:
         return None

@@ -136,12 +136,19 @@ def _main_datasets(group: h5py.Group) -> list[h5py.Dataset]:
 
 
 def _count_positions(group: h5py.Group) -> int:
-    """Return how many positions the results have, by their status mask, else by their main datasets."""
+    """Return how many positions the results have: those of their status mask, and of a main dataset."""
     mask = group.get(STATUS_MASK)
+    mains = [int(one.shape[0]) for one in _main_datasets(group)]
     if isinstance(mask, h5py.Dataset) and mask.ndim == 1:
-        return int(mask.shape[0])
-    if mains := _main_datasets(group):
-        return int(mains[0].shape[0])
+        marked = int(mask.shape[0])
+        if mains and marked not in mains:
+            raise ResultsError(
+                f"{group.name}: the status mask is of {marked} positions, the results of {mains[0]}; another program "
+                "has changed it, or the file is damaged. Compute with override=True."
+            )
+        return marked
+    if mains:
+        return mains[0]
     raise ResultsError(f"{group.name}: holds neither a status mask nor a main dataset.")
 
 
