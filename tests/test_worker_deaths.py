@@ -392,11 +392,11 @@ def test_processes_that_all_die(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_processes_that_were_started_beforehand_are_taken_and_none_is_left() -> None:
     """More lanes than there are of them, one of which is dead already; and more of them than lanes."""
-    begin = len(psutil.Process().children())
+    before = {child.pid for child in psutil.Process().children()}
     for n_started, n_workers in ((2, 4), (4, 1)):
         with Crew(["lazyproc.hdf5.sink", "no.such.module"]) as crew:
             crew.start(n_started)
-            started = {child.pid for child in psutil.Process().children()}
+            started = {child.pid for child in psutil.Process().children()} - before
             os.kill(next(iter(started)), signal.SIGKILL)
             receipts = list(run_processes(kernel_of(twice), BlockPlan(Runs.full(100), 1), n_workers, never, crew=crew))
         done = [one for one in receipts if one is not None]
@@ -404,7 +404,7 @@ def test_processes_that_were_started_beforehand_are_taken_and_none_is_left() -> 
         assert not [one for one in done if one.failure is not None]
         workers = {int(one.worker.split(":")[1]) for one in done}
         assert workers & started, "those are used first"
-        assert len(psutil.Process().children()) == begin
+        assert {child.pid for child in psutil.Process().children()} == before
 
 
 def test_lanes_that_ask_at_once_each_get_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import queue
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,7 @@ from lazyproc.engine.threads import BlockThreads
 TICK = 0.25
 """Seconds: how often an engine gives the driver a turn while nothing is ready."""
 _GRAPH_BLOCKS = 8
-"""Blocks a worker in one Dask graph: they are cut before it is known how long those of the graph take."""
+"""Blocks a worker in one Dask graph."""
 _ATTEMPTS = 2
 """How often a block is tried, while others are, if its worker process dies; then once more, with nothing beside it."""
 
@@ -91,8 +91,8 @@ def run_processes(
     dropping: Stopping = never,
     room: Room | None = None,
     crew: Crew | None = None,
-    ahead: int = _GRAPH_BLOCKS,
     patience: Callable[[], float] = lambda: TICK,
+    batches: type[_Batch] | None = None,
 ) -> Receipts:
     """Do the blocks in worker processes: Dask graphs on Dask's local scheduler, whose threads have a process each.
 
@@ -115,7 +115,7 @@ def run_processes(
     packed = pack(kernel)
     lost: list[Block] = []
     window = _Window(Lanes(packed, n_workers, _ATTEMPTS, crew), 2 * n_workers, stopping, room, patience)
-    for receipt in _run_graphs(window, blocks, ahead * n_workers, name, dropping):
+    for receipt in _run_batches(window, blocks, n_workers, name, dropping, batches or _Graph):
         if receipt is not None and receipt.failure is not None and receipt.failure.kind == "lost":
             lost += [receipt.block] if receipt.rest is None else [receipt.block, receipt.rest]
             yield None
@@ -123,7 +123,7 @@ def run_processes(
             yield receipt
     for block in lost:
         whole = replace(block, limit=None)
-        yield from _run_graphs(_Window(Lanes(packed, 1, 1), 1, stopping, room), [whole], 1, name, dropping)
+        yield from _run_batches(_Window(Lanes(packed, 1, 1), 1, stopping, room), [whole], 1, name, dropping, _Batch)
 
 
 def run_both(
@@ -142,16 +142,20 @@ def run_both(
     For a job that takes little longer than the start of a process, and may be done before it.
     """
     waiting = iter(blocks)
-    busy = True
-    others: Any = None
     own = crew or Crew()
     own.start(n_workers - 1)
-    packed = kernel.for_run(kernel.sink, 1, watched=kernel.watched)  # their own threads of BLAS are for them to limit
+    limited = replace(kernel, native_threads=1)
+    busy = True
+    others: Any = None
+
+    def patience() -> float:
+        return 0.0 if busy else TICK
+
     try:
         while others is None or room is None or room.n_workers > 1:
             if others is None and own.is_here():
                 others = run_processes(
-                    packed, waiting, n_workers - 1, stopping, name, dropping, room, own, 1, lambda: TICK * (not busy)
+                    limited, waiting, n_workers - 1, stopping, name, dropping, room, own, patience, _Batch
                 )
             if others is not None:
                 yield next(others, None)
@@ -171,17 +175,19 @@ def run_both(
             own.close()
 
 
-def _run_graphs(window: _Window, blocks: Iterable[Block], size: int, name: str, dropping: Stopping) -> Receipts:
-    """Do the blocks in graphs; the next one begins as soon as what is left of those before does not fill the window."""
+def _run_batches(
+    window: _Window, blocks: Iterable[Block], n_workers: int, name: str, dropping: Stopping, kind: type[_Batch]
+) -> Receipts:
+    """Do the blocks in batches; one begins as soon as what is left of those before does not fill the window."""
     waiting = iter(blocks)
-    graphs: list[_Graph] = []
+    batches: list[_Batch] = []
     try:
         while not dropping():
-            graphs = [graph for graph in graphs if graph.is_alive()]
-            if window.wanted() and sum(graph.n_left for graph in graphs) < window.size:
-                if batch := list(itertools.islice(waiting, size)):
-                    graphs.append(_Graph(window, batch, name))
-            if not graphs and window.is_over():
+            batches = [batch for batch in batches if batch.n_left]
+            if window.wanted() and sum(batch.n_left for batch in batches) < window.size:
+                if some := list(itertools.islice(waiting, kind.blocks_a_worker * n_workers)):
+                    batches.append(kind(window, some, name))
+            if not batches and window.is_over():
                 return window.close()
             yield window.next_receipt()
     finally:
@@ -210,7 +216,7 @@ class _Window:
         self._stopping = stopping
         self._closed = False
         self._places = threading.Semaphore(size)
-        self._ready: queue.SimpleQueue[Receipt] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Receipt | None] = queue.SimpleQueue()
         self._error: Exception | None = None
 
     def wanted(self) -> bool:
@@ -247,8 +253,13 @@ class _Window:
             if error is not None:
                 raise error from None
             return None
-        self._places.release()
+        if receipt is not None:
+            self._places.release()
         return receipt
+
+    def wake(self) -> None:
+        """Give the driver a turn now: a batch has ended."""
+        self._ready.put(None)
 
     def fail(self, error: Exception) -> None:
         """Let the driver raise an error."""
@@ -261,28 +272,65 @@ class _Window:
         self.threads.shutdown()
 
 
-class _Graph(threading.Thread):
-    """One Dask graph, run by Dask's local scheduler in a thread of its own, at once."""
+class _Batch:
+    """Some blocks that go straight to the threads of the window.
+
+    Attributes
+    ----------
+    n_left : int
+        Blocks of which nothing has come of yet.
+    """
+
+    blocks_a_worker = 1
 
     def __init__(self, window: _Window, blocks: list[Block], name: str) -> None:
-        super().__init__(name="lazyproc-graph", daemon=True)
-        self.n_left = len(blocks)
         self._window = window
-        run = f"{name}-{uuid.uuid4().hex}"
-        self._graph = {(run, block.index): (window.do, block) for block in blocks}
-        self.start()
+        self._counting = threading.Lock()
+        self.n_left = len(blocks)
+        self._begin(blocks, name)
 
-    def run(self) -> None:
+    def _begin(self, blocks: list[Block], name: str) -> None:
+        for block in blocks:
+            self._window.threads.submit(self._window.do, block).add_done_callback(self._end_of_block)
+
+    def _end_of_block(self, future: Future[None]) -> None:
+        if not future.cancelled() and (error := future.exception()) is not None:
+            assert isinstance(error, Exception)
+            self._window.fail(error)
+        self._count(1)
+
+    def _count(self, n_blocks: int) -> None:
+        with self._counting:
+            self.n_left -= n_blocks
+        if not self.n_left:
+            self._window.wake()
+
+
+class _Graph(_Batch):
+    """The same as one Dask graph, run by Dask's local scheduler in a thread of its own."""
+
+    blocks_a_worker = _GRAPH_BLOCKS
+    """They are cut before it is known how long those of the graph take."""
+
+    def _begin(self, blocks: list[Block], name: str) -> None:
+        run = f"{name}-{uuid.uuid4().hex}"
+        graph = {(run, block.index): (self._window.do, block) for block in blocks}
+        threading.Thread(target=self._run, args=(graph,), name="lazyproc-graph", daemon=True).start()
+
+    def _run(self, graph: dict[Any, Any]) -> None:
         """Run the graph; called by the thread."""
         from dask.local import get_async
 
         def finished(key: Any, result: Any, dsk: Any, state: Any, worker: Any) -> None:
-            self.n_left -= 1
+            left.discard(key)
+            if left:
+                self._count(1)
 
+        left = set(graph)
         callbacks = [(None, None, None, finished, None)]
         try:
-            get_async(
-                self._window.threads.submit, self._window.size, self._graph, list(self._graph), callbacks=callbacks
-            )
+            get_async(self._window.threads.submit, self._window.size, graph, list(graph), callbacks=callbacks)
         except Exception as error:  # not of a block: these are told by its receipt
             self._window.fail(error)
+        finally:
+            self._count(self.n_left)
