@@ -12,6 +12,7 @@ import itertools
 import queue
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -314,7 +315,12 @@ class _Graph(_Batch):
 
     def _begin(self, blocks: list[Block], name: str) -> None:
         run = f"{name}-{uuid.uuid4().hex}"
-        graph = {(run, block.index): (self._window.do, block) for block in blocks}
+        waiting = deque(blocks)  # Dask begins with the last ones, as it likes; the smallest are to come last
+
+        def do_next(number: int) -> None:
+            self._window.do(waiting.popleft())
+
+        graph = {(run, block.index): (do_next, block.index) for block in blocks}
         threading.Thread(target=self._run, args=(graph,), name="lazyproc-graph", daemon=True).start()
 
     def _run(self, graph: dict[Any, Any]) -> None:
