@@ -91,6 +91,7 @@ WORKLOADS = {
     "fft": Workload(16_384, 8_192, low_pass_block, True, 8_192, about="an FFT filter, result as large as the source"),
     "fft-large": Workload(65_536, 8_192, low_pass_block, True, 8_192, about="the same on 2 GiB"),
     "fit": Workload(2_048, 256, fit_one, False, 4, about="least squares, a few ms a position"),
+    "fit-5": Workload(5_700, 256, fit_one, False, 4, about="the same, five seconds"),
     "fit-long": Workload(24_000, 256, fit_one, False, 4, about="the same, half a minute"),
     "gzip": Workload(200_000, 512, mean_of_block, True, 1, "gzip", about="a reduction of a gzip source"),
     "shuffle-gzip": Workload(200_000, 512, mean_of_block, True, 1, "shuffle-gzip", about="the same, shuffled before"),

@@ -240,6 +240,8 @@ CHOICES = [
     pytest.param(1e-2, 1.0, False, 2, "processes", id="long: processes pay"),
     pytest.param(1e-2, 1.9, False, 2, "processes", id="functions of one position never run in threads"),
     pytest.param(1e-3, 1.9, True, 2, "threads", id="NumPy on blocks: threads cost nothing to start"),
+    pytest.param(2e-3, 1.4, True, 2, "threads", id="threads that help a little, before processes were there"),
+    pytest.param(1e-2, 1.4, True, 2, "processes", id="and not enough for a long job"),
     pytest.param(1e-2, 1.1, True, 2, "processes", id="a block function that holds Python's lock"),
     pytest.param(1e-2, 1.9, True, 1, "serial", id="one worker stays in the process"),
 ]

@@ -33,7 +33,11 @@ POOL_PAYS = 1.5
 """Seconds of computing from which worker processes are worth their start."""
 _THREADS_PAY = 0.2
 _GAIN = 1.5
-"""Two threads must be so much faster than one to be preferred to processes."""
+"""Two threads must be so much faster than one to be preferred to processes, however long the job is."""
+_SOME_GAIN = 1.15
+"""Two threads that are so much faster than one still do a short job before processes would."""
+_START_SECONDS = 0.5
+"""About what the start of worker processes costs."""
 
 log = logging.getLogger("lazyproc")
 
@@ -167,8 +171,10 @@ def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int)
     reading = kernel.source.read_seconds * n_remaining
     if n_workers == 1 or seconds + (reading if kernel.vectorized else 0.0) < _THREADS_PAY:
         return Scheduler("serial", 1)
-    if kernel.vectorized and seconds + reading >= _GAIN * (seconds / probe.thread_gain + reading / 2):
-        return Scheduler("threads", n_workers)
+    if kernel.vectorized:
+        alone, threads = seconds + reading, seconds / probe.thread_gain + reading / 2
+        if alone >= _GAIN * threads or (alone >= _SOME_GAIN * threads and threads <= _START_SECONDS + alone / 2):
+            return Scheduler("threads", n_workers)
     helped = not kernel.vectorized and HELP_PAYS <= seconds < POOL_PAYS
     if (seconds < POOL_PAYS and not helped) or not kernel.source.travels:
         return Scheduler("serial", 1)
