@@ -103,7 +103,9 @@ def slowly_twice(spectrum: NDArray[Any]) -> Any:
 
 def test_this_process_works_until_others_are_there_and_beside_them() -> None:
     plan = BlockPlan(REMAINING, 10)
-    receipts = [one for one in Scheduler("both", 2).run(kernel_of(slowly_twice), plan, never, "both") if one is not None]
+    receipts = [
+        one for one in Scheduler("both", 2).run(kernel_of(slowly_twice), plan, never, "both") if one is not None
+    ]
     np.testing.assert_array_equal(collect(iter(receipts)), EXPECTED)
     mine = [str(os.getpid()) in one.worker for one in receipts]
     assert mine[0]
