@@ -36,7 +36,7 @@ from lazyproc.declared import Declared
 from lazyproc.definition import check_definition, check_hook_style, check_recordable, function_of
 from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.mpi import mpi_attributes
-from lazyproc.hdf5.files import Files
+from lazyproc.hdf5.files import Files, check_heaps
 from lazyproc.hdf5.place import place_of
 from lazyproc.hdf5.search import Found, examine
 from lazyproc.hdf5.source import source_of
@@ -284,6 +284,13 @@ class Process(HookContract):
         -------
         str
             A line for each difference: parameters, arguments, code, input. Says so if there is none.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If it is no group.
+        ResultsError
+            If it is so damaged that HDF5 would never return from reading it.
         """
         declared = self._declared()
         parent = self._place.group()
@@ -294,6 +301,7 @@ class Process(HookContract):
             )
         if not isinstance(group, h5py.Group):
             raise ArgumentTypeError("group: expected a results group, or its name in the file of the results.")
+        check_heaps(group)
         one = examine(group, declared.work(args, kwargs))
         lines = list(one.differences) or [
             f"no difference: {one.n_done} of {one.n_positions} positions of the same work are done"

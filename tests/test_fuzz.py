@@ -32,6 +32,12 @@ CASES = {
     ("objects", "handle"): 500 if EXHAUSTIVE else 8,
 }
 """How many of each kind: what is damaged, and how the process gets its main dataset."""
+ONCE_FAILED = {
+    ("bytes", "path"): [20290, 20458, 20573, 20666, 20670, 20772, 20886, 21130, 21167],
+    ("bytes", "handle"): [20290, 20316, 20321],
+    ("objects", "path"): [20610, 21602],
+}
+"""Seeds of cases that went wrong once: a type of HDF5 that ends the process, a root that cannot be read, …"""
 FATAL = ("BARE", "PLAIN", "NAMELESS", "WRONG", "HARMED", "SLOW", "WARNED")
 """Outcomes of a step that must not be; see `damage.check.Trial.step`."""
 COMPUTES = ("compute", "override", "target")
@@ -40,11 +46,12 @@ COMPUTES = ("compute", "override", "target")
 @pytest.mark.parametrize(("how", "by"), CASES)
 @pytest.mark.timeout(7200 if EXHAUSTIVE else 900)
 def test_damaged_results(tmp_path: Path, how: str, by: str) -> None:
-    cases = [{"how": how, "by": by, "seed": SEED + number} for number in range(CASES[how, by])]
+    seeds = dict.fromkeys([*ONCE_FAILED.get((how, by), []), *range(SEED, SEED + CASES[how, by])])
+    cases = [{"how": how, "by": by, "seed": seed} for seed in seeds]
     with ThreadPoolExecutor(N_SERVERS) as pool:
         shares = pool.map(served, [cases[number::N_SERVERS] for number in range(N_SERVERS)], [tmp_path] * N_SERVERS)
         told = [one for share in shares for one in share]
-    assert sorted(one["seed"] for one in told) == [case["seed"] for case in cases]
+    assert sorted(one["seed"] for one in told) == sorted(case["seed"] for case in cases)
     bad = [text for one in told for text in objections(one)]
     print(Counter(outcome for one in told for _, outcome, _ in one.get("result", [])))
     assert not bad, "\n".join(bad[:5])
