@@ -313,7 +313,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
             command = " ".join(child.cmdline())
         except psutil.Error:  # it has just ended
             continue
-        if "lazyproc.engine.lane" in command:
+        if "lazyproc.engine.worker" in command:
             workers.append(child)
     return workers
 
