@@ -108,7 +108,7 @@ def perform(
             warn_of(partial[name])
         declared = declared.settled()
         kernel = replace(kernel, source=declared.source)
-        with Crew([Sink.__module__, type(kernel.source).__module__]) as crew:
+        with Crew([Sink.__module__, type(kernel.source).__module__, "threadpoolctl"]) as crew:
             if name is None:
                 name, remaining, probe = _start(declared, work, kernel, drain, crew)
             else:

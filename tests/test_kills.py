@@ -322,7 +322,7 @@ def wait_for_workers(case: Case, process: subprocess.Popen[str]) -> list[psutil.
     """Wait until two workers are at work, and return them."""
     wait_for(lambda: len(workers_of(process)) == 2)
     n_before = sum(one.n_done for one in status(case))
-    wait_for(lambda: sum(one.n_done for one in status(case)) > n_before)
+    wait_for(lambda: sum(one.n_done for one in status(case)) > n_before + 10)  # more than the probe has done
     return workers_of(process)
 
 
