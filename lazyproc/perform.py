@@ -55,6 +55,9 @@ from lazyproc.run import Committer, Outcome, run_loop
 _LONG_CALL = 0.03
 """Seconds: a first call of the function that is not back by then may be one of a long job."""
 
+_FIRST_LOADED = ("threadpoolctl", "encodings.ascii")
+"""What a worker's first block would load; then what that block takes of memory could not be told from it."""
+
 log = logging.getLogger("lazyproc")
 
 
@@ -108,7 +111,7 @@ def perform(
             warn_of(partial[name])
         declared = declared.settled()
         kernel = replace(kernel, source=declared.source)
-        with Crew([Sink.__module__, type(kernel.source).__module__, "threadpoolctl"]) as crew:
+        with Crew([Sink.__module__, type(kernel.source).__module__, *_FIRST_LOADED]) as crew:
             if name is None:
                 name, remaining, probe = _start(declared, work, kernel, drain, crew)
             else:
