@@ -177,11 +177,13 @@ def baseline(name: str, engine: str) -> None:
     """Be bare interpreters with their imports, until the input ends."""
     imports(name, engine)
     workers = []
-    if engine == "processes":
+    if engine in ("both", "processes"):
         code = f"import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); import hungry; "
         code += f"hungry.imports({name!r}, 'worker'); print(flush=True); input()"
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        workers = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(N_WORKERS)]
+        workers = [
+            subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(N_WORKERS - (engine == "both"))
+        ]
         for worker in workers:
             worker.stdout.readline()
     print("baseline", flush=True)

@@ -21,7 +21,7 @@ from hungry import HUNGRY, USUAL, make_file
 from private_memory import Sampler
 
 LIMITS = (64, 128, 256, 512, 1024, 4096)
-ENGINES = ("serial", "threads", "processes")
+ENGINES = ("serial", "both", "threads", "processes")
 _PROBED = 8
 """So many of the first blocks may be those of the probe."""
 _HUNGRY = str(Path(__file__).with_name("hungry.py"))

@@ -63,7 +63,7 @@ class Adapting:
                 most,
                 vectorized=declared.vectorized,
                 driver_writes=sizes.driver_writes,
-                together=not scheduler.has_processes,
+                together=not scheduler.n_processes,
             )
         self.feed = BlockFeed(sizes.plan, probe.seconds_per_position, self._divide, scheduler.n_workers)
 

@@ -377,8 +377,7 @@ def _loop(
         in_place = declared.in_place_everywhere(scheduler, target.sink)
     sizes = declared.blocks(remaining, scheduler, probe, driver_writes=not in_place)
     scheduler = scheduler.with_workers(sizes.n_workers)
-    if not scheduler.has_processes:
-        crew.close()
+    crew.reduce(scheduler.n_processes)
     kernel = kernel.for_run(
         target.sink if in_place else None, scheduler.native_threads, watched=scheduler.kind != "client"
     )

@@ -110,8 +110,10 @@ def _examine(name: str, group: h5py.Group | Exception) -> ResultsStatus:
     problem = ""
     try:
         with reading(name):
-            n_positions = _count_positions(group)
-            _check_results(group)
+            mains = [int(one.shape[0]) for one in _main_datasets(group)]
+            n_positions = _count_positions(group, mains)
+            if not mains:
+                raise ResultsError(f"{group.name}: has a status mask, but no main dataset: its results are gone.")
             n_done = count_done(group, n_positions, STATUS_MASK)
             n_failed = count_failed(group, STATUS_MASK)
             check_seal(group)
@@ -135,10 +137,9 @@ def _main_datasets(group: h5py.Group) -> list[h5py.Dataset]:
     return [item for _, item in members(group, follow=True) if isinstance(item, h5py.Dataset) and is_main(item)]
 
 
-def _count_positions(group: h5py.Group) -> int:
+def _count_positions(group: h5py.Group, mains: list[int]) -> int:
     """Return how many positions the results have: those of their status mask, and of a main dataset."""
     mask = group.get(STATUS_MASK)
-    mains = [int(one.shape[0]) for one in _main_datasets(group)]
     if isinstance(mask, h5py.Dataset) and mask.ndim == 1:
         marked = int(mask.shape[0])
         if mains and marked not in mains:
@@ -150,9 +151,3 @@ def _count_positions(group: h5py.Group) -> int:
     if mains:
         return mains[0]
     raise ResultsError(f"{group.name}: holds neither a status mask nor a main dataset.")
-
-
-def _check_results(group: h5py.Group) -> None:
-    """Raise ResultsError if there is a status mask, but nothing that it could be about."""
-    if not _main_datasets(group):
-        raise ResultsError(f"{group.name}: has a status mask, but no main dataset: its results are gone.")

@@ -302,7 +302,7 @@ def run(name: str, path: str, engine: str, limit: int) -> tuple[float, dict[str,
 
 
 @measures
-@pytest.mark.parametrize("engine", ["serial", "threads", "processes"])
+@pytest.mark.parametrize("engine", ["serial", "both", "threads", "processes"])
 def test_five_times_what_the_probe_saw_does_not_break_the_limit(scan, engine):
     """From the C library, and not for the positions that the probe tries."""
     path = scan("later-native")

@@ -431,11 +431,13 @@ def is_loaded(row: np.ndarray) -> float:
     return float("colorsys" in sys.modules)
 
 
-def test_processes_load_what_the_first_call_has_loaded() -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["started before", "started later"])
+def test_processes_load_what_the_first_call_has_loaded(late: bool) -> None:
     for names in (["colorsys", "no.such.module"], []):
         with Crew() as crew:
-            crew.start(1)
+            crew.start(0 if late else 1)
             crew.load(names)
+            crew.start(1)
             receipts = list(run_processes(kernel_of(is_loaded), BlockPlan(Runs.full(1), 1), 1, never, crew=crew))
         done = [one for one in receipts if one is not None and one.arrays is not None]
         assert [float(one.arrays[0][0, 0]) for one in done] == [float(bool(names))]
@@ -445,10 +447,11 @@ def test_processes_start_beside_a_call_that_takes_long() -> None:
     begin = len(psutil.Process().children())
     with Crew() as crew:
         with crew.standby(2, 0.01):
-            time.sleep(0.3)
-            assert len(psutil.Process().children()) == begin + 2
+            wait_for(lambda: len(psutil.Process().children()) == begin + 2)
         crew.start(2)
         assert len(psutil.Process().children()) == begin + 2, "they are there already"
+        crew.reduce(1)
+        assert len(psutil.Process().children()) == begin + 1
     assert len(psutil.Process().children()) == begin
     for ends in (Crew.stand_down, lambda crew: None):
         with Crew() as crew, crew.standby(2, 5.0):

@@ -75,9 +75,9 @@ class Scheduler:
         return cls("client", count_threads(client), client, most_on_machine(client), worker_threads)
 
     @property
-    def has_processes(self) -> bool:
-        """Whether blocks are done in worker processes of this machine."""
-        return self.kind in ("both", "processes")
+    def n_processes(self) -> int:
+        """Worker processes of this machine that do blocks; those of a cluster are its own affair."""
+        return {"both": self.n_workers - 1, "processes": self.n_workers}.get(self.kind, 0)
 
     @property
     def n_on_machine(self) -> int:

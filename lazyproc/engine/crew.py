@@ -37,21 +37,26 @@ class Crew:
 
     Notes
     -----
-    Used by one thread until lanes take processes, then by these; `close` ends those that nobody has taken.
+    Used by one thread (and the clock of `standby`) until lanes take processes, then by these; `close` ends those that
+    nobody has taken.
     """
 
     def __init__(self, modules: Sequence[str] = ()) -> None:
         self._modules = tuple(modules)
+        self._news: list[str] = []
         self._waiting: deque[Waiting] = deque()
         self._n_started = 0
+        self._starting = threading.Lock()
         self._stand_down = threading.Event()
 
     def start(self, n_processes: int) -> None:
         """Start processes until there have been so many, and do not wait until they are ready."""
-        with suppress(OSError):  # whoever needs them will try again, and tell
+        with self._starting, suppress(OSError):  # whoever needs them will try again, and tell
             while self._n_started < n_processes:
-                self._waiting.append(_start_process(self._modules))
+                waiting = _start_process(self._modules)
                 self._n_started += 1
+                self._waiting.append(waiting)
+                _tell(waiting, self._news)
 
     @contextmanager
     def standby(self, n_processes: int, seconds: float) -> Iterator[None]:
@@ -77,12 +82,12 @@ class Crew:
         self._stand_down.set()
 
     def load(self, modules: Collection[str]) -> None:
-        """Have all processes load modules while they wait for work."""
-        names = list(modules)[:_MOST_MODULES]
-        self._modules += tuple(names)
-        for _, socket in list(self._waiting):
-            with suppress(OSError):  # it has died; whoever takes it will see
-                socket.send(names)
+        """Have processes load modules while they wait for work: those that were started, and that will be."""
+        with self._starting:
+            names = list(modules)[: _MOST_MODULES - len(self._news)]
+            self._news += names
+            for waiting in list(self._waiting):
+                _tell(waiting, names)
 
     def is_here(self) -> bool:
         """Tell whether one of the processes has started, and waits for its kernel."""
@@ -101,13 +106,17 @@ class Crew:
             socket.close()
         return _start_process(self._modules)
 
-    def close(self) -> None:
-        """Kill those that nobody has taken."""
-        while (waiting := self._next()) is not None:
-            process, socket = waiting
+    def reduce(self, n_processes: int) -> None:
+        """Kill those that nobody has taken, but for so many; not while lanes may take some."""
+        while len(self._waiting) > n_processes:
+            process, socket = self._waiting.pop()  # the last one is the least ready
             kill(process)
             process.wait()
             socket.close()
+
+    def close(self) -> None:
+        """Kill those that nobody has taken."""
+        self.reduce(0)
 
     def _next(self) -> Waiting | None:
         try:
@@ -143,6 +152,13 @@ def _start_process(modules: Sequence[str]) -> tuple[subprocess.Popen[bytes], Any
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return process, ours
+
+
+def _tell(waiting: Waiting, modules: Sequence[str]) -> None:
+    """Have a process load modules; as messages, since a command line has not room for any number of names."""
+    with suppress(OSError):  # it has died; whoever takes it will see
+        if modules:
+            waiting[1].send(list(modules))
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

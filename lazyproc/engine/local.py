@@ -43,6 +43,10 @@ def never() -> bool:
     return False
 
 
+def _a_tick() -> float:
+    return TICK
+
+
 def run_serial(
     kernel: Kernel, blocks: Iterable[Block], stopping: Stopping, interruptible: Interruptible = nullcontext
 ) -> Receipts:
@@ -92,7 +96,7 @@ def run_processes(
     dropping: Stopping = never,
     room: Room | None = None,
     crew: Crew | None = None,
-    patience: Callable[[], float] = lambda: TICK,
+    patience: Callable[[], float] = _a_tick,
     batches: type[_Batch] | None = None,
 ) -> Receipts:
     """Do the blocks in worker processes: Dask graphs on Dask's local scheduler, whose threads have a process each.
@@ -207,7 +211,7 @@ class _Window:
         size: int,
         stopping: Stopping,
         room: Room | None = None,
-        patience: Callable[[], float] = lambda: TICK,
+        patience: Callable[[], float] = _a_tick,
     ) -> None:
         self.size = size
         self._patience = patience
@@ -317,10 +321,10 @@ class _Graph(_Batch):
         run = f"{name}-{uuid.uuid4().hex}"
         waiting = deque(blocks)  # Dask begins with the last ones, as it likes; the smallest are to come last
 
-        def do_next(number: int) -> None:
+        def do_next() -> None:
             self._window.do(waiting.popleft())
 
-        graph = {(run, block.index): (do_next, block.index) for block in blocks}
+        graph = {(run, block.index): (do_next,) for block in blocks}
         threading.Thread(target=self._run, args=(graph,), name="lazyproc-graph", daemon=True).start()
 
     def _run(self, graph: dict[Any, Any]) -> None:

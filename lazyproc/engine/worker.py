@@ -79,7 +79,7 @@ def _leave() -> NoReturn:
 
 def _load(modules: Iterable[str]) -> None:
     for name in modules:
-        with suppress(Exception):  # whoever needs it will try again, and tell
+        with suppress(Exception, SystemExit):  # whoever needs it will try again, and tell
             importlib.import_module(name)
 
 

@@ -27,7 +27,7 @@ from lazyproc.core.compression import Compression
 from lazyproc.core.errors import ResultsError
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.hdf5.create import LARGEST_FILLED
-from lazyproc.hdf5.damage import attribute
+from lazyproc.hdf5.damage import H5_ERRORS, attribute
 from lazyproc.hdf5.durable import sync_folder, write_all
 from lazyproc.hdf5.extents import Extent, plain_type, real_path
 from lazyproc.hdf5.file_id import FileId
@@ -118,10 +118,9 @@ def wanted_compression(dataset: h5py.Dataset) -> Compression:
     ResultsError
         If that cannot be read.
     """
-    text = attribute(dataset, MARK)
     try:
-        return Compression.from_text(text)
-    except (TypeError, ValueError) as error:
+        return Compression.from_text(attribute(dataset, MARK))
+    except H5_ERRORS as error:
         raise ResultsError(
             f"{dataset.name}: the attribute {MARK} cannot be read ({error}). Another program has changed it, or the "
             "file is damaged. Compute with override=True."
