@@ -11,6 +11,7 @@ from typing import Any
 
 import h5py
 import psutil
+from numpy.typing import NDArray
 
 from lazyproc.core.blocks import BlockPlan
 from lazyproc.core.identity import code_hash
@@ -34,7 +35,7 @@ from lazyproc.hdf5.fingerprint import fingerprint
 from lazyproc.hdf5.place import Place
 from lazyproc.hdf5.search import Found, Work, remaining_positions, search
 from lazyproc.hdf5.sink import Sink
-from lazyproc.hdf5.source import FileSource, Source, write_out
+from lazyproc.hdf5.source import ExtentSource, FileSource, HandleSource, Source, write_out
 
 _LOCAL_BYTES = 8 * 2**20
 """Source and results of a block that costs next to nothing to start: small enough for the processor's caches."""
@@ -175,6 +176,14 @@ class Declared:
         """Write out what the caller's own handle still holds back: workers read the file, not the handle."""
         if self.main_path is None and self.main.file.mode != "r":
             self.main.file.flush()
+
+    def rows_now(self, runs: Runs) -> NDArray[Any]:
+        """Read positions as the caller's own handle knows them; of the file's structure nothing is written out."""
+        if self.main_path is None and self.main.file.mode != "r":
+            write_out(self.main, self.source)
+            if not isinstance(self.source, ExtentSource):
+                return HandleSource(self.main, self.source.chunk_rows, self.source.chunk_bytes).rows(iter(runs))
+        return self.source.rows(iter(runs))
 
     def settled(self) -> Declared:
         """Return the same with the quickest way to read the main dataset, which must not change from now on."""

@@ -15,7 +15,7 @@ import h5py
 from lazyproc.adapt import Adapting
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
-from lazyproc.core.errors import LazyprocError
+from lazyproc.core.errors import FileBusyError, LazyprocError, LockingError, ReadOnlyFileError
 from lazyproc.core.events import Finished, Listener, Started
 from lazyproc.core.highwater import give_back, high_water
 from lazyproc.core.identity import function_name
@@ -47,6 +47,7 @@ from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.rows_file import waiting
 from lazyproc.hdf5.search import Found, Work, remaining_positions
 from lazyproc.hdf5.sink import Sink
+from lazyproc.hdf5.source import ExtentSource, write_out
 from lazyproc.hdf5.target import Target
 from lazyproc.hdf5.transaction import recover
 from lazyproc.recording import check_limit, raise_limit, say_failed
@@ -146,6 +147,22 @@ def locked(declared: Declared) -> Any:
 def _target_file(declared: Declared) -> h5py.File | None:
     """Return the file of the results if the caller has it open."""
     return declared.place.handle.file if isinstance(declared.place, HandlePlace) else None
+
+
+def flush_for_views(declared: Declared) -> None:
+    """Write out what the caller's handle holds back, since a view reads the file: guarded where the run's lock is free.
+
+    Rows that are read as bytes have their place; to write out the index of chunked ones may change the structure.
+    """
+    if isinstance(declared.source, ExtentSource):
+        write_out(declared.main, declared.source)
+    elif declared.main_path is None and declared.main.file.mode != "r":
+        try:
+            with locked(declared):
+                pass
+        except (FileBusyError, LockingError, ReadOnlyFileError) as error:
+            log.info("%s: written out without an undo journal (%s)", declared.label, error)
+        declared.flush_main()
 
 
 def handles_of(declared: Declared) -> set[h5py.File]:
@@ -404,7 +421,7 @@ def _loop(
 def compute_here(declared: Declared, kernel: Kernel, runs: Runs) -> tuple[Any, ...]:
     """Compute positions in this process and return the results; nothing is written, and whatever fails raises."""
     try:
-        return kernel.compute(declared.source.rows(iter(runs)))
+        return kernel.compute(declared.rows_now(runs))
     except (RowError, OutputMismatch) as error:
         failure = failure_of(error, _as_block(runs))
     failure.raise_error(declared.process_name, declared.label)

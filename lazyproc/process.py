@@ -44,7 +44,7 @@ from lazyproc.hook_ranks import opened_together
 from lazyproc.hooks import HookContract
 from lazyproc.main_handle import MainDatasetHandle
 from lazyproc.opening import open_main, target_handle
-from lazyproc.perform import compute_here, perform
+from lazyproc.perform import compute_here, flush_for_views, perform
 from lazyproc.progress import ProgressBar
 from lazyproc.results import lazy_results, path_of_group
 from lazyproc.retry import retry
@@ -434,7 +434,6 @@ class Process(HookContract):
         declared = self._declared()
         wanted = check_positions(positions, declared.n_positions)
         runs = Runs.from_positions(wanted)
-        declared.flush_main()
         kernel = declared.kernel((), kwargs)
         arrays = compute_here(declared, kernel, runs)
         order = np.searchsorted(runs.positions(), wanted)
@@ -472,7 +471,7 @@ class Process(HookContract):
             On computing, if the results that it reads were replaced.
         """
         declared = self._declared()
-        declared.flush_main()
+        flush_for_views(declared)
         work = declared.work(args, kwargs)
         kernel = declared.kernel(args, kwargs)
         found = declared.found(work)

@@ -846,3 +846,53 @@ def test_a_finished_run_that_died_before_its_last_note(scan: Path) -> None:
         assert Hooks(file[MAIN]).compute() == group
         assert group.attrs["last_pixel"] == 20
         assert not any(one.exists() for one in lock_files)
+
+
+@pytest.mark.parametrize("storage", [{}, {"chunks": (3, 6)}, {"chunks": (3, 6), "compression": "gzip"}])
+def test_a_look_at_positions_writes_out_no_structure(tmp_path: Path, storage: dict[str, Any]) -> None:
+    """The rows that the caller has changed through his handle are seen, and what HDF5 holds back stays there."""
+    path, _ = make_usid_file(tmp_path / "scan.h5", n_rows=40, **storage)
+    with h5py.File(path, "r+") as file:
+        file[MAIN][7] = np.arange(6)
+        file.flush()
+        file[MAIN][8] = 1 + np.arange(6)
+        for number in range(50):
+            file[CHANNEL].create_group(f"New_{number}").attrs["number"] = number
+        before = Path(path).read_bytes()
+        found = Doubled(file[MAIN]).test([7, 8])
+        np.testing.assert_array_equal(found["Doubled"], [2 * np.arange(6), 2 + 2 * np.arange(6)])
+        extent = file[MAIN].id.get_offset()
+        after = Path(path).read_bytes()
+        if extent is None:
+            assert after == before
+        else:
+            stop = extent + file[MAIN].nbytes
+            assert after[:extent] + after[stop:] == before[:extent] + before[stop:]
+
+
+@pytest.mark.parametrize("storage", [{"chunks": (3, 6)}, {"chunks": (3, 6), "compression": "gzip"}])
+def test_a_view_has_the_structure_written_out_under_a_guard(
+    tmp_path: Path, storage: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = make_usid_file(tmp_path / "scan.h5", n_rows=40, **storage)
+    seen: list[tuple[bool, bool]] = []
+    flush = h5py.File.flush
+
+    def noted(self: h5py.File) -> None:
+        before = Path(path).read_bytes()
+        flush(self)
+        seen.append((Path(path).read_bytes() != before, journal_of(path).exists()))
+
+    monkeypatch.setattr(h5py.File, "flush", noted)
+    with h5py.File(path, "r+") as file:
+        file[MAIN][8] = 1 + np.arange(6)
+        for number in range(50):
+            file[CHANNEL].create_group(f"New_{number}").attrs["number"] = number
+        expected = file[MAIN][()]
+        view = Doubled(file[MAIN]).to_xarray()
+        assert any(changed for changed, _ in seen)
+        assert all(guarded for changed, guarded in seen if changed)
+        assert not journal_of(path).exists()
+        computed = view["Doubled"].compute(scheduler="sync").values
+    assert sorted(os.listdir(tmp_path)) == ["scan.h5"]
+    np.testing.assert_array_equal(np.sort(computed, axis=None), np.sort(2.0 * expected, axis=None))
