@@ -53,7 +53,7 @@ class Adapting:
         self._limit = sizes.limit
         self._learner: MemoryLearner | None = None
         self.room: Room | None = None
-        most = sizes.plan.max_positions
+        most = sizes.most_positions
         if scheduler.kind != "client":
             self.room = Room(most, scheduler.n_workers)
             self._learner = MemoryLearner(

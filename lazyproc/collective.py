@@ -174,12 +174,7 @@ def _provenance(declared: Declared, probe: Probe) -> Provenance:
         function=function_name(declared.function),
         fingerprint=declared.fingerprint(),
         versions=environment(),
-        probe={
-            "seconds_per_position": probe.seconds_per_position,
-            "temporary_bytes": probe.temporary_bytes,
-            "fixed_bytes": probe.fixed_bytes,
-            "thread_gain": probe.thread_gain,
-        },
+        probe=probe.stored(),
     )
 
 

@@ -23,11 +23,14 @@ from lazyproc.core.runs import Runs
 from lazyproc.core.signature import keyword_arguments
 from lazyproc.core.sizing import Division
 from lazyproc.core.specs import ResolvedOutput
-from lazyproc.engine.choose import HELP_PAYS, POOL_PAYS, Scheduler, choose_local
+from lazyproc.engine.choose import HELP_PAYS, POOL_PAYS, Scheduler, can_be_sent, choose_local
 from lazyproc.engine.cluster import active_client
+from lazyproc.engine.crew import Crew
+from lazyproc.engine.failure import Failure
 from lazyproc.engine.handshake import why_not_in_place
-from lazyproc.engine.kernel import BlockSink, Kernel
+from lazyproc.engine.kernel import BlockSink, Kernel, pack, pack_for_cluster
 from lazyproc.engine.mpi import native_threads
+from lazyproc.engine.trial import Trial, try_in_process, try_on_cluster
 from lazyproc.hdf5.chunks import chunked_source
 from lazyproc.hdf5.damage import H5_ERRORS, attribute
 from lazyproc.hdf5.files import Files
@@ -89,6 +92,8 @@ class Declared:
         The name of the status mask.
     max_failures : int or None
         So many positions may fail, and are recorded; None: the first one that fails stops the run.
+    apart : bool
+        The function may crash its process, as it did another driver's: it is called in worker processes only.
     """
 
     process_name: str
@@ -109,6 +114,7 @@ class Declared:
     verify: str
     status_name: str
     max_failures: int | None = None
+    apart: bool = False
     _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
     """Made once for each call of a method of Process: the values are taken not to change within it."""
     _hashes: dict[str, str] = field(default_factory=dict, repr=False)
@@ -232,9 +238,27 @@ class Declared:
         available = int(psutil.virtual_memory().available)
         return available if self.max_bytes is None else min(self.max_bytes, available)
 
-    def probe(self, kernel: Kernel, remaining: Runs, early: Callable[[float], None] | None = None) -> Probe:
-        """Measure the function on a few positions, and check what it returns; `early` is told of the first calls."""
+    def probe(
+        self,
+        kernel: Kernel,
+        remaining: Runs,
+        early: Callable[[float], None] | None = None,
+        crew: Crew | None = None,
+    ) -> Probe | Failure:
+        """Measure the function on a few positions, and check what it returns; `early` is told of the first calls.
+
+        In this process, where what it raises comes out as it is; or, on a cluster and where the function may crash its
+        process, in a worker.
+        """
         memory = self.memory(None)
+        record = self.max_failures is not None
+        sizes = memory.source_bytes, memory.result_bytes
+        client = self.client or active_client()
+        if client is not None and self.source.travels:
+            packed = pack_for_cluster(kernel, self.process_name)
+            return try_on_cluster(client, packed, Trial(remaining, *sizes, self.vectorized, record))
+        if self.apart and can_be_sent(kernel):
+            return try_in_process(pack(kernel), Trial(remaining, *sizes, self.vectorized, record), crew or Crew())
         return run_probe(
             kernel.compute,
             lambda runs: self.source.rows(iter(runs)),
@@ -243,7 +267,7 @@ class Declared:
             result_bytes=memory.result_bytes,
             vectorized=self.vectorized,
             try_threads=self.cores > 1 and self.client is None,
-            record=self.max_failures is not None,
+            record=record,
             early=early,
         )
 
@@ -256,7 +280,7 @@ class Declared:
             log.warning("%s lies behind a handle that other processes cannot open: it is computed here", self.label)
         if probe is None:
             return Scheduler("processes" if self.cores > 1 else "serial", self.cores)
-        return choose_local(kernel, probe, n_remaining, self.cores)
+        return choose_local(kernel, probe, n_remaining, self.cores, apart=self.apart)
 
     def likely_processes(self, seconds_per_position: float) -> int:
         """Return how many worker processes are worth being started when it was just found how long a position takes.
@@ -264,7 +288,7 @@ class Declared:
         They are ready when the rest of the probe is done, and the results group made. No more than a few: the others
         are started when they are needed.
         """
-        if self.vectorized or not self.source.travels or (self.client or active_client()) is not None:
+        if self.apart or self.vectorized or not self.source.travels or (self.client or active_client()) is not None:
             return 0
         seconds = seconds_per_position * self.n_positions
         n_processes = self.cores if seconds >= POOL_PAYS else self.cores - 1 if seconds >= HELP_PAYS else 0
@@ -300,10 +324,9 @@ class Declared:
         careful = memory.careful_rows(limit, beside, driver_writes=driver_writes)
         division = division.within(rows, careful)
         plan = division.plan(remaining, probe.seconds_per_position if probe is not None else None)
-        projected = memory.peak(
-            min(plan.max_positions, max(1, remaining.n_positions)), beside, driver_writes=driver_writes
-        )
-        return BlockSizes(plan, workers, memory, driver_writes, division, limit, projected)
+        most = plan.max_positions if probe is None or probe.is_measured else division.largest
+        projected = memory.peak(min(most, max(1, remaining.n_positions)), beside, driver_writes=driver_writes)
+        return BlockSizes(plan, workers, memory, driver_writes, division, limit, projected, most)
 
     def plan(self, work: Work, found: list[Found], kernel: Kernel) -> Plan:
         """Return what `compute` would do; reads metadata and status masks, computes and writes nothing."""
@@ -367,6 +390,8 @@ class BlockSizes:
         Bytes allowed.
     projected : int
         Bytes to expect at most on one machine.
+    most_positions : int
+        Of a block at most, for memory's sake: more than in the plan only if nothing is known of the function yet.
     """
 
     plan: BlockPlan
@@ -376,6 +401,7 @@ class BlockSizes:
     division: Division
     limit: int
     projected: int
+    most_positions: int
 
 
 def stored_probe(group: h5py.Group) -> Probe | None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +26,9 @@ from lazyproc.declared import Declared, stored_probe
 from lazyproc.drain import Drain, how_far, nothing_yet
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.crew import Crew
-from lazyproc.engine.failure import raise_failures
+from lazyproc.engine.failure import Failure, raise_failures
 from lazyproc.engine.kernel import Kernel, failure_of
+from lazyproc.engine.trial import as_block
 from lazyproc.hdf5.compress import StoppedError, n_threads
 from lazyproc.hdf5.finish import adopt, finish, is_unfinished
 from lazyproc.hdf5.guard import finish_pending, flush_guarded
@@ -97,7 +98,8 @@ def perform(
     work = declared.work(args, kwargs)
     drain = Drain(nothing_yet(declared.process_name), listener)
     high_water.forget()
-    with drain.on_signals(), locked(declared) as fence:
+    with drain.on_signals(), locked(declared) as lock:
+        declared, kernel = with_lock(declared, kernel, lock)
         with drain.interruptible(at_first=True):
             found = declared.found(work)
         duplicates = [one for one in found if one.is_complete]
@@ -116,13 +118,14 @@ def perform(
             if name is None:
                 name, remaining, probe = _start(declared, work, kernel, drain, crew)
             else:
-                remaining, probe = _resume(declared, work, kernel, name, drain)
+                remaining, probe = _resume(declared, work, kernel, name, drain, crew)
+            fence = None if lock is None else lock.fence
             run_group(declared, work, kernel, name, fence, remaining, probe, listener, drain, crew=crew)
         return name
 
 
 @contextlib.contextmanager
-def locked(declared: Declared) -> Any:
+def locked(declared: Declared) -> Iterator[RunLock | None]:
     """Hold the run's lock, if there is a file to lock; settle a change that was cut off by a death."""
     path = declared.place.lock_path
     if path is None:
@@ -139,9 +142,22 @@ def locked(declared: Declared) -> Any:
         with writing(path, "the results"):
             flush_guarded(handles_of(declared))
             remove_leftovers(path, _target_file(declared))
-            yield lock.fence
+            yield lock
     finally:
         lock.release()
+
+
+def with_lock(declared: Declared, kernel: Kernel, lock: RunLock | None) -> tuple[Declared, Kernel]:
+    """Return the same, with what the lock file tells: of the driver before, and from now on of this one."""
+    if lock is None:
+        return declared, kernel
+    if lock.died_calling:
+        log.warning(
+            "%s: the process that computed into this file before died while it called the function itself; it is "
+            "called in worker processes only now, in case that it was the function's doing",
+            declared.process_name,
+        )
+    return replace(declared, apart=lock.died_calling), replace(kernel, around=lock.calling)
 
 
 def _target_file(declared: Declared) -> h5py.File | None:
@@ -179,17 +195,25 @@ def warn_of(found: Found) -> None:
 
 
 def probe_function(
-    declared: Declared, kernel: Kernel, remaining: Runs, *, begun: bool, early: Callable[[float], None] | None = None
+    declared: Declared,
+    kernel: Kernel,
+    remaining: Runs,
+    *,
+    begun: bool,
+    early: Callable[[float], None] | None = None,
+    crew: Crew | None = None,
 ) -> Probe:
     """Try the function; what it raises reaches the user with the positions concerned.
 
     Where failures are recorded, it must not fail wherever it is tried, unless results show that it can do better.
     """
     try:
-        probe = declared.probe(kernel, remaining, early)
+        probe = declared.probe(kernel, remaining, early, crew)
     except (RowError, OutputMismatch) as error:
         failure = failure_of(error, _block_of(error, remaining))
     else:
+        if isinstance(probe, Failure):
+            probe.raise_error(declared.process_name, declared.label)
         if begun or probe.first is None:
             return probe
         if not probe.all_failed:
@@ -201,11 +225,7 @@ def probe_function(
 
 def _block_of(error: Exception, remaining: Runs) -> Block:
     runs: Runs = getattr(error, "runs", remaining)
-    return _as_block(runs)
-
-
-def _as_block(runs: Runs) -> Block:
-    return Block(0, tuple(runs.starts.tolist()), tuple(runs.stops.tolist()))
+    return as_block(runs)
 
 
 def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: Crew) -> tuple[str, Runs, Probe]:
@@ -225,7 +245,7 @@ def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: C
     declared.blocks(remaining, Scheduler("serial", 1), None, driver_writes=False)  # does one position fit at all?
     # A call that takes a while loads what it needs, or is long: processes can start beside it.
     with drain.interruptible(at_first=True), crew.standby(declared.likely_processes(_LONG_CALL), _LONG_CALL):
-        probe = probe_function(declared, kernel, remaining, begun=False, early=early)
+        probe = probe_function(declared, kernel, remaining, begun=False, early=early, crew=crew)
     # and with what was measured? Before anything is created
     declared.blocks(remaining, Scheduler("serial", 1), probe, driver_writes=declared.place.lock_path is None)
     with drain.interruptible(at_first=True):
@@ -234,12 +254,7 @@ def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: C
         function=function_name(declared.function),
         fingerprint=fingerprint,
         versions=environment(),
-        probe={
-            "seconds_per_position": probe.seconds_per_position,
-            "temporary_bytes": probe.temporary_bytes,
-            "fixed_bytes": probe.fixed_bytes,
-            "thread_gain": probe.thread_gain,
-        },
+        probe=probe.stored(),
     )
     with rows_files(declared.place.lock_path, _target_file(declared)) as rows, declared.place.edit() as parent:
         name = create_group(parent, _main_beside(declared, parent), work, provenance, declared.max_failures, rows)
@@ -255,7 +270,7 @@ def _main_beside(declared: Declared, parent: h5py.Group) -> h5py.Dataset:
     return declared.main
 
 
-def _resume(declared: Declared, work: Work, kernel: Kernel, name: str, drain: Drain) -> tuple[Runs, Probe]:
+def _resume(declared: Declared, work: Work, kernel: Kernel, name: str, drain: Drain, crew: Crew) -> tuple[Runs, Probe]:
     """Find what remains; a measurement that was stored with the results is used again."""
     declared.flush_main()
     adopt(declared.place, name)
@@ -269,7 +284,8 @@ def _resume(declared: Declared, work: Work, kernel: Kernel, name: str, drain: Dr
             ensure_mask(editable, name, work)
     if probe is None:
         with drain.interruptible(at_first=True):
-            probe = probe_function(declared, kernel, remaining, begun=remaining.n_positions < work.n_positions)
+            begun = remaining.n_positions < work.n_positions
+            probe = probe_function(declared, kernel, remaining, begun=begun, crew=crew)
     if declared.max_failures is not None and lacks_room(group, work, declared.max_failures):
         with declared.place.edit() as editable:
             ensure_room(editable, name, work, declared.max_failures)
@@ -381,7 +397,7 @@ def _loop(
         committer.refuse(probe.failed)
         return committer.outcome()
     for runs, arrays in probe.computed:
-        target.write(_as_block(runs), arrays)
+        target.write(as_block(runs), arrays)
         committer.take_positions(runs)
         remaining = remaining.difference(runs)
     first = probe.first
@@ -423,5 +439,5 @@ def compute_here(declared: Declared, kernel: Kernel, runs: Runs) -> tuple[Any, .
     try:
         return kernel.compute(declared.rows_now(runs))
     except (RowError, OutputMismatch) as error:
-        failure = failure_of(error, _as_block(runs))
+        failure = failure_of(error, as_block(runs))
     failure.raise_error(declared.process_name, declared.label)

@@ -22,7 +22,7 @@ from lazyproc.hdf5.failures import positions_to_retry, read_failures
 from lazyproc.hdf5.finish import adopt
 from lazyproc.hdf5.record import ensure_room, note_reopened
 from lazyproc.hdf5.search import Found, Work, remaining_positions
-from lazyproc.perform import locked, probe_function, run_group
+from lazyproc.perform import locked, probe_function, run_group, with_lock
 
 log = logging.getLogger("lazyproc")
 
@@ -65,7 +65,9 @@ def retry(
     raises = declared.max_failures is None
     drain = Drain(nothing_yet(declared.process_name), listener)
     high_water.forget()
-    with drain.on_signals(), locked(declared) as fence:
+    with drain.on_signals(), locked(declared) as lock:
+        declared, kernel = with_lock(declared, kernel, lock)
+        fence = None if lock is None else lock.fence
         with drain.interruptible(at_first=True):
             found = _latest(declared, declared.found(work), chosen)
         adopt(declared.place, found.name)

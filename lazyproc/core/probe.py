@@ -41,6 +41,8 @@ _GIVE_UP_SECONDS = 20
 _NOISE_BYTES = 2**20
 """So much of what the system tells is no measurement: it counts pages in lots, and tracing takes memory, too."""
 
+_UNKNOWN_SECONDS = 1.0
+
 _NOTHING = nullcontext()
 
 Compute = Callable[..., Arrays]
@@ -68,6 +70,8 @@ class Probe:
         Those among them whose function failed.
     first : Exception or None
         What the first of these raised; its attribute `runs` holds the positions that were tried.
+    is_measured : bool
+        Whether anything was; else the seconds are a careful guess.
     """
 
     seconds_per_position: float
@@ -77,6 +81,23 @@ class Probe:
     computed: list[tuple[Runs, Arrays]] = field(default_factory=list, repr=False)
     failed: list[FailedPosition] = field(default_factory=list, repr=False)
     first: Exception | None = field(default=None, repr=False)
+    is_measured: bool = True
+
+    @classmethod
+    def unknown(cls) -> Probe:
+        """Return a careful guess, where nothing could be measured: positions take long, so blocks are small."""
+        return cls(_UNKNOWN_SECONDS, is_measured=False)
+
+    def stored(self) -> dict[str, float]:
+        """Return what is kept with the results, so that a resumed run need not measure: nothing if nothing was."""
+        if not self.is_measured:
+            return {}
+        return {
+            "seconds_per_position": self.seconds_per_position,
+            "temporary_bytes": self.temporary_bytes,
+            "fixed_bytes": self.fixed_bytes,
+            "thread_gain": self.thread_gain,
+        }
 
     @property
     def all_failed(self) -> bool:

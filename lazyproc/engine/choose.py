@@ -147,7 +147,7 @@ class Scheduler:
         return run_serial(kernel, blocks, stopping, interruptible)
 
 
-def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int) -> Scheduler:
+def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int, *, apart: bool = False) -> Scheduler:
     """Choose a scheduler on this machine.
 
     Parameters
@@ -160,6 +160,8 @@ def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int)
         Positions to compute.
     n_workers : int
         Cores that may be used, and that the memory allows.
+    apart : bool
+        The function may crash its process, so that it is worth being called in worker processes only.
 
     Notes
     -----
@@ -169,6 +171,8 @@ def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int)
     """
     seconds = probe.seconds_per_position * n_remaining
     reading = kernel.source.read_seconds * n_remaining
+    if apart:
+        return Scheduler("processes", n_workers) if can_be_sent(kernel) else Scheduler("serial", 1)
     if n_workers == 1 or seconds + (reading if kernel.vectorized else 0.0) < _THREADS_PAY:
         return Scheduler("serial", 1)
     if kernel.vectorized:
@@ -176,20 +180,29 @@ def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int)
         if alone >= _GAIN * threads or (alone >= _SOME_GAIN * threads and threads <= _START_SECONDS + alone / 2):
             return Scheduler("threads", n_workers)
     helped = not kernel.vectorized and HELP_PAYS <= seconds < POOL_PAYS
-    if (seconds < POOL_PAYS and not helped) or not kernel.source.travels:
+    if seconds < POOL_PAYS and not helped:
         return Scheduler("serial", 1)
+    if not can_be_sent(kernel, logging.DEBUG if helped else logging.WARNING):
+        return Scheduler("serial", 1)
+    return Scheduler("both" if helped else "processes", n_workers)
+
+
+def can_be_sent(kernel: Kernel, log_level: int = logging.WARNING) -> bool:
+    """Tell whether other processes of this machine can do blocks; if it is for the function's sake, the log says so."""
+    if not kernel.source.travels:
+        return False
     try:
         pack(kernel)
     except Exception as error:
         log.log(
-            logging.DEBUG if helped else logging.WARNING,
+            log_level,
             "the function cannot be sent to worker processes (%s: %s), so one core does it all; define it at the top "
             "level of a module, and keep open files and locks out of its arguments",
             type(error).__name__,
             error,
         )
-        return Scheduler("serial", 1)
-    return Scheduler("both" if helped else "processes", n_workers)
+        return False
+    return True
 
 
 def available_cores() -> int:

@@ -52,6 +52,22 @@ def count_threads(client: Any) -> int:
     return int(threads)
 
 
+def least_busy(client: Any) -> str:
+    """Return the address of the worker with the fewest tasks a thread.
+
+    Raises
+    ------
+    WorkerError
+        If no worker has joined within a minute, or the scheduler does not answer.
+    """
+    threads: dict[str, int] = {}
+    while not threads:
+        count_threads(client)
+        threads = answer(client, client.scheduler.ncores(), "how many threads are there?")
+    tasks: dict[str, Any] = answer(client, client.scheduler.processing(), "what are the workers doing?")
+    return min(threads, key=lambda one: len(tasks.get(one, ())) / max(1, threads[one]))
+
+
 def most_on_machine(client: Any) -> int:
     """Return how many blocks are computed at a time on the machine that has the most of the cluster's threads."""
     threads: Counter[str] = Counter()

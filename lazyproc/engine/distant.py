@@ -20,11 +20,11 @@ from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import BlockTakenError, WorkerError
-from lazyproc.engine.cluster import block_graph, count_threads
+from lazyproc.engine.cluster import block_graph, count_threads, least_busy
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Kernel, Receipt, pack
+from lazyproc.engine.kernel import Kernel, Receipt, pack_for_cluster
 from lazyproc.engine.local import TICK, Receipts, Stopping, never
-from lazyproc.engine.pulse import PATIENCE_SECONDS, Pulse, ask
+from lazyproc.engine.pulse import PATIENCE_SECONDS, Pulse, answer, ask
 
 _WINDOW = 3
 _GRAPH_BLOCKS = 128
@@ -35,6 +35,8 @@ _ATTEMPTS = 5
 """How often a block is tried that is cancelled, runs out of memory, or is taken away from its worker."""
 _DEATHS_IN_A_ROW = 50
 """So many blocks may be given up with their workers dead, without one being finished in between."""
+_HALVED = 30
+"""So many blocks that end their workers may be halved to find out which positions do."""
 _FETCHES = 4
 """So many requests for receipts are under way at a time; where results travel in them, one receipt each."""
 
@@ -62,10 +64,13 @@ def run_client(
     -----
     When a worker is lost, the scheduler has its blocks done by others, ``distributed.scheduler.allowed-failures`` times
     (3). A block that it then gives up (`KilledWorker`) may only have stood in the queue of workers that others killed:
-    it is submitted once more when all other blocks are done, alone, and if its workers die again it comes out as a
-    receipt with a failure of the kind ``"lost"``. Blocks that are cancelled, because the connection broke or the
-    cluster was restarted, are submitted again, five times at most, then they are lost, too; so are blocks that run out
-    of memory (MemoryError), which then fail as they did. If the run stops before, such blocks remain to be done.
+    it is submitted once more when all other blocks are done, alone. If its workers die again, and there are nannies
+    that start others, it is halved again and again, until the positions are found that are to blame (30 times in all);
+    each part ends one worker at most. What is left comes out as receipts with a failure of the kind ``"lost"``.
+
+    Blocks that are cancelled, because the connection broke or the cluster was restarted, are submitted again, five
+    times at most, then they are lost, too; so are blocks that run out of memory (MemoryError), which then fail as they
+    did. If the run stops before, such blocks remain to be done.
 
     The scheduler takes a worker for lost that it does not hear of, though it may be alive. Where workers write in
     place, only the attempt that took the block last can do so (`BlockClaims`), and none once its receipt was accepted.
@@ -95,7 +100,7 @@ class _ClusterRun:
         self._stopping = stopping
         self._most = most
         self._claims = None if kernel.sink is None else kernel.sink.claims().begin()
-        self._packed = _pack(replace(kernel, claims=self._claims), name)
+        self._packed = pack_for_cluster(replace(kernel, claims=self._claims), name)
         self._sent: Any = None
         self._name = f"{name}-{uuid.uuid4().hex}"
         self._number = itertools.count()
@@ -105,6 +110,9 @@ class _ClusterRun:
         self._alone = False
         self._attempts: Counter[int] = Counter()
         self._deaths = 0
+        self._n_halved = 0
+        self._bound = ""
+        self._most_index = 0
         self._pending: dict[Any, Block] = {}
         self._done = as_completed([], loop=client.loop, raise_errors=False)
         self._finished: deque[Any] = deque()
@@ -125,18 +133,24 @@ class _ClusterRun:
                 if self._pulse.is_stuck() and not self._finished and not self._fetches:
                     self._start_over()
             yield from self._turn()
+            if self._bound and self._pending and self._pulse.is_connected() and self._is_gone(self._bound):
+                yield self._lost(self._let_go(next(iter(self._pending))), WorkerError(f"{self._bound} has died."))
 
     def _start_more(self) -> None:
         """Fill the window, in graphs that are worth sending and yet begin before the whole window is sent."""
-        room = _WINDOW * max(1, self._pulse.n_threads)
+        room = _WINDOW * max(1, self._pulse.n_threads) if not self._n_halved else 1
         size = min(_GRAPH_BLOCKS, room // 2)
         if self._most is not None:
             room, size = min(room, self._most), 1
         while room - len(self._pending) >= size and (blocks := self._next_blocks(size)):
             graph = block_graph(self._name, self._number, blocks, self._payload())
             keys = [key for layer in graph.layers.values() for key in layer]
+            where: dict[str, Any] = {}
+            if self._n_halved:  # the scheduler then does not give it to other workers when that one has died
+                self._bound = least_busy(self._client)
+                where = {"workers": [self._bound], "allow_other_workers": False}
             # Without the time-out graphs are mixed, and the first one's last blocks may begin after the last one's.
-            futures = self._client.get(graph, keys, sync=False, fifo_timeout="0s")
+            futures = self._client.get(graph, keys, sync=False, fifo_timeout="0s", **where)
             self._pending.update(zip(futures, blocks, strict=True))
             self._done.update(futures)
 
@@ -152,7 +166,8 @@ class _ClusterRun:
         blocks += itertools.islice(self._waiting, size - len(blocks))
         if not blocks and not self._pending and self._given_up:
             self._alone = True
-            blocks.append(self._given_up.popleft())
+            blocks.append(replace(self._given_up.popleft(), limit=None))
+        self._most_index = max(self._most_index, *(block.index for block in blocks), 0)
         return blocks
 
     def _payload(self) -> Any:
@@ -182,6 +197,8 @@ class _ClusterRun:
     def _take(self) -> Iterator[Receipt | None]:
         """Look what has finished or failed, have its receipts fetched, yield those that came; None for "again"."""
         for future in self._done.next_batch(block=False):
+            if future not in self._pending:  # let go since its worker is gone
+                continue
             if future.status == "finished":
                 self._finished.append(future)
             elif future.status in ("error", "cancelled"):
@@ -240,7 +257,7 @@ class _ClusterRun:
             return self._accept(block, Receipt(block, failure=Failure.of_worker(error, block)))
         log.warning("the workers that had the block of positions %d to %d died", block.start, block.stop - 1)
         if self._alone:
-            return Receipt(block, failure=Failure.of_lost(error, block))
+            return self._lost(block, error)
         self._deaths += 1
         if self._deaths >= _DEATHS_IN_A_ROW:
             raise WorkerError(
@@ -250,6 +267,31 @@ class _ClusterRun:
             ) from error
         self._given_up.append(block)
         return None
+
+    def _lost(self, block: Block, error: BaseException) -> Receipt | None:
+        """Have a block that ended its workers, though alone, done in halves, or return the receipt that it is lost."""
+        return None if self._halve(block) else Receipt(block, failure=Failure.of_lost(error, block))
+
+    def _is_gone(self, address: str) -> bool:
+        return address not in answer(self._client, self._client.scheduler.ncores(), "who is there?")
+
+    def _halve(self, block: Block) -> bool:
+        """Have a block that ends its workers done in two halves, where workers come back; tell whether it will be."""
+        if block.n_positions == 1 or self._n_halved >= _HALVED or self._stopping() or not self._has_nannies():
+            return False
+        if self._claims is not None and not self._claims.close(block):
+            return False
+        self._n_halved += 1
+        first, second = block.split(block.n_positions // 2)
+        self._most_index += 2
+        self._given_up.appendleft(replace(second, index=self._most_index))
+        self._given_up.appendleft(replace(first, index=self._most_index - 1))
+        return True
+
+    def _has_nannies(self) -> bool:
+        """Tell whether somebody starts workers again that have died."""
+        workers = answer(self._client, self._client.scheduler.identity(), "who is there?")["workers"]
+        return all(one.get("nanny") for one in workers.values())
 
     def _try_again(self, block: Block, error: BaseException) -> Receipt | None:
         """Have a block tried again, or return the receipt of one that is lost."""
@@ -274,14 +316,3 @@ class _ClusterRun:
         if self._pending and self._client.status == "running":
             with suppress(Exception):  # the connection may break just now: then the scheduler drops it all itself
                 self._client.cancel(list(self._pending))
-
-
-def _pack(kernel: Kernel, name: str) -> bytes:
-    try:
-        return pack(kernel)
-    except Exception as error:
-        raise WorkerError(
-            f"{name}: the function, or an argument of it, cannot be sent to the workers of the cluster "
-            f"({type(error).__name__}: {error}). Define the function at the top level of a module, and keep open files "
-            "and locks out of its arguments."
-        ) from error

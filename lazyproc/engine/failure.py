@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import FunctionError, LazyprocError, OutputError, WorkerError
+from lazyproc.core.runs import Runs
 
 _NAMED_BLOCKS = 10
 
@@ -75,6 +76,24 @@ class Failure:
         if isinstance(self.error, LazyprocError):
             raise self.error
         raise WorkerError(f"{process_name}: a worker failed {where} of {dataset}: {what}") from self.error
+
+
+class FailedElsewhere(Exception):
+    """What a function raised in another process, where it was only tried.
+
+    Attributes
+    ----------
+    failure : Failure
+        What is known of it.
+    runs : Runs
+        The positions that were tried.
+    """
+
+    runs: Runs
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure)
+        self.failure = failure
 
 
 def raise_failures(failures: Sequence[Failure], process_name: str, dataset: str) -> NoReturn:

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
 from lazyproc.core.blocks import Block
+from lazyproc.core.errors import WorkerError
 from lazyproc.core.failed import FailedPosition, FailedRows
 from lazyproc.core.highwater import high_water
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import ResolvedOutput
-from lazyproc.engine.failure import Failure
+from lazyproc.engine.failure import FailedElsewhere, Failure
 from lazyproc.engine.native import limits
 
 
@@ -62,6 +63,9 @@ class BlockClaims(Protocol):
     def settle(self, block: Block, number: bytes) -> bool:
         """Let nobody write the block anymore, in the driver; False if that attempt is not the last one."""
 
+    def close(self, block: Block) -> bool:
+        """Let nobody write the block anymore, which will be done in parts, in the driver; False if somebody does."""
+
     def end(self) -> None:
         """Let nobody write anything anymore, in the driver."""
 
@@ -92,6 +96,8 @@ class Kernel:
         Tells attempts at a block apart, where a block can be under way twice.
     watched : bool
         Whether it is found out what memory blocks take: in processes that have nothing else to do.
+    around : callable or None
+        Returns a context for each call of the function in the driver's process; stays there.
     """
 
     function: Callable[..., Any]
@@ -105,6 +111,7 @@ class Kernel:
     max_failures: int | None = None
     claims: BlockClaims | None = None
     watched: bool = False
+    around: Callable[[], AbstractContextManager[None]] | None = None
 
     def for_run(self, sink: BlockSink | None, native_threads: int | None, *, watched: bool = False) -> Kernel:
         """Return the kernel with the way its results go, and its threads."""
@@ -124,16 +131,17 @@ class Kernel:
         seconds : float, optional
             About how long it may take, after which the results are those of the first rows only. Default: for ever.
         """
-        return compute_rows(
-            self.function,
-            data,
-            self.outputs,
-            self.args,
-            self.kwargs,
-            vectorized=self.vectorized,
-            failed=failed,
-            deadline=None if seconds is None else time.perf_counter() + seconds,
-        )
+        with nullcontext() if self.around is None else self.around():
+            return compute_rows(
+                self.function,
+                data,
+                self.outputs,
+                self.args,
+                self.kwargs,
+                vectorized=self.vectorized,
+                failed=failed,
+                deadline=None if seconds is None else time.perf_counter() + seconds,
+            )
 
     def collector(self, spans: Iterable[tuple[int, int]]) -> FailedRows | None:
         """Return what collects the positions of a block that fail; None where a failure fails the block."""
@@ -253,6 +261,8 @@ def _do_block(kernel: Kernel, block: Block) -> Receipt:
 
 def failure_of(error: Exception, block: Block) -> Failure:
     """Return what went wrong with a block as a `Failure`: of the function, of what it returned, or of the worker."""
+    if isinstance(error, FailedElsewhere):
+        return error.failure
     if isinstance(error, RowError):
         return Failure.of_function(error, block)
     if isinstance(error, OutputMismatch):
@@ -277,6 +287,7 @@ def pack(kernel: Kernel) -> bytes:
 
     from lazyproc.engine.sending import dumps
 
+    kernel = replace(kernel, around=None)
     module = _own_module(kernel.function)
     if module is not None:
         cloudpickle.register_pickle_by_value(module)
@@ -287,6 +298,18 @@ def pack(kernel: Kernel) -> bytes:
         finally:
             cloudpickle.unregister_pickle_by_value(module)
     return dumps(kernel)
+
+
+def pack_for_cluster(kernel: Kernel, name: str) -> bytes:
+    """Serialise a kernel; raises WorkerError where that cannot be done."""
+    try:
+        return pack(kernel)
+    except Exception as error:
+        raise WorkerError(
+            f"{name}: the function, or an argument of it, cannot be sent to the workers of the cluster "
+            f"({type(error).__name__}: {error}). Define the function at the top level of a module, and keep open files "
+            "and locks out of its arguments."
+        ) from error
 
 
 def _own_module(function: Callable[..., Any]) -> Any:

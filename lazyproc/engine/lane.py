@@ -36,7 +36,7 @@ _STARTS = 3
 log = logging.getLogger("lazyproc")
 
 
-class _Died(Exception):
+class Died(Exception):
     """The process has died; tells how, and whether it had a block."""
 
     def __init__(self, how: str, *, was_ready: bool) -> None:
@@ -44,7 +44,7 @@ class _Died(Exception):
         self.was_ready = was_ready
 
 
-class _Lane:
+class Lane:
     """One worker process, started when there is a first block for it, and again after it died."""
 
     def __init__(self, packed: bytes, crew: Crew) -> None:
@@ -53,8 +53,8 @@ class _Lane:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: Any = None
 
-    def do(self, block: Block) -> bytes:
-        """Do a block, and return the pickled receipt; raises `_Died`."""
+    def do(self, work: Any) -> bytes:
+        """Do a block, or a trial, and return the pickled receipt, or what the trial has shown; raises `Died`."""
         ready = self._process is not None
         try:
             if not ready:
@@ -62,12 +62,12 @@ class _Lane:
                 self._receive()  # it is here
                 self._receive()  # and has the kernel
                 ready = True
-            self._socket.send(block)
+            self._socket.send(work)
             return self._receive()
         except (EOFError, OSError) as error:
             how = self._how_it_died(error)
             self.end()
-            raise _Died(how, was_ready=ready) from error
+            raise Died(how, was_ready=ready) from error
 
     def _start(self) -> None:
         self._process, self._socket = self._crew.take()
@@ -140,8 +140,8 @@ class Lanes:
         self.error: WorkerError | None = None
         self._attempts = attempts
         crew = crew or Crew()
-        self._lanes = [_Lane(packed, crew) for _ in range(n_workers)]
-        self._free: queue.LifoQueue[_Lane] = queue.LifoQueue()  # the last one's process is running
+        self._lanes = [Lane(packed, crew) for _ in range(n_workers)]
+        self._free: queue.LifoQueue[Lane] = queue.LifoQueue()  # the last one's process is running
         for lane in reversed(self._lanes):
             self._free.put(lane)
         self._closed = False
@@ -169,7 +169,7 @@ class Lanes:
                     return receipt
                 lane.end()  # what the system, or a fragmented heap, refuses to this process it may give to a new one
                 log.warning("block of positions %d to %d: out of memory, tried again", block.start, block.stop - 1)
-            except _Died as died:
+            except Died as died:
                 if self._closed:
                     return None
                 self._count(died)
@@ -186,7 +186,7 @@ class Lanes:
                     self._free.put(lane)
         return Receipt(block, failure=Failure.of_lost(error, block))
 
-    def _retire(self, lane: _Lane, room: Room | None) -> bool:
+    def _retire(self, lane: Lane, room: Room | None) -> bool:
         """End a process for good if there are more than memory allows: what it keeps is needed by the others."""
         with self._counting:
             if room is None or self._closed or len(self._lanes) <= room.n_workers:
@@ -196,7 +196,7 @@ class Lanes:
         lane.end(_LEAVE_SECONDS)
         return True
 
-    def _count(self, died: _Died) -> None:
+    def _count(self, died: Died) -> None:
         """Give up where dying has nothing to do with the blocks."""
         self._deaths += 1
         self._bad_starts = 0 if died.was_ready else self._bad_starts + 1
@@ -216,7 +216,7 @@ class Lanes:
         """End the processes; with `kill` whatever they are doing. None is left when this returns."""
         with self._counting:
             self._closed = True
-        mine: list[_Lane] = []
+        mine: list[Lane] = []
         while len(mine) < len(self._lanes):  # a thread gives its lane back as soon as its process has died
             for lane in self._lanes if kill else ():
                 lane.kill()

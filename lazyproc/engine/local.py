@@ -33,6 +33,9 @@ _GRAPH_BLOCKS = 8
 _ATTEMPTS = 2
 """How often a block is tried, while others are, if its worker process dies; then once more, with nothing beside it."""
 
+_DEATHS_ALONE = 40
+"""So many processes may die to find out which positions of a block are the ones that end them."""
+
 Receipts = Iterator[Receipt | None]
 Stopping = Callable[[], bool]
 Interruptible = Callable[[], AbstractContextManager[None]]
@@ -110,8 +113,10 @@ def run_processes(
     -----
     A worker process that dies takes its own block with it and nothing else. The block is tried again at once, and if
     that process dies, too, once more when all other blocks are done, with nothing beside it: so neither a neighbour
-    that needs much memory nor the choice of the system's memory killer makes an innocent block fail. Then it comes out
-    as a receipt with a failure of the kind ``"lost"``. If the run stops before that, the block remains to be done.
+    that needs much memory nor the choice of the system's memory killer makes an innocent block fail. If its process
+    dies even then, it is halved again and again, until the positions are found that are to blame (40 processes may die
+    for that). They come out as receipts with a failure of the kind ``"lost"``; all others are done. If the run stops
+    before that, they remain to be done.
 
     A block that runs out of memory (MemoryError) is tried once more in a fresh process, and then fails as it did.
 
@@ -127,8 +132,28 @@ def run_processes(
         else:
             yield receipt
     for block in lost:
-        whole = replace(block, limit=None)
-        yield from _run_batches(_Window(Lanes(packed, 1, 1), 1, stopping, room), [whole], 1, name, dropping, _Batch)
+        yield from _do_alone(packed, replace(block, limit=None), stopping, name, dropping, room)
+
+
+def _do_alone(
+    packed: bytes, block: Block, stopping: Stopping, name: str, dropping: Stopping, room: Room | None
+) -> Receipts:
+    """Do a block with nothing beside it; in halves, and halves of these, if its process dies, to lose no others."""
+    waiting = deque([block])
+    n_deaths = 0
+    while waiting and not stopping():
+        window = _Window(Lanes(packed, 1, 1), 1, stopping, room)
+        for receipt in _run_batches(window, [waiting.popleft()], 1, name, dropping, _Batch):
+            if receipt is not None and receipt.rest is not None:
+                waiting.append(receipt.rest)  # no others are to come that it could be done with
+                receipt.rest = None
+            is_lost = receipt is not None and receipt.failure is not None and receipt.failure.kind == "lost"
+            n_deaths += is_lost
+            if receipt is None or not is_lost or receipt.block.n_positions == 1 or n_deaths >= _DEATHS_ALONE:
+                yield receipt
+            else:
+                waiting.extendleft(reversed(receipt.block.split(receipt.block.n_positions // 2)))
+                yield None
 
 
 def run_both(

@@ -15,6 +15,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from lazyproc.core.blocks import Block
 from lazyproc.engine.failure import Failure
 from lazyproc.engine.kernel import Receipt, run_packed
 
@@ -48,7 +49,7 @@ def _leave_with(driver: int) -> None:
 
 
 def serve(descriptor: int, modules: Iterable[str] = ()) -> None:
-    """Do blocks until the driver hangs up.
+    """Do blocks, or make trials, until the driver hangs up.
 
     Before them come, as messages, names of modules that will be needed, any number of times, and then the kernel. Says
     first that it is here, and then that it has the kernel.
@@ -62,7 +63,7 @@ def serve(descriptor: int, modules: Iterable[str] = ()) -> None:
             _load(packed)
         driver.send_bytes(b"ready")
         while True:
-            driver.send_bytes(_dump(run_packed(packed, driver.recv())))
+            driver.send_bytes(_do(packed, driver.recv()))
     except (EOFError, OSError):
         _leave()  # the driver has hung up
 
@@ -81,6 +82,16 @@ def _load(modules: Iterable[str]) -> None:
     for name in modules:
         with suppress(Exception, SystemExit):  # whoever needs it will try again, and tell
             importlib.import_module(name)
+
+
+def _do(packed: bytes, work: Any) -> bytes:
+    """Do a block, or whatever else answers for itself with a packed kernel."""
+    if isinstance(work, Block):
+        return _dump(run_packed(packed, work))
+    try:
+        return pickle.dumps(work.answer(packed), pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        return pickle.dumps(work.failure(error))
 
 
 def _dump(receipt: Receipt) -> bytes:

@@ -134,6 +134,15 @@ class Claims:
         except BlockTakenError:
             return False
 
+    def close(self, block: Block) -> bool:
+        """Let nobody write a block that will be done in parts with other numbers; False if somebody just does."""
+        try:
+            with self._place(block) as (descriptor, offset):
+                os.pwrite(descriptor, _SETTLED, offset)
+                return True
+        except BlockTakenError:
+            return False
+
     @contextmanager
     def _place(self, block: Block) -> Iterator[tuple[int, int]]:
         """Hold the lock on a block's place: yields the open file and the offset."""

@@ -11,6 +11,10 @@ A kill frees both locks at once, since they belong to the open files (see `lazyp
 and do no harm. Where files are not locked at all, the first file alone keeps others away, workers do not write, and a
 file that was left behind on another host has to be removed by hand.
 
+The last character but one of the first file tells whether the driver is calling the function itself at this moment. If
+it dies just then, which code of other languages can bring about, the next driver knows, and leaves the calls to
+worker processes.
+
 A worker that is stopped, or hangs, in the middle of a write holds the fence for as long as it does: a new driver is
 refused then, after half a minute, since that write may still go on at any time.
 """
@@ -21,6 +25,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +40,7 @@ from lazyproc.hdf5.holder import sidecar as sidecar
 from lazyproc.hdf5.locking import FLOCK, KINDS, NONE, lock, locking, unlock
 from lazyproc.hdf5.room import full_code, no_room
 
+_CALLING = "calling"
 _WRITE_SECONDS = 30.0
 """How long to wait for writes under way, before the fence is changed."""
 
@@ -106,6 +112,11 @@ class RunLock:
     run_id : str
         The id of the run.
 
+    Attributes
+    ----------
+    died_calling : bool
+        Whether the driver that had the lock before died while it called the function itself; known once it is taken.
+
     Notes
     -----
     Taken by `acquire`, given back by `release` or by the end of the process, however it ends. One driver a file:
@@ -115,6 +126,9 @@ class RunLock:
     def __init__(self, path: str, run_id: str) -> None:
         self._path = path
         self._descriptor: int | None = None
+        self._calling = threading.Lock()
+        self._n_calls = self._place_of_calls = 0
+        self.died_calling = False
         self.fence = Fence(sidecar(path, "lock"), sidecar(path, "fence"), run_id, locking())
 
     def acquire(self) -> None:
@@ -134,7 +148,10 @@ class RunLock:
         """
         try:
             self._descriptor = self._lock_owner_file() if self.fence.holds_workers else self._make_owner_file()
-            _overwrite(self._descriptor, self._about())
+            self.died_calling = self.died_calling or _was_calling(read_holder(self.fence.lock_path))
+            about = self._about()
+            self._place_of_calls = len(about.encode()) - 2
+            _overwrite(self._descriptor, about)
             self._set_fence(self.fence.run_id)
         except BaseException as error:
             with suppress(OSError):
@@ -160,8 +177,24 @@ class RunLock:
                 "since": time.strftime(TIME),
                 "run_id": self.fence.run_id,
                 "locking": self.fence.locking,
+                _CALLING: 0,  # the last one: see `calling`
             }
         )
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Tell, for as long as the context lasts, that this process calls the function itself. From any thread."""
+        self._tell_calls(1)
+        try:
+            yield
+        finally:
+            self._tell_calls(-1)
+
+    def _tell_calls(self, more: int) -> None:
+        with self._calling, suppress(OSError):  # it is worth nothing that anything else should fail
+            before, self._n_calls = self._n_calls, self._n_calls + more
+            if self._descriptor is not None and not (before and self._n_calls):
+                os.pwrite(self._descriptor, b"1" if self._n_calls else b"0", self._place_of_calls)
 
     def _lock_owner_file(self) -> int:
         lock_path = self.fence.lock_path
@@ -201,6 +234,7 @@ class RunLock:
             if about and is_held(lock_path, about):
                 raise self._busy()
             if about:
+                self.died_calling = _was_calling(about)
                 _remove(lock_path, about)
             else:
                 time.sleep(0.01)  # just being written, or removed
@@ -249,8 +283,13 @@ class RunLock:
         except OSError as error:  # the files stay, so that the next run waits at the fence, too
             log.warning("%s: %s", self._path, error)
         finally:
-            os.close(self._descriptor)
-            self._descriptor = None
+            with self._calling:  # a thread that was not waited for may still tell something
+                os.close(self._descriptor)
+                self._descriptor = None
+
+
+def _was_calling(about: dict[str, Any] | None) -> bool:
+    return about is not None and about.get(_CALLING) == 1
 
 
 def _overwrite(descriptor: int, text: str) -> None:

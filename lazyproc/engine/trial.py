@@ -1,0 +1,169 @@
+"""Try the function on a few positions in a worker, where blocks will be done: that it may crash, the driver not."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import threading
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lazyproc.core.apply import OutputMismatch, RowError
+from lazyproc.core.blocks import Block
+from lazyproc.core.errors import WorkerError
+from lazyproc.core.probe import Probe, run_probe
+from lazyproc.core.runs import Runs
+from lazyproc.engine.cluster import count_threads, least_busy
+from lazyproc.engine.crew import Crew
+from lazyproc.engine.failure import FailedElsewhere, Failure
+from lazyproc.engine.kernel import Kernel, failure_of
+from lazyproc.engine.lane import Died, Lane
+from lazyproc.engine.pulse import PATIENCE_SECONDS, Pulse, answer
+
+_LOOK_SECONDS = 0.25
+"""How often the driver looks whether the worker is still there."""
+
+log = logging.getLogger("lazyproc")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A probe that another process is to make. Travels.
+
+    Attributes
+    ----------
+    remaining : Runs
+        What has to be computed.
+    source_bytes, result_bytes : int
+        Bytes of one position of the source and of all results.
+    vectorized : bool
+        Whether the function takes many positions at once.
+    record : bool
+        Whether to go on where the function fails.
+    """
+
+    remaining: Runs
+    source_bytes: int
+    result_bytes: int
+    vectorized: bool
+    record: bool
+
+    def answer(self, packed: bytes) -> Probe | Failure:
+        """Make the probe with a packed kernel; whatever goes wrong is returned in a form that travels."""
+        try:
+            return self._run(pickle.loads(packed))  # not kept: the run's own kernel will be
+        except (Exception, SystemExit) as error:
+            return self.failure(error)
+
+    def _run(self, kernel: Kernel) -> Probe:
+        try:
+            probe = run_probe(
+                kernel.compute,
+                lambda runs: kernel.source.rows(iter(runs)),
+                self.remaining,
+                source_bytes=self.source_bytes,
+                result_bytes=self.result_bytes,
+                vectorized=self.vectorized,
+                try_threads=False,
+                record=self.record,
+            )
+        except (RowError, OutputMismatch) as error:
+            raise _for_travel(error, self.remaining) from None
+        return replace(probe, first=_for_travel(probe.first, self.remaining))
+
+    def failure(self, error: BaseException) -> Failure:
+        """Return what went wrong as a failure of the function, or else of the worker."""
+        if isinstance(error, FailedElsewhere):
+            return error.failure
+        return Failure.of_worker(error, as_block(self.remaining))
+
+
+def as_block(runs: Runs) -> Block:
+    """Return positions as a block, for messages."""
+    return Block(0, tuple(runs.starts.tolist()), tuple(runs.stops.tolist()))
+
+
+def _for_travel(error: Any, remaining: Runs) -> Any:
+    if error is None:
+        return None
+    runs: Runs = getattr(error, "runs", remaining)
+    travelling = FailedElsewhere(failure_of(error, as_block(runs)))
+    travelling.runs = runs
+    return travelling
+
+
+def try_in_process(packed: bytes, trial: Trial, crew: Crew) -> Probe | Failure:
+    """Make a probe in a worker process of this machine; nothing is known if the function ends it."""
+    lane = Lane(packed, crew)
+    try:
+        made: Probe | Failure = pickle.loads(lane.do(trial))
+        return made
+    except Died as died:
+        return _crashed(f"a worker process, which {died}")
+    finally:
+        lane.end()
+
+
+def try_on_cluster(client: Any, packed: bytes, trial: Trial) -> Probe | Failure:
+    """Make a probe on one worker of a cluster, the least busy one; nothing is known if the function ends that.
+
+    Raises
+    ------
+    WorkerError
+        If there are no workers, or the cluster does not answer, for about a minute.
+
+    Notes
+    -----
+    The task is bound to the worker, so the scheduler does not give it to others when that has died.
+    """
+    import dask
+
+    pulse = Pulse(client, count_threads(client))
+    address = least_busy(client)
+    done = threading.Event()
+    quiet = {"distributed.admin.large-graph-warning-threshold": 2 * len(packed) + 10**7}
+    with dask.config.set(quiet):
+        future = client.submit(
+            trial.answer,
+            packed,
+            key=f"lazyproc-probe-{uuid.uuid4().hex}",
+            pure=False,
+            workers=[address],
+            allow_other_workers=False,
+        )
+    try:
+        future.add_done_callback(lambda _: done.set())
+        while not done.wait(_LOOK_SECONDS):
+            pulse.check()
+            if pulse.is_connected() and address not in answer(client, client.scheduler.ncores(), "who is there?"):
+                return _crashed(f"the worker {address}, which is gone")
+        return _result(future, trial, address)
+    finally:
+        pulse.close()
+        with suppress(Exception):  # the connection may break just now: then the scheduler drops it itself
+            future.cancel() if not done.is_set() else future.release()
+
+
+def _result(future: Any, trial: Trial, address: str) -> Probe | Failure:
+    from distributed import KilledWorker
+
+    if future.status == "finished":
+        made: Probe | Failure = future.result(timeout=PATIENCE_SECONDS)
+        return made
+    if future.status != "error":
+        return trial.failure(WorkerError("The task was cancelled: the connection was lost, or the cluster restarted."))
+    error = future.exception(timeout=PATIENCE_SECONDS)
+    if isinstance(error, KilledWorker):
+        return _crashed(f"the worker {address}, which died")
+    return trial.failure(error)
+
+
+def _crashed(where: str) -> Probe:
+    log.warning(
+        "the function was tried on a few positions in %s: a crash in native code, or too little memory. The run goes "
+        "on with small blocks; those that end their workers again are given up, and named",
+        where,
+    )
+    return Probe.unknown()
