@@ -64,9 +64,9 @@ def run_client(
     -----
     When a worker is lost, the scheduler has its blocks done by others, ``distributed.scheduler.allowed-failures`` times
     (3). A block that it then gives up (`KilledWorker`) may only have stood in the queue of workers that others killed:
-    it is submitted once more when all other blocks are done, alone. If its workers die again, and there are nannies
-    that start others, it is halved again and again, until the positions are found that are to blame (30 times in all);
-    each part ends one worker at most. What is left comes out as receipts with a failure of the kind ``"lost"``.
+    it is submitted once more when all other blocks are done, alone, to one worker. If that dies again, and there are
+    nannies that start others, it is halved again and again, until the positions are found that are to blame (30 times
+    in all); each part ends one worker at most. What is left comes out with a failure of the kind ``"lost"``.
 
     Blocks that are cancelled, because the connection broke or the cluster was restarted, are submitted again, five
     times at most, then they are lost, too; so are blocks that run out of memory (MemoryError), which then fail as they
@@ -138,7 +138,7 @@ class _ClusterRun:
 
     def _start_more(self) -> None:
         """Fill the window, in graphs that are worth sending and yet begin before the whole window is sent."""
-        room = _WINDOW * max(1, self._pulse.n_threads) if not self._n_halved else 1
+        room = _WINDOW * max(1, self._pulse.n_threads) if not self._alone else 1
         size = min(_GRAPH_BLOCKS, room // 2)
         if self._most is not None:
             room, size = min(room, self._most), 1
@@ -146,7 +146,7 @@ class _ClusterRun:
             graph = block_graph(self._name, self._number, blocks, self._payload())
             keys = [key for layer in graph.layers.values() for key in layer]
             where: dict[str, Any] = {}
-            if self._n_halved:  # the scheduler then does not give it to other workers when that one has died
+            if self._alone:  # the scheduler then does not give it to other workers when that one has died
                 self._bound = least_busy(self._client)
                 where = {"workers": [self._bound], "allow_other_workers": False}
             # Without the time-out graphs are mixed, and the first one's last blocks may begin after the last one's.
