@@ -13,6 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
 from lazyproc.core.errors import OutputError
+from lazyproc.core.failed import FailedRows
+from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Dimension, Output
 
 N_SPECTRAL = 5
@@ -189,6 +191,72 @@ def test_the_failing_row_is_found(failing):
         compute_rows(function, block_of(600), resolved(Mean=Output("f4")), vectorized=False)
     assert (caught.value.first, caught.value.last) == (failing, failing + 1)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+FORMS = {
+    "as declared": lambda row: row[:3].copy(),
+    "the same array again": lambda row: np.copyto(BUFFER, row[:3]) or BUFFER,
+    "a list": lambda row: row[:3].tolist(),
+    "another dtype": lambda row: row[:3].astype("i4"),
+    "another byte order": lambda row: row[:3].astype(">f8"),
+    "a subclass": lambda row: np.ma.masked_array(row[:3]),
+}
+WRONG = {
+    "raises": (lambda row: 1 / 0, ZeroDivisionError),
+    "stops an iteration": (lambda row: next(iter(())), StopIteration),
+    "one too many": (lambda row: row[:4], None),
+    "one row": (lambda row: row[None, :3], None),
+    "one number": (lambda row: row[0], None),
+    "nothing": (lambda row: None, None),
+    "complex": (lambda row: row[:3] * 1j, None),
+}
+BUFFER = np.empty(3)
+
+
+@pytest.mark.parametrize("record", [True, False])
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([*FORMS, *WRONG, *["as declared"] * 9]), min_size=1, max_size=20), st.integers(0, 2))
+def test_arrays_as_declared_among_others(record, kinds, n_args):
+    """They take a shorter way, which must not show: not in the results, nor in the errors, nor in who is called."""
+    calls = []
+
+    def function(row, *args, **kwargs):
+        assert args == (1, 2)[:n_args]
+        assert kwargs == ({"c": 3} if n_args else {})
+        calls.append(int(row[0]) // N_SPECTRAL)
+        kind = kinds[calls[-1]]
+        return FORMS[kind](row) if kind in FORMS else WRONG[kind][0](row)
+
+    data = block_of(len(kinds))
+    bad = [row for row, kind in enumerate(kinds) if kind in WRONG]
+    failed = FailedRows(lambda runs: data, Runs.full(len(kinds))) if record else None
+
+    def compute():
+        return compute_rows(
+            function, data, resolved(A=output_of("f8", (3,))), (1, 2)[:n_args], {"c": 3} if n_args else {},
+            vectorized=False, failed=failed,
+        )  # fmt: skip
+
+    if bad and not record:
+        error = WRONG[kinds[bad[0]]][1]
+        raising = [row for row in bad if WRONG[kinds[row]][1]]
+        with pytest.raises((RowError, OutputMismatch)) as caught:
+            compute()
+        if isinstance(caught.value, RowError):
+            assert caught.value.first == raising[0]
+            assert isinstance(caught.value.__cause__, WRONG[kinds[raising[0]]][1])
+        else:
+            assert error is None
+        return
+    (array,) = compute()
+    wanted = data[:, :3].copy()
+    wanted[bad] = np.nan
+    np.testing.assert_array_equal(array, wanted)
+    if record:
+        assert [one.position for one in failed.rows] == bad
+    assert [row for row in sorted(calls) if kinds[row] != "stops an iteration"] == [
+        row for row, kind in enumerate(kinds) if kind != "stops an iteration"
+    ]
 
 
 def test_a_failing_block_is_all_of_its_rows():

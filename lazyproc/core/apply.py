@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ _IMMUTABLE = frozenset(
     | {np.dtype(code).type for code in "?bhilqBHILQefdgFDG"}
 )
 """Results that no later call can change."""
+
+_NUMBERS = "biufc"
 
 Arrays = tuple[NDArray[Any], ...]
 
@@ -179,21 +183,56 @@ def _apply_to_rows(
 ) -> None:
     """Call the function for each row, the first of which is row `start`, and put what it returns into its place."""
     place = 0
+    arrays = len(outputs) == 1 and outputs[0].width > 1 and outputs[0].dtype.kind in _NUMBERS
     while place < len(rows):
         returned: list[Any] = []
         failure: RowError | None = None
         try:
-            _call_rows(function, rows[place:], start + place, args, kwargs, returned)
+            if arrays:
+                place = _store_arrays(function, rows, place, start, args, kwargs, results[0], returned)
+                arrays = not returned
+            _call_rows(function, rows[place + len(returned) :], start + place, args, kwargs, returned)
         except RowError as error:
             if failed is None:
                 raise
             failure = error
+            place = error.first - start - len(returned)
         if returned:
             _store_rows(returned, start + place, outputs, results, failed)
         place += len(returned)
         if failure is not None and failed is not None:
             _give_up(start + place, failure, outputs, results, failed)
             place += 1
+
+
+def _store_arrays(
+    function: Callable[..., Any],
+    rows: NDArray[Any],
+    place: int,
+    start: int,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    result: NDArray[Any],
+    returned: list[Any],
+) -> int:
+    """Call the function for rows from `place` on and store what it returns, while that is an array just as declared.
+
+    The usual case of functions with one output, and a hot loop: such an array needs no other check, nor a copy. Returns
+    the first row that is not stored; what the function returned for it, if it was called, is in `returned`.
+    """
+    result = result[start : start + len(rows)]
+    array, dtype, shape = np.ndarray, result.dtype, result.shape[1:]
+    call = partial(function, **kwargs) if kwargs else function
+    try:
+        for value in map(call, rows[place:], *map(repeat, args)):
+            if type(value) is not array or value.dtype != dtype or value.shape != shape:
+                returned.append(_held(value))
+                break
+            result[place] = value
+            place += 1
+    except Exception as error:
+        raise RowError(start + place, start + place + 1) from error
+    return place
 
 
 def _call_rows(
