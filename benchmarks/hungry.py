@@ -202,7 +202,7 @@ def run(name: str, path: str, engine: str, max_mem_mb: int) -> dict[str, Any]:
 
     workload = HUNGRY[name]
     n_workers = 1 if engine == "serial" else N_WORKERS
-    lazyproc.declared.choose_local = lambda kernel, probe, n, workers: Scheduler(engine, min(workers, n_workers))
+    lazyproc.declared.choose_local = lambda kernel, probe, n, workers, apart: Scheduler(engine, min(workers, n_workers))
     projected, sizes, answer, told = [], [], {"error": None}, []
 
     class Keep(logging.Handler):

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -259,17 +260,18 @@ class Declared:
             return try_on_cluster(client, packed, Trial(remaining, *sizes, self.vectorized, record))
         if self.apart and can_be_sent(kernel):
             return try_in_process(pack(kernel), Trial(remaining, *sizes, self.vectorized, record), crew or Crew())
-        return run_probe(
-            kernel.compute,
-            lambda runs: self.source.rows(iter(runs)),
-            remaining,
-            source_bytes=memory.source_bytes,
-            result_bytes=memory.result_bytes,
-            vectorized=self.vectorized,
-            try_threads=self.cores > 1 and self.client is None,
-            record=record,
-            early=early,
-        )
+        with nullcontext() if kernel.around is None else kernel.around():
+            return run_probe(
+                kernel.compute,
+                lambda runs: self.source.rows(iter(runs)),
+                remaining,
+                source_bytes=memory.source_bytes,
+                result_bytes=memory.result_bytes,
+                vectorized=self.vectorized,
+                try_threads=self.cores > 1 and self.client is None,
+                record=record,
+                early=early,
+            )
 
     def scheduler(self, kernel: Kernel, probe: Probe | None, n_remaining: int) -> Scheduler:
         """Choose where blocks are computed: the client handed over, the active one, else what the job calls for."""

@@ -200,11 +200,14 @@ def test_a_block_that_always_kills_its_worker_is_given_up() -> None:
     (lost,) = [receipt for receipt in taken if receipt.failure is not None]
     assert lost.failure is not None
     assert lost.failure.kind == "lost"
-    assert lost is taken[-1], "the last attempt is made when all others are done"
-    start, stop = lost.failure.positions
-    assert (start, stop) == (lost.block.start, lost.block.stop)
-    assert start <= 200 < stop
-    assert sorted(receipt.block.index for receipt in taken) == list(range(plan.count())), "all others, none twice"
+    assert lost.failure.positions == (200, 201), "its block is halved until it is alone"
+    (guilty,) = [block for block in plan if block.start <= 200 < block.stop]
+    parts = [set(Runs(one.block.starts, one.block.stops).positions().tolist()) for one in taken]
+    whole = set(Runs(guilty.starts, guilty.stops).positions().tolist())
+    assert set().union(*parts) == set(REMAINING.positions().tolist())
+    assert sum(map(len, parts)) == REMAINING.n_positions, "each once"
+    within = [part <= whole for part in parts]
+    assert within == sorted(within), "that is done when all others are"
 
 
 def die_once(spectrum: NDArray[Any], flag: str) -> Any:

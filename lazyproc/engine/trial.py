@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-import threading
-import uuid
-from contextlib import suppress
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +18,7 @@ from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import FailedElsewhere, Failure
 from lazyproc.engine.kernel import Kernel, failure_of
 from lazyproc.engine.lane import Died, Lane
-from lazyproc.engine.pulse import PATIENCE_SECONDS, Pulse, answer
+from lazyproc.engine.pulse import Pulse, answer, ask
 
 _LOOK_SECONDS = 0.25
 """How often the driver looks whether the worker is still there."""
@@ -116,48 +114,41 @@ def try_on_cluster(client: Any, packed: bytes, trial: Trial) -> Probe | Failure:
 
     Notes
     -----
-    The task is bound to the worker, so the scheduler does not give it to others when that has died.
+    Not a task, which the scheduler would give to other workers when the first one has died.
     """
-    import dask
-
     pulse = Pulse(client, count_threads(client))
     address = least_busy(client)
-    done = threading.Event()
-    quiet = {"distributed.admin.large-graph-warning-threshold": 2 * len(packed) + 10**7}
-    with dask.config.set(quiet):
-        future = client.submit(
-            trial.answer,
-            packed,
-            key=f"lazyproc-probe-{uuid.uuid4().hex}",
-            pure=False,
-            workers=[address],
-            allow_other_workers=False,
-        )
+    question = client.run(_answer, trial, packed, workers=[address], on_error="return", asynchronous=True)
+    future = ask(client, question)
     try:
-        future.add_done_callback(lambda _: done.set())
-        while not done.wait(_LOOK_SECONDS):
+        while not wait([future], _LOOK_SECONDS).done:
             pulse.check()
-            if pulse.is_connected() and address not in answer(client, client.scheduler.ncores(), "who is there?"):
+            if pulse.is_connected() and _is_gone(client, address):
                 return _crashed(f"the worker {address}, which is gone")
-        return _result(future, trial, address)
+        made: Any = future.result().get(address)
+    except OSError as error:  # of the connection to it
+        made = error
     finally:
+        future.cancel()
         pulse.close()
-        with suppress(Exception):  # the connection may break just now: then the scheduler drops it itself
-            future.cancel() if not done.is_set() else future.release()
-
-
-def _result(future: Any, trial: Trial, address: str) -> Probe | Failure:
-    from distributed import KilledWorker
-
-    if future.status == "finished":
-        made: Probe | Failure = future.result(timeout=PATIENCE_SECONDS)
+    if isinstance(made, Probe | Failure):
         return made
-    if future.status != "error":
-        return trial.failure(WorkerError("The task was cancelled: the connection was lost, or the cluster restarted."))
-    error = future.exception(timeout=PATIENCE_SECONDS)
-    if isinstance(error, KilledWorker):
-        return _crashed(f"the worker {address}, which died")
-    return trial.failure(error)
+    return (
+        _crashed(f"the worker {address}, which is gone")
+        if _is_gone(client, address)
+        else trial.failure(made or WorkerError("It did not answer."))
+    )
+
+
+async def _answer(trial: Trial, packed: bytes, dask_worker: Any) -> Probe | Failure:
+    """Make the probe in a thread of those that do the worker's tasks."""
+    import asyncio
+
+    return await asyncio.get_running_loop().run_in_executor(dask_worker.executors["default"], trial.answer, packed)
+
+
+def _is_gone(client: Any, address: str) -> bool:
+    return address not in answer(client, client.scheduler.ncores(), "who is there?")
 
 
 def _crashed(where: str) -> Probe:
