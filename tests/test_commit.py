@@ -570,7 +570,8 @@ def test_killed_at_writes_through_a_handle(tmp_path: Path, held: bool) -> None:
     path = tmp_path / "scan.h5"
     shutil.copy(start, path)
     write_script(tmp_path, by_path=False, held=held)
-    n_writes = sum(event.kind == "write" for event in trace(script, str(path), tmp_path))
+    trace(script, str(path), tmp_path)
+    n_writes = (tmp_path / "trace").read_text().count("pwrite64(")  # of all files, as strace counts them below
     assert n_writes > 8
     for at in np.unique(np.linspace(1, n_writes, 8).astype(int)):
         shutil.copy(start, path)
