@@ -28,8 +28,9 @@ from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import Failure, raise_failures
 from lazyproc.engine.kernel import Kernel, failure_of
+from lazyproc.engine.spread import Spread
 from lazyproc.engine.trial import as_block
-from lazyproc.hdf5.compress import StoppedError, n_threads
+from lazyproc.hdf5.compress import Encoders, StoppedError, n_threads
 from lazyproc.hdf5.finish import adopt, finish, is_unfinished
 from lazyproc.hdf5.guard import finish_pending, flush_guarded
 from lazyproc.hdf5.leftovers import remove_leftovers, rows_files
@@ -56,6 +57,9 @@ from lazyproc.run import Committer, Outcome, run_loop
 
 _LONG_CALL = 0.03
 """Seconds: a first call of the function that is not back by then may be one of a long job."""
+
+_CALLS_A_WORKER = 3
+"""Chunks that are being encoded for each worker of a cluster, on their way, or waiting to be written."""
 
 _FIRST_LOADED = ("threadpoolctl", "encodings.ascii")
 """What a worker's first block would load; then what that block takes of memory could not be told from it."""
@@ -305,11 +309,23 @@ def _finish_late(declared: Declared, work: Work, name: str, drain: Drain) -> Non
         log.log(logging.WARNING if waits else logging.INFO, "%s: could not be finished (%s)", name, error)
 
 
-def _finish(declared: Declared, work: Work, name: str, drain: Drain, **more: Any) -> None:
-    """Compress what waits for it and note the end; a signal leaves that to the next call."""
-    threads = n_threads(declared.outputs, work.n_positions, declared.cores, declared.limit_bytes())
+def _finish(
+    declared: Declared, work: Work, name: str, drain: Drain, cluster: Scheduler | None = None, **more: Any
+) -> None:
+    """Compress what waits for it, by a cluster whose workers have written it, and note the end.
+
+    A signal leaves that to the next call.
+    """
+
+    def room(n_calls: int) -> int:
+        return n_threads(declared.outputs, work.n_positions, n_calls, declared.limit_bytes())
+
+    elsewhere = None
+    if cluster is not None and cluster.client.status == "running":
+        elsewhere = Spread(cluster.client, room(_CALLS_A_WORKER * cluster.n_workers))
+    encoders = Encoders(room(declared.cores), elsewhere)
     try:
-        finish(declared.place, name, work, threads, lambda: drain.signal is not None, **more)
+        finish(declared.place, name, work, encoders, lambda: drain.signal is not None, **more)
     except StoppedError as error:
         log.info("%s", error)
 
@@ -362,7 +378,7 @@ def run_group(
         if undone is not None and failed is not None:
             target.unmark(remaining)
             failed.release(remaining)
-        outcome = _loop(declared, kernel, target, remaining, probe, committer, drain, listener, crew or Crew())
+        outcome, cluster = _loop(declared, kernel, target, remaining, probe, committer, drain, listener, crew or Crew())
     finally:
         n_committed = n_before + committer.n_done
         drain.message = how_far(declared.process_name, n_committed, work.n_positions, declared.place.path)
@@ -375,7 +391,7 @@ def run_group(
         raise_failures(outcome.failures, declared.process_name, declared.label)
     if n_committed == work.n_positions:
         workers = f"{len(outcome.workers)} workers, {outcome.n_blocks} blocks"
-        _finish(declared, work, name, drain, workers=workers, same=same)
+        _finish(declared, work, name, drain, cluster, workers=workers, same=same)
     say_failed(name, failed.n_failed if failed is not None else 0, work.n_positions)
     if committer.n_done < remaining.n_positions and drain.signal is None:
         raise LazyprocError(drain.message)
@@ -392,10 +408,11 @@ def _loop(
     drain: Drain,
     listener: Listener,
     crew: Crew,
-) -> Outcome:
+) -> tuple[Outcome, Scheduler | None]:
+    """Run the blocks; return how that ended, and the cluster if its workers see the file."""
     if not committer.has_room(probe.failed):
         committer.refuse(probe.failed)
-        return committer.outcome()
+        return committer.outcome(), None
     for runs, arrays in probe.computed:
         target.write(as_block(runs), arrays)
         committer.take_positions(runs)
@@ -431,7 +448,8 @@ def _loop(
         blocks.room,
         crew,
     )
-    return run_loop(blocks.noting(receipts), committer, drain)
+    outcome = run_loop(blocks.noting(receipts), committer, drain)
+    return outcome, scheduler if in_place and scheduler.client is not None else None
 
 
 def compute_here(declared: Declared, kernel: Kernel, runs: Runs) -> tuple[Any, ...]:

@@ -1,8 +1,9 @@
-"""Compress finished rows: threads read and encode storage chunks, one writes them in their order.
+"""Compress finished rows: threads, or a cluster's workers, read and encode storage chunks, one writes them in order.
 
-zlib, ISA-L and NumPy let other Python threads run meanwhile, so all cores are used without sending rows to other
-processes. ISA-L makes streams that any zlib reads: at the levels 1 to 4 several times as fast as zlib, and within a
-few percent as small. For the higher levels, which are chosen to get small files, zlib itself is used.
+zlib, ISA-L and NumPy let other Python threads run meanwhile, so all cores of a machine are used without sending rows to
+other processes. Workers of a cluster read the rows from their file themselves, and send what is encoded. ISA-L makes
+streams that any zlib reads: at the levels 1 to 4 several times as fast as zlib, and within a few percent as small. For
+the higher levels, which are chosen to get small files, zlib itself is used.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import math
 import os
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
 
 import h5py
 import numpy as np
@@ -24,7 +26,7 @@ from lazyproc.core.compression import Compression, chunk_shape
 from lazyproc.core.errors import LazyprocError
 from lazyproc.core.memory import DRIVER_BYTES
 from lazyproc.core.specs import ResolvedOutput
-from lazyproc.hdf5.extents import real_path, using
+from lazyproc.hdf5.extents import Extent, real_path, using
 from lazyproc.hdf5.overlay import MOST_KEPT
 from lazyproc.hdf5.replace import compressed_layout, replaced
 from lazyproc.hdf5.room import give_back, reserve
@@ -47,6 +49,94 @@ class StoppedError(LazyprocError):
     """The run is asked to stop; the results stay as they are, complete, and are compressed by the next call."""
 
 
+Chunk = tuple[int, int, bytes]
+"""First row and first column of a chunk, and its stored form."""
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Who encodes chunks.
+
+    Attributes
+    ----------
+    n_threads : int
+        Threads of this process.
+    elsewhere : callable or None
+        Does calls in other processes, which see the file with the rows, and yields what they return, in order. None:
+        there are none.
+    """
+
+    n_threads: int
+    elsewhere: Callable[[Callable[[Span], Chunk], Iterable[Span]], Iterator[Chunk]] | None = None
+
+    def __call__(self, encoder: _Encoder, spans: Iterable[Span]) -> Iterator[Chunk]:
+        """Yield the chunks in the order of their spans; a few a thread are under way."""
+        if self.elsewhere is not None and encoder.extent is not None:
+            yield from self.elsewhere(encoder, spans)
+            return
+        under_way: deque[Future[Chunk]] = deque()
+        with ThreadPoolExecutor(self.n_threads) as pool:
+            try:
+                for span in spans:
+                    under_way.append(pool.submit(encoder, span))
+                    if len(under_way) > _WINDOW * self.n_threads:
+                        yield under_way.popleft().result()
+                while under_way:
+                    yield under_way.popleft().result()
+            finally:
+                for one in under_way:
+                    one.cancel()
+
+    def __str__(self) -> str:
+        return f"{self.n_threads} threads" if self.elsewhere is None else "the workers of the cluster"
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Reads and encodes a chunk: from the file of the rows, in any process that sees it, or through HDF5, in this one.
+
+    Attributes
+    ----------
+    extent : Extent or None
+        The rows in a file of their own.
+    dataset : h5py.Dataset or None
+        Where there is none. Does not travel.
+    filters : Compression
+        How chunks are encoded.
+    chunk_bytes, itemsize : int
+        Bytes of a whole chunk, and of a value.
+    """
+
+    extent: Extent | None
+    dataset: h5py.Dataset | None
+    filters: Compression
+    chunk_bytes: int
+    itemsize: int
+
+    def __call__(self, span: Span) -> Chunk:
+        data = self._read(span).ljust(self.chunk_bytes, b"\0")  # a chunk at the edge is stored whole
+        return span[0], span[2], encode(data, self.filters, self.itemsize)
+
+    def _read(self, span: Span) -> bytes:
+        first, last, left, right = span
+        if self.extent is None:
+            assert self.dataset is not None
+            return np.ascontiguousarray(self.dataset[first:last, left:right]).tobytes()
+        extent = self.extent
+        size = (last - first) * (right - left) * self.itemsize  # pieces of several rows are always whole rows
+        start = extent.offset + first * extent.row_bytes + left * self.itemsize
+        descriptor = extent.open(os.O_RDONLY)
+        try:
+            with using(extent.path, extent.name, start):
+                data = os.pread(descriptor, size, start)
+                while len(data) < size and (more := os.pread(descriptor, size - len(data), start + len(data))):
+                    data += more
+            extent.check(descriptor)
+        finally:
+            os.close(descriptor)
+        return data
+
+
 def n_threads(outputs: Iterable[ResolvedOutput], n_positions: int, cores: int, limit_bytes: int) -> int:
     """Return how many threads may encode chunks of any of the outputs at the same time, by the memory."""
     sizes = [
@@ -58,15 +148,15 @@ def n_threads(outputs: Iterable[ResolvedOutput], n_positions: int, cores: int, l
     return max(1, min(cores, room))
 
 
-def compress_results(group: h5py.Group, n_threads: int, stop: Callable[[], bool]) -> list[str]:
+def compress_results(group: h5py.Group, encoders: Encoders, stop: Callable[[], bool]) -> list[str]:
     """Compress all datasets of a complete results group that wait for it.
 
     Parameters
     ----------
     group : h5py.Group
         The group, in a file that is open for changes which take effect together.
-    n_threads : int
-        How many chunks are encoded at the same time.
+    encoders : Encoders
+        Who encodes the chunks.
     stop : callable
         Whether to leave; asked before each chunk.
 
@@ -86,66 +176,29 @@ def compress_results(group: h5py.Group, n_threads: int, stop: Callable[[], bool]
     for name in waiting(group):
         dataset, extent = group[name], rows_extent(group[name])
         filters = wanted_compression(dataset)
-        log.info("%s: %.1f MiB are compressed, in %d threads", dataset.name, dataset.nbytes / 2**20, n_threads)
-        with _reader(dataset) as read:
+        outside = extent if is_outside(dataset) else None
+        log.info("%s: %.1f MiB are compressed, by %s", dataset.name, dataset.nbytes / 2**20, encoders)
 
-            def fill(made: h5py.Dataset, read: Any = read, filters: Compression = filters) -> None:
-                _write_chunks(made, read, filters, n_threads, stop)
+        def fill(made: h5py.Dataset, dataset: Any = dataset, outside: Any = outside, filters: Any = filters) -> None:
+            size, itemsize = int(np.prod(made.chunks)) * made.dtype.itemsize, made.dtype.itemsize
+            encoder = _Encoder(outside, None if outside else dataset, filters, size, itemsize)
+            _write_chunks(made, encoders(encoder, _spans(made)), stop)
 
-            replaced(dataset, compressed_layout(dataset, filters), fill, marked=False)
+        replaced(dataset, compressed_layout(dataset, filters), fill, marked=False)
         if extent is not None:
             done.append(extent.path)
     return done
 
 
-@contextmanager
-def _reader(dataset: h5py.Dataset) -> Iterator[Callable[[Span], bytes]]:
-    """Give what reads the values of a chunk: as bytes of their own file, or through HDF5 where there is none."""
-    extent = rows_extent(dataset) if is_outside(dataset) else None
-    if extent is None:
-        yield lambda span: np.ascontiguousarray(dataset[span[0] : span[1], span[2] : span[3]]).tobytes()
-        return
-    descriptor, itemsize = extent.open(os.O_RDONLY), extent.dtype.itemsize
-
-    def read(span: Span) -> bytes:
-        first, last, left, right = span
-        size = (last - first) * (right - left) * itemsize  # pieces of several rows are always whole rows
-        start = extent.offset + first * extent.row_bytes + left * itemsize
-        with using(extent.path, extent.name, start):
-            data = os.pread(descriptor, size, start)
-            while len(data) < size and (more := os.pread(descriptor, size - len(data), start + len(data))):
-                data += more
-        extent.check(descriptor)
-        return data
-
-    try:
-        yield read
-    finally:
-        os.close(descriptor)
-
-
-def _write_chunks(
-    made: h5py.Dataset, read: Callable[[Span], bytes], filters: Compression, n_threads: int, stop: Callable[[], bool]
-) -> None:
-    """Encode and write all chunks of a new dataset; a few a thread are under way."""
-    size, itemsize = int(np.prod(made.chunks)) * made.dtype.itemsize, made.dtype.itemsize
-
-    def encoded(span: Span) -> tuple[int, int, bytes]:
-        data = read(span).ljust(size, b"\0")  # a chunk at the edge is stored whole
-        return span[0], span[2], encode(data, filters, itemsize)
-
-    under_way: deque[Future[tuple[int, int, bytes]]] = deque()
-    with ThreadPoolExecutor(n_threads) as pool, _roomy(made.file) as make_room:
-        try:
-            for span in _spans(made):
-                under_way.append(pool.submit(encoded, span))
-                if len(under_way) > _WINDOW * n_threads:
-                    _write(made, under_way.popleft().result(), make_room, stop)
-            while under_way:
-                _write(made, under_way.popleft().result(), make_room, stop)
-        finally:
-            for one in under_way:
-                one.cancel()
+def _write_chunks(made: h5py.Dataset, chunks: Iterator[Chunk], stop: Callable[[], bool]) -> None:
+    """Write all chunks of a new dataset."""
+    with closing(cast(Generator[Chunk], chunks)), _roomy(made.file) as make_room:
+        for row, column, data in chunks:
+            if stop():
+                name = made.file.filename
+                raise StoppedError(f"{name}: stopped before the results were compressed; they are complete.")
+            make_room(len(data))
+            made.id.write_direct_chunk((row, column), data)
 
 
 def _spans(made: h5py.Dataset) -> Iterator[Span]:
@@ -153,16 +206,6 @@ def _spans(made: h5py.Dataset) -> Iterator[Span]:
     for first in range(0, n_rows, high):
         for left in range(0, n_columns, wide):
             yield first, min(first + high, n_rows), left, min(left + wide, n_columns)
-
-
-def _write(
-    made: h5py.Dataset, chunk: tuple[int, int, bytes], make_room: Callable[[int], None], stop: Callable[[], bool]
-) -> None:
-    if stop():
-        raise StoppedError(f"{made.file.filename}: stopped before the results were compressed; they are complete.")
-    row, column, data = chunk
-    make_room(len(data))
-    made.id.write_direct_chunk((row, column), data)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import h5py
 
-from lazyproc.hdf5.compress import compress_results
+from lazyproc.hdf5.compress import Encoders, compress_results
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.place import Place
 from lazyproc.hdf5.record import lacks_end, note_end, rewrite_places
@@ -22,7 +22,7 @@ def finish(
     place: Place,
     name: str,
     work: Work,
-    n_threads: int,
+    encoders: Encoders,
     stop: Callable[[], bool],
     workers: str = "",
     same: FileId | None = None,
@@ -37,8 +37,8 @@ def finish(
         The results group.
     work : Work
         What was computed.
-    n_threads : int
-        How many storage chunks are encoded at the same time.
+    encoders : Encoders
+        Who encodes storage chunks.
     stop : callable
         Whether to leave it to the next call.
     workers : str
@@ -56,7 +56,7 @@ def finish(
     with place.edit(same) as parent:
         group = parent.file[name]
         waited = bool(waiting(group))
-        rows = compress_results(group, n_threads, stop)
+        rows = compress_results(group, encoders, stop)
         note_end(parent, name, work, workers)
         if waited:
             rewrite_places(group, work)
