@@ -37,7 +37,8 @@ from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.source import source_of
 from lazyproc.hdf5.target import InPlaceTarget
 from lazyproc.hook_ranks import locked_by_first, ranks_of
-from lazyproc.perform import probe_function, warn_of
+from lazyproc.perform import warn_of
+from lazyproc.probing import probe_function
 from lazyproc.progress import quiet
 from lazyproc.run import Committer, run_loop
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +12,7 @@ import h5py
 
 from lazyproc.adapt import Adapting
 from lazyproc.core.apply import OutputMismatch, RowError
-from lazyproc.core.blocks import Block
-from lazyproc.core.errors import FileBusyError, LazyprocError, LockingError, ReadOnlyFileError
+from lazyproc.core.errors import LazyprocError
 from lazyproc.core.events import Finished, Listener, Started
 from lazyproc.core.highwater import give_back, high_water
 from lazyproc.core.identity import function_name
@@ -26,16 +23,13 @@ from lazyproc.declared import Declared, stored_probe
 from lazyproc.drain import Drain, how_far, nothing_yet
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.crew import Crew
-from lazyproc.engine.failure import Failure, raise_failures
+from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel, failure_of
-from lazyproc.engine.spread import Spread
 from lazyproc.engine.trial import as_block
-from lazyproc.hdf5.compress import Encoders, StoppedError, n_threads
-from lazyproc.hdf5.finish import adopt, finish, is_unfinished
-from lazyproc.hdf5.guard import finish_pending, flush_guarded
-from lazyproc.hdf5.leftovers import remove_leftovers, rows_files
-from lazyproc.hdf5.lock import Fence, RunLock
-from lazyproc.hdf5.place import HandlePlace
+from lazyproc.finishing import finish_late, finish_results
+from lazyproc.hdf5.finish import adopt
+from lazyproc.hdf5.leftovers import rows_files
+from lazyproc.hdf5.lock import Fence
 from lazyproc.hdf5.record import (
     Provenance,
     create_group,
@@ -45,21 +39,16 @@ from lazyproc.hdf5.record import (
     lacks_room,
     open_target,
 )
-from lazyproc.hdf5.room import writing
-from lazyproc.hdf5.rows_file import waiting
 from lazyproc.hdf5.search import Found, Work, remaining_positions
 from lazyproc.hdf5.sink import Sink
-from lazyproc.hdf5.source import ExtentSource, write_out
 from lazyproc.hdf5.target import Target
-from lazyproc.hdf5.transaction import recover
-from lazyproc.recording import check_limit, raise_limit, say_failed
+from lazyproc.holding import locked, target_file, with_lock
+from lazyproc.probing import block_of, probe_function
+from lazyproc.recording import raise_limit, say_failed
 from lazyproc.run import Committer, Outcome, run_loop
 
 _LONG_CALL = 0.03
 """Seconds: a first call of the function that is not back by then may be one of a long job."""
-
-_CALLS_A_WORKER = 3
-"""Chunks that are being encoded for each worker of a cluster, on their way, or waiting to be written."""
 
 _FIRST_LOADED = ("threadpoolctl", "encodings.ascii")
 """What a worker's first block would load; then what that block takes of memory could not be told from it."""
@@ -109,7 +98,7 @@ def perform(
         duplicates = [one for one in found if one.is_complete]
         if duplicates and not override:
             warn_of(duplicates[-1])
-            _finish_late(declared, work, duplicates[-1].name, drain)
+            finish_late(declared, work, duplicates[-1].name, drain)
             log.info("%s: returning the finished results %s", declared.process_name, duplicates[-1].name)
             return duplicates[-1].name
         partial = {one.name: one for one in found if one.is_partial}
@@ -128,108 +117,11 @@ def perform(
         return name
 
 
-@contextlib.contextmanager
-def locked(declared: Declared) -> Iterator[RunLock | None]:
-    """Hold the run's lock, if there is a file to lock; settle a change that was cut off by a death."""
-    path = declared.place.lock_path
-    if path is None:
-        with writing(declared.place.path, "the results"):
-            yield None
-        return
-    lock = RunLock(path, uuid.uuid4().hex)
-    lock.acquire()
-    try:
-        if isinstance(declared.place, HandlePlace):
-            finish_pending(declared.place.handle.file, path)
-        elif recover(path):
-            log.warning("%s: a change that was cut off has been settled", path)
-        with writing(path, "the results"):
-            flush_guarded(handles_of(declared))
-            remove_leftovers(path, _target_file(declared))
-            yield lock
-    finally:
-        lock.release()
-
-
-def with_lock(declared: Declared, kernel: Kernel, lock: RunLock | None) -> tuple[Declared, Kernel]:
-    """Return the same, with what the lock file tells: of the driver before, and from now on of this one."""
-    if lock is None:
-        return declared, kernel
-    if lock.died_calling:
-        log.warning(
-            "%s: the process that computed into this file before died while it called the function itself; it is "
-            "called in worker processes only now, in case that it was the function's doing",
-            declared.process_name,
-        )
-    return replace(declared, apart=lock.died_calling), replace(kernel, around=lock.calling)
-
-
-def _target_file(declared: Declared) -> h5py.File | None:
-    """Return the file of the results if the caller has it open."""
-    return declared.place.handle.file if isinstance(declared.place, HandlePlace) else None
-
-
-def flush_for_views(declared: Declared) -> None:
-    """Write out what the caller's handle holds back, since a view reads the file: guarded where the run's lock is free.
-
-    Rows that are read as bytes have their place; to write out the index of chunked ones may change the structure.
-    """
-    if isinstance(declared.source, ExtentSource):
-        write_out(declared.main, declared.source)
-    elif declared.main_path is None and declared.main.file.mode != "r":
-        try:
-            with locked(declared):
-                pass
-        except (FileBusyError, LockingError, ReadOnlyFileError) as error:
-            log.info("%s: written out without an undo journal (%s)", declared.label, error)
-        declared.flush_main()
-
-
-def handles_of(declared: Declared) -> set[h5py.File]:
-    """Return the files that the caller has open: what was changed there has to be on the disk before anything else."""
-    target = {declared.place.handle.file} if isinstance(declared.place, HandlePlace) else set()
-    return target | ({declared.main.file} if declared.main_path is None else set())
-
-
 def warn_of(found: Found) -> None:
     """Tell what is worth a warning about results that are used again."""
     for remark in found.remarks:
         log.warning("%s: %s", found.name, remark)
     say_failed(found.name, found.n_failed, found.n_positions)
-
-
-def probe_function(
-    declared: Declared,
-    kernel: Kernel,
-    remaining: Runs,
-    *,
-    begun: bool,
-    early: Callable[[float], None] | None = None,
-    crew: Crew | None = None,
-) -> Probe:
-    """Try the function; what it raises reaches the user with the positions concerned.
-
-    Where failures are recorded, it must not fail wherever it is tried, unless results show that it can do better.
-    """
-    try:
-        probe = declared.probe(kernel, remaining, early, crew)
-    except (RowError, OutputMismatch) as error:
-        failure = failure_of(error, _block_of(error, remaining))
-    else:
-        if isinstance(probe, Failure):
-            probe.raise_error(declared.process_name, declared.label)
-        if begun or probe.first is None:
-            return probe
-        if not probe.all_failed:
-            check_limit(declared, probe)
-            return probe
-        failure = failure_of(probe.first, _block_of(probe.first, remaining))
-    failure.raise_error(declared.process_name, declared.label)
-
-
-def _block_of(error: Exception, remaining: Runs) -> Block:
-    runs: Runs = getattr(error, "runs", remaining)
-    return as_block(runs)
 
 
 def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: Crew) -> tuple[str, Runs, Probe]:
@@ -260,7 +152,7 @@ def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: C
         versions=environment(),
         probe=probe.stored(),
     )
-    with rows_files(declared.place.lock_path, _target_file(declared)) as rows, declared.place.edit() as parent:
+    with rows_files(declared.place.lock_path, target_file(declared)) as rows, declared.place.edit() as parent:
         name = create_group(parent, _main_beside(declared, parent), work, provenance, declared.max_failures, rows)
     log.info("%s: results go to %s::%s", declared.process_name, declared.place.path, name)
     return name, remaining, probe
@@ -294,40 +186,6 @@ def _resume(declared: Declared, work: Work, kernel: Kernel, name: str, drain: Dr
         with declared.place.edit() as editable:
             ensure_room(editable, name, work, declared.max_failures)
     return remaining, probe
-
-
-def _finish_late(declared: Declared, work: Work, name: str, drain: Drain) -> None:
-    """Finish what a run left that died after its last commit; if it can be done, since nothing needs it."""
-    parent = declared.place.group()
-    if parent is None or not is_unfinished(parent.file[name], work):
-        return
-    waits = bool(waiting(parent.file[name]))
-    try:
-        declared.place.check_writable()
-        _finish(declared, work, name, drain)
-    except LazyprocError as error:
-        log.log(logging.WARNING if waits else logging.INFO, "%s: could not be finished (%s)", name, error)
-
-
-def _finish(
-    declared: Declared, work: Work, name: str, drain: Drain, cluster: Scheduler | None = None, **more: Any
-) -> None:
-    """Compress what waits for it, by a cluster whose workers have written it, and note the end.
-
-    A signal leaves that to the next call.
-    """
-
-    def room(n_calls: int) -> int:
-        return n_threads(declared.outputs, work.n_positions, n_calls, declared.limit_bytes())
-
-    elsewhere = None
-    if cluster is not None and cluster.client.status == "running":
-        elsewhere = Spread(cluster.client, room(_CALLS_A_WORKER * cluster.n_workers))
-    encoders = Encoders(room(declared.cores), elsewhere)
-    try:
-        finish(declared.place, name, work, encoders, lambda: drain.signal is not None, **more)
-    except StoppedError as error:
-        log.info("%s", error)
 
 
 def run_group(
@@ -391,7 +249,7 @@ def run_group(
         raise_failures(outcome.failures, declared.process_name, declared.label)
     if n_committed == work.n_positions:
         workers = f"{len(outcome.workers)} workers, {outcome.n_blocks} blocks"
-        _finish(declared, work, name, drain, cluster, workers=workers, same=same)
+        finish_results(declared, work, name, drain, cluster, workers=workers, same=same)
     say_failed(name, failed.n_failed if failed is not None else 0, work.n_positions)
     if committer.n_done < remaining.n_positions and drain.signal is None:
         raise LazyprocError(drain.message)
@@ -418,7 +276,7 @@ def _loop(
         committer.take_positions(runs)
         remaining = remaining.difference(runs)
     first = probe.first
-    committer.take_failed(probe.failed, failure_of(first, _block_of(first, remaining)) if first is not None else None)
+    committer.take_failed(probe.failed, failure_of(first, block_of(first, remaining)) if first is not None else None)
     committer.commit()  # workers may take a while to start
     probe.computed.clear()  # written: what the probe took is needed by the blocks now
     give_back()

@@ -40,11 +40,12 @@ from lazyproc.hdf5.files import Files, check_heaps
 from lazyproc.hdf5.place import place_of
 from lazyproc.hdf5.search import Found, examine
 from lazyproc.hdf5.source import source_of
+from lazyproc.holding import flush_for_views
 from lazyproc.hook_ranks import opened_together
 from lazyproc.hooks import HookContract
 from lazyproc.main_handle import MainDatasetHandle
 from lazyproc.opening import open_main, target_handle
-from lazyproc.perform import compute_here, flush_for_views, perform
+from lazyproc.perform import compute_here, perform
 from lazyproc.progress import ProgressBar
 from lazyproc.results import lazy_results, path_of_group
 from lazyproc.retry import retry

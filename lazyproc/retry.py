@@ -22,7 +22,9 @@ from lazyproc.hdf5.failures import positions_to_retry, read_failures
 from lazyproc.hdf5.finish import adopt
 from lazyproc.hdf5.record import ensure_room, note_reopened
 from lazyproc.hdf5.search import Found, Work, remaining_positions
-from lazyproc.perform import locked, probe_function, run_group, with_lock
+from lazyproc.holding import locked, with_lock
+from lazyproc.perform import run_group
+from lazyproc.probing import probe_function
 
 log = logging.getLogger("lazyproc")
 

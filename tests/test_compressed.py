@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from usid_files import CHANNEL, make_usid_file, random_data
 
 import lazyproc
-from lazyproc import cli, perform
+from lazyproc import cli, finishing, perform
 from lazyproc.collective import _refuse_compression
 from lazyproc.core import compression
 from lazyproc.core.compression import Compression, chunk_shape
@@ -454,12 +454,12 @@ def test_resumed_through_a_handle_with_an_open_dataset(scan: Path) -> None:
 
 def test_a_complete_group_is_compressed_by_the_next_call(scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(perform, "_finish", lambda *args, **more: None)
+        patch.setattr(perform, "finish_results", lambda *args, **more: None)
         name = compute(scan)
     assert len(rows_beside(scan)) == 2
     monkeypatch.setenv(DIES_AT, "5")  # nothing is computed again
     with monkeypatch.context() as patch:  # a file that cannot be written
-        patch.setattr(perform, "finish", lambda *args, **more: (_ for _ in ()).throw(LazyprocError("read-only")))
+        patch.setattr(finishing, "finish", lambda *args, **more: (_ for _ in ()).throw(LazyprocError("read-only")))
         assert compute(scan) == name
     with Maps(address(scan), cores=1) as process:
         assert [group.name for group in process.duplicate_h5_groups] == [name]
@@ -635,7 +635,7 @@ def test_no_room_for_the_rows(scan: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("way", ["path", "handle"])
 def test_no_room_to_compress(scan: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """The results stay complete as they are; the next call compresses them."""
-    really_finish = perform.finish
+    really_finish = finishing.finish
     sizes: list[int] = []
 
     def finish(*args: Any, **more: Any) -> None:
@@ -657,7 +657,7 @@ def test_no_room_to_compress(scan: Path, monkeypatch: pytest.MonkeyPatch, way: s
     monkeypatch.setattr(compression, "CHUNK_BYTES", 5000)
     with opened(way, scan) as (main, _):
         with monkeypatch.context() as patch:
-            patch.setattr(perform, "finish", finish)
+            patch.setattr(finishing, "finish", finish)
             with Maps(main, cores=1) as process, pytest.raises(NoRoomError, match="no room"):
                 process.compute()
         assert len(rows_beside(scan)) == 2
@@ -755,7 +755,7 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             return np.random.default_rng(0).random((len(block), 2**15))
 
     with monkeypatch.context() as patch:
-        patch.setattr(perform, "_finish", lambda *args, **more: None)
+        patch.setattr(perform, "finish_results", lambda *args, **more: None)
         compute(path, Noise)
     tracemalloc.start()
     compute(path, Noise)

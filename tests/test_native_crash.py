@@ -73,7 +73,7 @@ if __name__ == "__main__":
     if where == "cluster":
         from distributed import Client, LocalCluster
 
-        client = Client(LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None))
+        client = Client(LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0"))
     process = {"position": Position, "block": Block}[kind](sys.argv[1], "Mean", client=client)
     said = ""
     try:
@@ -258,7 +258,7 @@ def test_a_cluster_keeps_the_driver_out_of_it(stage: Stage) -> None:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster, Client(cluster) as client:
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as cluster, Client(cluster) as client:
         yield client
 
 

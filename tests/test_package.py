@@ -78,7 +78,8 @@ FLOORS = [
     {"hdf5", "engine"},
     {"arguments", "clusters", "collective", "declared", "definition", "drain", "hook_loop", "hook_ranks", "hooks"}
     | {"layout", "main_handle", "opening"}
-    | {"adapt", "perform", "progress", "recording", "results", "retry", "run", "status", "views", "watch"},
+    | {"adapt", "finishing", "holding", "perform", "probing", "progress", "recording", "results", "retry", "run"}
+    | {"status", "views", "watch"},
     {"process"},
     {"compat", "loading", "mapping", "slurm"},
     {"demo"},
