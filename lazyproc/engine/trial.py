@@ -10,7 +10,6 @@ from typing import Any
 
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
-from lazyproc.core.errors import WorkerError
 from lazyproc.core.probe import Probe, run_probe
 from lazyproc.core.runs import Runs
 from lazyproc.engine.cluster import count_threads, least_busy
@@ -126,18 +125,16 @@ def try_on_cluster(client: Any, packed: bytes, trial: Trial) -> Probe | Failure:
             if pulse.is_connected() and _is_gone(client, address):
                 return _crashed(f"the worker {address}, which is gone")
         made: Any = future.result().get(address)
-    except OSError as error:  # of the connection to it
-        made = error
+    except OSError as error:  # of the connection to the scheduler
+        return trial.failure(error)
     finally:
         future.cancel()
         pulse.close()
     if isinstance(made, Probe | Failure):
         return made
-    return (
-        _crashed(f"the worker {address}, which is gone")
-        if _is_gone(client, address)
-        else trial.failure(made or WorkerError("It did not answer."))
-    )
+    if made is None or isinstance(made, OSError):  # of the connection to the worker: it may not be known yet why
+        return _crashed(f"the worker {address}, which is gone")
+    return trial.failure(made)
 
 
 async def _answer(trial: Trial, packed: bytes, dask_worker: Any) -> Probe | Failure:
