@@ -221,15 +221,19 @@ def _store_arrays(
     the first row that is not stored; what the function returned for it, if it was called, is in `returned`.
     """
     result = result[start : start + len(rows)]
-    array, dtype, shape = np.ndarray, result.dtype, result.shape[1:]
+    array, dtype, width = np.ndarray, result.dtype, result.shape[1]
     call = partial(function, **kwargs) if kwargs else function
     try:
         for value in map(call, rows[place:], *map(repeat, args)):
-            if type(value) is not array or value.dtype != dtype or value.shape != shape:
-                returned.append(_held(value))
-                break
-            result[place] = value
-            place += 1
+            try:
+                if type(value) is array and (value.dtype is dtype or value.dtype == dtype) and len(value) == width:
+                    result[place] = value  # refused, with ValueError, if there are more dimensions
+                    place += 1
+                    continue
+            except (TypeError, ValueError):
+                pass
+            returned.append(_held(value))
+            break
     except Exception as error:
         raise RowError(start + place, start + place + 1) from error
     return place
