@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import h5py
 
-from lazyproc.core.errors import FileBusyError, LockingError, ReadOnlyFileError
+from lazyproc.core.errors import FileBusyError, LockingError, NoRoomError, ReadOnlyFileError
 from lazyproc.declared import Declared
 from lazyproc.engine.kernel import Kernel
 from lazyproc.hdf5.guard import finish_pending, flush_guarded
@@ -53,8 +53,8 @@ def with_lock(declared: Declared, kernel: Kernel, lock: RunLock | None) -> tuple
         return declared, kernel
     if lock.died_calling:
         log.warning(
-            "%s: the process that computed into this file before died while it called the function itself; it is "
-            "called in worker processes only now, in case that it was the function's doing",
+            "%s: the run on this file before was ended, or lost worker processes, within a function; it is called in "
+            "worker processes only now, if it can be sent there",
             declared.process_name,
         )
     return replace(declared, apart=lock.died_calling), replace(kernel, around=lock.calling)
@@ -76,7 +76,7 @@ def flush_for_views(declared: Declared) -> None:
         try:
             with locked(declared):
                 pass
-        except (FileBusyError, LockingError, ReadOnlyFileError) as error:
+        except (FileBusyError, LockingError, NoRoomError, ReadOnlyFileError) as error:
             log.info("%s: written out without an undo journal (%s)", declared.label, error)
         declared.flush_main()
 

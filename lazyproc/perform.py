@@ -29,7 +29,7 @@ from lazyproc.engine.trial import as_block
 from lazyproc.finishing import finish_late, finish_results
 from lazyproc.hdf5.finish import adopt
 from lazyproc.hdf5.leftovers import rows_files
-from lazyproc.hdf5.lock import Fence
+from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.record import (
     Provenance,
     create_group,
@@ -112,8 +112,7 @@ def perform(
                 name, remaining, probe = _start(declared, work, kernel, drain, crew)
             else:
                 remaining, probe = _resume(declared, work, kernel, name, drain, crew)
-            fence = None if lock is None else lock.fence
-            run_group(declared, work, kernel, name, fence, remaining, probe, listener, drain, crew=crew)
+            run_group(declared, work, kernel, name, lock, remaining, probe, listener, drain, crew=crew)
         return name
 
 
@@ -193,7 +192,7 @@ def run_group(
     work: Work,
     kernel: Kernel,
     name: str,
-    fence: Fence | None,
+    lock: RunLock | None,
     remaining: Runs,
     probe: Probe,
     listener: Listener,
@@ -210,8 +209,8 @@ def run_group(
         What is done.
     name : str
         The results group.
-    fence : Fence or None
-        Of the run's lock.
+    lock : RunLock or None
+        The run's lock.
     remaining : Runs
         The positions to compute.
     probe : Probe
@@ -227,6 +226,7 @@ def run_group(
         Worker processes that were started beforehand.
     """
     same = declared.place.file_id()
+    fence = None if lock is None else lock.fence
     target, failed = open_target(
         declared.place, name, declared.outputs, declared.status_name, fence, declared.max_failures
     )
@@ -244,7 +244,13 @@ def run_group(
         listener(Finished(n_committed))
     if outcome.refused:
         raise_limit(declared, name, outcome, n_committed)
-    if outcome.failures:
+    lost = [one.positions for one in outcome.failures if one.kind == "lost"]
+    if lost and lock is not None:
+        lock.suspect()
+    if drain.signal is not None and len(lost) == len(outcome.failures):
+        if lost:
+            log.error("%s: workers died each time they had the positions (first, last plus one) %s", name, lost)
+    elif outcome.failures:
         log.error("%s: a block failed; %d of %d positions are done and kept", name, n_committed, work.n_positions)
         raise_failures(outcome.failures, declared.process_name, declared.label)
     if n_committed == work.n_positions:

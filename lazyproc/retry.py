@@ -69,7 +69,6 @@ def retry(
     high_water.forget()
     with drain.on_signals(), locked(declared) as lock:
         declared, kernel = with_lock(declared, kernel, lock)
-        fence = None if lock is None else lock.fence
         with drain.interruptible(at_first=True):
             found = _latest(declared, declared.found(work), chosen)
         adopt(declared.place, found.name)
@@ -90,7 +89,7 @@ def retry(
         with declared.place.edit() as editable:
             ensure_room(editable, found.name, work, again.n_positions)
             note_reopened(editable, found.name, int(undone.starts[0]))
-        outcome = run_group(declared, work, kernel, found.name, fence, again, probe, listener, drain, undone=undone)
+        outcome = run_group(declared, work, kernel, found.name, lock, again, probe, listener, drain, undone=undone)
     if raises and outcome.example is not None:
         _raise_again(declared, found.name, outcome.example)
     return found.name

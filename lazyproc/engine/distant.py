@@ -133,13 +133,14 @@ class _ClusterRun:
                 if self._pulse.is_stuck() and not self._finished and not self._fetches:
                     self._start_over()
             yield from self._turn()
-            if self._bound and self._pending and self._pulse.is_connected() and self._is_gone(self._bound):
+            under_way = self._pending and not (self._finished or self._fetches)
+            if self._bound and under_way and self._pulse.is_connected() and self._is_gone(self._bound):
                 yield self._lost(self._let_go(next(iter(self._pending))), WorkerError(f"{self._bound} has died."))
 
     def _start_more(self) -> None:
         """Fill the window, in graphs that are worth sending and yet begin before the whole window is sent."""
         room = _WINDOW * max(1, self._pulse.n_threads) if not self._alone else 1
-        size = min(_GRAPH_BLOCKS, room // 2)
+        size = max(1, min(_GRAPH_BLOCKS, room // 2))
         if self._most is not None:
             room, size = min(room, self._most), 1
         while room - len(self._pending) >= size and (blocks := self._next_blocks(size)):
@@ -269,7 +270,12 @@ class _ClusterRun:
         return None
 
     def _lost(self, block: Block, error: BaseException) -> Receipt | None:
-        """Have a block that ended its workers, though alone, done in halves, or return the receipt that it is lost."""
+        """Have a block that ended its workers, though alone, done in halves, or return the receipt that it is lost.
+
+        If the run is to stop, it remains to be done.
+        """
+        if self._stopping():
+            return None
         return None if self._halve(block) else Receipt(block, failure=Failure.of_lost(error, block))
 
     def _is_gone(self, address: str) -> bool:
@@ -277,7 +283,7 @@ class _ClusterRun:
 
     def _halve(self, block: Block) -> bool:
         """Have a block that ends its workers done in two halves, where workers come back; tell whether it will be."""
-        if block.n_positions == 1 or self._n_halved >= _HALVED or self._stopping() or not self._has_nannies():
+        if block.n_positions == 1 or self._n_halved >= _HALVED or not self._has_nannies():
             return False
         if self._claims is not None and not self._claims.close(block):
             return False

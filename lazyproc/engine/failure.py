@@ -106,8 +106,8 @@ def raise_failures(failures: Sequence[Failure], process_name: str, dataset: str)
     more = f" and {len(blocks) - _NAMED_BLOCKS} more blocks" if len(blocks) > _NAMED_BLOCKS else ""
     raise WorkerError(
         f"{process_name}: workers died each time they had {spans}{more} of {dataset}: a crash in native code, or too "
-        "little memory. Try test() on these positions, or a smaller max_mem_mb. All other blocks are done and kept; "
-        "the same call tries these again."
+        "little memory. Try test() on them, in a process that may die, or a smaller max_mem_mb. All other blocks are "
+        "done and kept; the same call tries these again."
     ) from failures[0].error
 
 

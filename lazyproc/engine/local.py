@@ -33,8 +33,8 @@ _GRAPH_BLOCKS = 8
 _ATTEMPTS = 2
 """How often a block is tried, while others are, if its worker process dies; then once more, with nothing beside it."""
 
-_DEATHS_ALONE = 40
-"""So many processes may die to find out which positions of a block are the ones that end them."""
+_DEATHS_ALONE = 100
+"""So many processes may die in a run to find out which positions of its lost blocks are the ones that end them."""
 
 Receipts = Iterator[Receipt | None]
 Stopping = Callable[[], bool]
@@ -114,7 +114,7 @@ def run_processes(
     A worker process that dies takes its own block with it and nothing else. The block is tried again at once, and if
     that process dies, too, once more when all other blocks are done, with nothing beside it: so neither a neighbour
     that needs much memory nor the choice of the system's memory killer makes an innocent block fail. If its process
-    dies even then, it is halved again and again, until the positions are found that are to blame (40 processes may die
+    dies even then, it is halved again and again, until the positions are found that are to blame (100 processes may die
     for that). They come out as receipts with a failure of the kind ``"lost"``; all others are done. If the run stops
     before that, they remain to be done.
 
@@ -131,16 +131,22 @@ def run_processes(
             yield None
         else:
             yield receipt
+    deaths = itertools.count(1)
     for block in lost:
-        yield from _do_alone(packed, replace(block, limit=None), stopping, name, dropping, room)
+        yield from _do_alone(packed, replace(block, limit=None), stopping, name, dropping, room, deaths)
 
 
 def _do_alone(
-    packed: bytes, block: Block, stopping: Stopping, name: str, dropping: Stopping, room: Room | None
+    packed: bytes,
+    block: Block,
+    stopping: Stopping,
+    name: str,
+    dropping: Stopping,
+    room: Room | None,
+    deaths: Iterator[int],
 ) -> Receipts:
     """Do a block with nothing beside it; in halves, and halves of these, if its process dies, to lose no others."""
     waiting = deque([block])
-    n_deaths = 0
     while waiting and not stopping():
         window = _Window(Lanes(packed, 1, 1), 1, stopping, room)
         for receipt in _run_batches(window, [waiting.popleft()], 1, name, dropping, _Batch):
@@ -148,8 +154,7 @@ def _do_alone(
                 waiting.append(receipt.rest)  # no others are to come that it could be done with
                 receipt.rest = None
             is_lost = receipt is not None and receipt.failure is not None and receipt.failure.kind == "lost"
-            n_deaths += is_lost
-            if receipt is None or not is_lost or receipt.block.n_positions == 1 or n_deaths >= _DEATHS_ALONE:
+            if receipt is None or not is_lost or next(deaths) >= _DEATHS_ALONE or receipt.block.n_positions == 1:
                 yield receipt
             else:
                 waiting.extendleft(reversed(receipt.block.split(receipt.block.n_positions // 2)))

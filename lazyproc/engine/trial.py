@@ -51,7 +51,7 @@ class Trial:
         """Make the probe with a packed kernel; whatever goes wrong is returned in a form that travels."""
         try:
             return self._run(pickle.loads(packed))  # not kept: the run's own kernel will be
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # the function may raise what would end the worker
             return self.failure(error)
 
     def _run(self, kernel: Kernel) -> Probe:
@@ -150,8 +150,8 @@ def _is_gone(client: Any, address: str) -> bool:
 
 def _crashed(where: str) -> Probe:
     log.warning(
-        "the function was tried on a few positions in %s: a crash in native code, or too little memory. The run goes "
-        "on with small blocks; those that end their workers again are given up, and named",
+        "the function was tried on a few positions in %s: a crash in native code, too little memory, or it had to "
+        "leave. The run goes on with small blocks; those that end their workers again are given up, and named",
         where,
     )
     return Probe.unknown()

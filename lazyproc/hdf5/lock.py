@@ -128,6 +128,7 @@ class RunLock:
         self._descriptor: int | None = None
         self._calling = threading.Lock()
         self._n_calls = self._place_of_calls = 0
+        self._is_suspect = False
         self.died_calling = False
         self.fence = Fence(sidecar(path, "lock"), sidecar(path, "fence"), run_id, locking())
 
@@ -180,6 +181,10 @@ class RunLock:
                 _CALLING: 0,  # the last one: see `calling`
             }
         )
+
+    def suspect(self) -> None:
+        """Have the next driver know, when this one has given the lock back, that the function ends processes."""
+        self._is_suspect = self.fence.holds_workers  # else a lock file that stays keeps everybody away
 
     @contextmanager
     def calling(self) -> Iterator[None]:
@@ -277,7 +282,10 @@ class RunLock:
             os.unlink(self.fence.fence_path)
             with suppress(OSError):
                 os.unlink(sidecar(self._path, "claims"))  # if a driver was killed that had a cluster
-            os.unlink(self.fence.lock_path)
+            if self._is_suspect:
+                os.pwrite(self._descriptor, b"1", self._place_of_calls)
+            else:
+                os.unlink(self.fence.lock_path)
         except FileNotFoundError:
             pass
         except OSError as error:  # the files stay, so that the next run waits at the fence, too
