@@ -585,6 +585,27 @@ def test_a_block_that_kills_workers_of_a_cluster_is_lost_alone(stage: Stage) -> 
     stage.succeed()
 
 
+def test_a_block_that_is_tried_again_while_it_is_alone_is_begun(stage: Stage) -> None:
+    """Its workers die among others; alone it runs out of memory, which counts as often as at any other time."""
+    stage.order(
+        FIRST,
+        f"""
+n = len(list(place.glob("death_*")))
+if n < 2:
+    (place / f"death_{{n}}").touch()
+    {KILLS}
+raise MemoryError("no room")
+""",
+    )
+    stage.start(scheduler=stage.start_cluster(nanny=True, allowed_failures=1))
+    outcome = stage.outcome()
+    assert outcome["error"] == "FunctionError", outcome
+    assert f"at position {FIRST} of" in outcome["text"]
+    assert "MemoryError: no room" in outcome["text"]
+    assert np.flatnonzero(~stage.check()).tolist() == [FIRST]
+    assert times(stage.begun())[FIRST] == 2 + 5
+
+
 def test_a_nanny_ends_a_worker_that_takes_too_much(stage: Stage) -> None:
     stage.order(FIRST, f"{ONCE}    b = [bytearray(b'1') * 2**29]; time.sleep(60)")
     stage.succeed(scheduler=stage.start_cluster(nanny=True, memory=400 * 2**20))
