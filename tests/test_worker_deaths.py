@@ -52,6 +52,12 @@ except FileExistsError:
     pass
 else:
 """
+TWICE = f"""
+n = len(list(place.glob("death_*")))
+if n < 2:
+    (place / f"death_{{n}}").touch()
+    {KILLS}
+"""
 WAITS = """
 while not (place / f"gate_{position}").exists():
     time.sleep(0.01)
@@ -346,15 +352,7 @@ def test_a_block_that_kills_its_worker_is_lost_alone(stage: Stage) -> None:
 
 def test_an_innocent_block_is_not_given_up(stage: Stage) -> None:
     """Its workers die twice among others, by no fault of its own; alone, at the end, it is done."""
-    stage.order(
-        FIRST,
-        f"""
-n = len(list(place.glob("death_*")))
-if n < 2:
-    (place / f"death_{{n}}").touch()
-    {KILLS}
-""",
-    )
+    stage.order(FIRST, TWICE)
     stage.succeed()
     assert times(stage.begun())[FIRST] == 3
     assert stage.ended()[-1][0] == FIRST
@@ -587,16 +585,7 @@ def test_a_block_that_kills_workers_of_a_cluster_is_lost_alone(stage: Stage) -> 
 
 def test_a_block_that_is_tried_again_while_it_is_alone_is_begun(stage: Stage) -> None:
     """Its workers die among others; alone it runs out of memory, which counts as often as at any other time."""
-    stage.order(
-        FIRST,
-        f"""
-n = len(list(place.glob("death_*")))
-if n < 2:
-    (place / f"death_{{n}}").touch()
-    {KILLS}
-raise MemoryError("no room")
-""",
-    )
+    stage.order(FIRST, f"{TWICE}\nraise MemoryError('no room')")
     stage.start(scheduler=stage.start_cluster(nanny=True, allowed_failures=1))
     outcome = stage.outcome()
     assert outcome["error"] == "FunctionError", outcome

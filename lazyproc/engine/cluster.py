@@ -68,6 +68,11 @@ def least_busy(client: Any) -> str:
     return min(threads, key=lambda one: len(tasks.get(one, ())) / max(1, threads[one]))
 
 
+def is_gone(client: Any, address: str) -> bool:
+    """Tell whether a worker has left the cluster, or died, as far as the scheduler knows."""
+    return address not in answer(client, client.scheduler.ncores(), "who is there?")
+
+
 def most_on_machine(client: Any) -> int:
     """Return how many blocks are computed at a time on the machine that has the most of the cluster's threads."""
     threads: Counter[str] = Counter()

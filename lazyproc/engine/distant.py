@@ -20,7 +20,7 @@ from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import BlockTakenError, WorkerError
-from lazyproc.engine.cluster import block_graph, count_threads, least_busy
+from lazyproc.engine.cluster import block_graph, count_threads, is_gone, least_busy
 from lazyproc.engine.failure import Failure
 from lazyproc.engine.kernel import Kernel, Receipt, pack_for_cluster
 from lazyproc.engine.local import TICK, Receipts, Stopping, never
@@ -134,7 +134,7 @@ class _ClusterRun:
                     self._start_over()
             yield from self._turn()
             under_way = self._pending and not (self._finished or self._fetches)
-            if self._bound and under_way and self._pulse.is_connected() and self._is_gone(self._bound):
+            if self._bound and under_way and self._pulse.is_connected() and is_gone(self._client, self._bound):
                 yield self._lost(self._let_go(next(iter(self._pending))), WorkerError(f"{self._bound} has died."))
 
     def _start_more(self) -> None:
@@ -277,9 +277,6 @@ class _ClusterRun:
         if self._stopping():
             return None
         return None if self._halve(block) else Receipt(block, failure=Failure.of_lost(error, block))
-
-    def _is_gone(self, address: str) -> bool:
-        return address not in answer(self._client, self._client.scheduler.ncores(), "who is there?")
 
     def _halve(self, block: Block) -> bool:
         """Have a block that ends its workers done in two halves, where workers come back; tell whether it will be."""

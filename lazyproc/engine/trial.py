@@ -12,12 +12,12 @@ from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
 from lazyproc.core.probe import Probe, run_probe
 from lazyproc.core.runs import Runs
-from lazyproc.engine.cluster import count_threads, least_busy
+from lazyproc.engine.cluster import count_threads, is_gone, least_busy
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import FailedElsewhere, Failure
 from lazyproc.engine.kernel import Kernel, failure_of
 from lazyproc.engine.lane import Died, Lane
-from lazyproc.engine.pulse import Pulse, answer, ask
+from lazyproc.engine.pulse import Pulse, ask
 
 _LOOK_SECONDS = 0.25
 """How often the driver looks whether the worker is still there."""
@@ -122,7 +122,7 @@ def try_on_cluster(client: Any, packed: bytes, trial: Trial) -> Probe | Failure:
     try:
         while not wait([future], _LOOK_SECONDS).done:
             pulse.check()
-            if pulse.is_connected() and _is_gone(client, address):
+            if pulse.is_connected() and is_gone(client, address):
                 return _crashed(f"the worker {address}, which is gone")
         made: Any = future.result().get(address)
     except OSError as error:  # of the connection to the scheduler
@@ -142,10 +142,6 @@ async def _answer(trial: Trial, packed: bytes, dask_worker: Any) -> Probe | Fail
     import asyncio
 
     return await asyncio.get_running_loop().run_in_executor(dask_worker.executors["default"], trial.answer, packed)
-
-
-def _is_gone(client: Any, address: str) -> bool:
-    return address not in answer(client, client.scheduler.ncores(), "who is there?")
 
 
 def _crashed(where: str) -> Probe:

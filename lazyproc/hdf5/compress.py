@@ -87,8 +87,9 @@ class Encoders:
                 for one in under_way:
                     one.cancel()
 
-    def __str__(self) -> str:
-        return f"{self.n_threads} threads" if self.elsewhere is None else "the workers of the cluster"
+    def name(self, *, travels: bool) -> str:
+        """Return, in words, who encodes rows that other processes can read, or cannot."""
+        return "the workers of the cluster" if travels and self.elsewhere is not None else f"{self.n_threads} threads"
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ def compress_results(group: h5py.Group, encoders: Encoders, stop: Callable[[], b
         dataset, extent = group[name], rows_extent(group[name])
         filters = wanted_compression(dataset)
         outside = extent if is_outside(dataset) else None
-        log.info("%s: %.1f MiB are compressed, by %s", dataset.name, dataset.nbytes / 2**20, encoders)
+        who = encoders.name(travels=outside is not None)
+        log.info("%s: %.1f MiB are compressed, by %s", dataset.name, dataset.nbytes / 2**20, who)
 
         def fill(made: h5py.Dataset, dataset: Any = dataset, outside: Any = outside, filters: Any = filters) -> None:
             size, itemsize = int(np.prod(made.chunks)) * made.dtype.itemsize, made.dtype.itemsize
