@@ -325,7 +325,8 @@ class Declared:
         )
         careful = memory.careful_rows(limit, beside, driver_writes=driver_writes)
         division = division.within(rows, careful)
-        plan = division.plan(remaining, probe.seconds_per_position if probe is not None else None)
+        seconds = None if probe is None else probe.seconds_per_position
+        plan = division.plan(remaining, seconds, begins=True)
         most = plan.max_positions if probe is None or probe.is_measured else division.largest
         projected = memory.peak(min(most, max(1, remaining.n_positions)), beside, driver_writes=driver_writes)
         return BlockSizes(plan, workers, memory, driver_writes, division, limit, projected, most)

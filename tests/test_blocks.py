@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lazyproc.core.blocks import Block, BlockPlan
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError
 from lazyproc.core.runs import Runs
-from lazyproc.core.sizing import block_seconds, positions_per_block, tail_of
+from lazyproc.core.sizing import Division, block_seconds, head_of, positions_per_block, tail_of
 
 
 def n_runs(positions: set[int]) -> int:
@@ -30,7 +30,7 @@ def verify(
     max_positions: int,
     align: int,
     max_runs: int,
-    tail: tuple[tuple[int, int], ...] = (),
+    sizes: tuple[tuple[int, int], ...] = (),
 ) -> None:
     """Check every promise of a plan on plain sets of positions."""
     holds = [{p for start, stop in block.runs() for p in range(start, stop)} for block in blocks]
@@ -40,7 +40,7 @@ def verify(
     assert in_order == sorted(remaining)
     limits, left = [], len(remaining)
     for block, held in zip(blocks, holds, strict=True):
-        limits.append(min([max_positions, *(size for most_left, size in tail if left <= most_left)]))
+        limits.append([max_positions, *(size for most_left, size in sizes if left <= most_left)][-1])
         left -= len(held)
         assert 1 <= len(held) <= limits[-1]
         assert len(block.starts) == len(block.stops) == n_runs(held) <= max_runs  # and its runs do not touch
@@ -89,21 +89,20 @@ def test_blocks_keep_every_promise(remaining, max_positions, align, max_runs):
 
 
 @st.composite
-def falling(draw, n_positions: int, max_positions: int) -> tuple[tuple[int, int], ...]:
-    """Any tail that a plan of so many positions may have."""
-    lefts = draw(st.lists(st.integers(1, max(1, n_positions)), max_size=4, unique=True))
-    sizes = draw(st.lists(st.integers(1, max(1, max_positions - 1)), max_size=4, unique=True))
-    if not n_positions or max_positions == 1:
+def other_sizes(draw, n_positions: int, max_positions: int) -> tuple[tuple[int, int], ...]:
+    """Any other sizes that blocks of a plan of so many positions may have, on the way."""
+    if not n_positions:
         return ()
-    return tuple(zip(sorted(lefts, reverse=True), sorted(sizes, reverse=True), strict=False))
+    lefts = draw(st.lists(st.integers(1, n_positions), max_size=6, unique=True))
+    return tuple((left, draw(st.integers(1, max_positions))) for left in sorted(lefts, reverse=True))
 
 
 @given(remaining=remaining_positions(), data=st.data(), **limits)
-def test_blocks_with_a_tail_keep_every_promise(remaining, data, max_positions, align, max_runs):
-    tail = data.draw(falling(len(remaining), max_positions))
-    plan = BlockPlan(Runs.from_positions(sorted(remaining)), max_positions, align, max_runs, tail)
+def test_blocks_of_other_sizes_keep_every_promise(remaining, data, max_positions, align, max_runs):
+    sizes = data.draw(other_sizes(len(remaining), max_positions))
+    plan = BlockPlan(Runs.from_positions(sorted(remaining)), max_positions, align, max_runs, sizes)
     blocks = list(plan)
-    verify(blocks, remaining, max_positions, align, max_runs, tail)
+    verify(blocks, remaining, max_positions, align, max_runs, sizes)
     assert plan.count() == len(blocks)
 
 
@@ -122,8 +121,7 @@ def test_blocks_of_a_mask_full_of_holes(mask, max_positions, align, max_runs):
 )
 def test_count_is_the_number_of_blocks_in_long_runs_too(spans, max_positions, align, max_runs, data):
     runs = Runs.from_spans((start, start + length) for start, length in spans)
-    tail = data.draw(falling(runs.n_positions, max_positions))
-    plan = BlockPlan(runs, max_positions, align, max_runs, tail)
+    plan = BlockPlan(runs, max_positions, align, max_runs, data.draw(other_sizes(runs.n_positions, max_positions)))
     assert plan.count() == sum(1 for _ in plan)
 
 
@@ -155,15 +153,15 @@ def test_count_is_the_number_of_blocks_in_long_runs_too(spans, max_positions, al
         # Before the third block 4 are left, so it holds 2; before the fifth one 1, which it could hold anyway.
         (
             [(0, 10)],
-            {"max_positions": 3, "tail": ((4, 2), (1, 1))},
+            {"max_positions": 3, "sizes": ((4, 2), (1, 1))},
             [[(0, 3)], [(3, 6)], [(6, 8)], [(8, 10)]],
         ),
-        # The tail counts positions, not what lies between them.
-        ([(0, 4), (90, 94)], {"max_positions": 4, "tail": ((4, 2),)}, [[(0, 4)], [(90, 92)], [(92, 94)]]),
+        # Sizes count positions, not what lies between them.
+        ([(0, 4), (90, 94)], {"max_positions": 4, "sizes": ((4, 2),)}, [[(0, 4)], [(90, 92)], [(92, 94)]]),
         # A chunk of 4 is not divided as long as it fits; when it does not anymore, its parts hold nothing else.
         (
             [(0, 16)],
-            {"max_positions": 8, "align": 4, "tail": ((8, 4), (4, 3))},
+            {"max_positions": 8, "align": 4, "sizes": ((8, 4), (4, 3))},
             [[(0, 8)], [(8, 12)], [(12, 15)], [(15, 16)]],
         ),
     ],
@@ -191,9 +189,9 @@ def test_count_does_not_go_through_the_blocks(max_positions, align):
     assert BlockPlan(Runs.full(n), max_positions, align).count() == expected
 
 
-def test_count_does_not_go_through_the_blocks_of_a_tail_either():
-    tail = ((10**14, 1000), (10**13, 100))
-    counted = BlockPlan(Runs.full(10**15), 10_000, tail=tail).count()
+def test_count_does_not_go_through_the_blocks_of_other_sizes_either():
+    sizes = ((10**14, 1000), (10**13, 100))
+    counted = BlockPlan(Runs.full(10**15), 10_000, sizes=sizes).count()
     assert counted == 9 * 10**14 // 10_000 + 9 * 10**13 // 1000 + 10**13 // 100
 
 
@@ -284,11 +282,11 @@ def test_a_block_holds_plain_ints():
         ({"max_runs": 0}, ArgumentValueError),
         ({"max_positions": 2.5}, ArgumentTypeError),
         ({"remaining": [(0, 3)]}, ArgumentTypeError),
-        ({"tail": ((4, 1),)}, ArgumentValueError),  # more are never left
-        ({"tail": ((2, 5),)}, ArgumentValueError),  # larger than all others
-        ({"tail": ((1, 2), (2, 1))}, ArgumentValueError),
-        ({"tail": ((2, 0),)}, ArgumentValueError),
-        ({"tail": ((2, 1.5),)}, ArgumentTypeError),
+        ({"sizes": ((4, 1),)}, ArgumentValueError),  # more are never left
+        ({"sizes": ((2, 5),)}, ArgumentValueError),  # more than max_positions
+        ({"sizes": ((1, 2), (2, 1))}, ArgumentValueError),
+        ({"sizes": ((2, 0),)}, ArgumentValueError),
+        ({"sizes": ((2, 1.5),)}, ArgumentTypeError),
     ],
 )
 def test_impossible_plans_are_refused(changed, error):
@@ -443,7 +441,7 @@ def test_a_tail_leaves_work_for_every_worker(n_remaining, n_workers, align, seco
         seconds_per_position=seconds,
         least_seconds=least,
     )
-    plan = BlockPlan(Runs.full(n_remaining), size, align, tail=tail)
+    plan = BlockPlan(Runs.full(n_remaining), size, align, sizes=tail)
     verify(list(plan), set(range(n_remaining)), size, align, 512, tail)
     floor = min([size, *(smaller for _, smaller in tail)])
     left = n_remaining
@@ -451,6 +449,32 @@ def test_a_tail_leaves_work_for_every_worker(n_remaining, n_workers, align, seco
         if n_workers > 1 and block.n_positions > max(floor, align):
             assert left >= 2 * n_workers * block.n_positions or block.n_positions <= -(-n_remaining // (4 * n_workers))
         left -= block.n_positions
+
+
+@given(
+    n_remaining=st.integers(1, 10**6),
+    n_workers=st.integers(1, 300),
+    align=st.integers(1, 40),
+    size=st.integers(1, 400),
+    seconds=st.floats(1e-3, 1),
+)
+def test_the_first_blocks_of_many_workers_are_of_all_sizes(n_remaining, n_workers, align, size, seconds):
+    """So that workers do not all end them at the same time; and no chunk is divided that need not be."""
+    division = Division(size, n_workers, align, 1, size, interval=10.0)
+    plan = division.plan(Runs.full(n_remaining), seconds, begins=True)
+    largest = plan.max_positions
+    tail = division.plan(Runs.full(n_remaining), seconds).sizes
+    head = head_of(largest, n_remaining=n_remaining, n_workers=n_workers, align=align)
+    assert plan.sizes == head + tail
+    first = [block.n_positions for block in islice(plan, n_workers)]
+    if not head:
+        assert n_workers < 16 or largest < 2 * align or n_remaining < 4 * n_workers * largest
+        return
+    assert first == sorted(first)
+    assert set(np.diff([0, *first])) <= {0, *range(1, max(largest // 16, align) + align + 1)}
+    assert first[0] < largest == first[-1] or largest - largest % align == first[-1]
+    assert all(size % align == 0 for _, size in head)
+    assert [size for _, size in head] == sorted({size for _, size in head})
 
 
 def test_blocks_take_as_long_as_it_takes_to_hand_them_out():

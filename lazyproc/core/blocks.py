@@ -16,7 +16,7 @@ from typing import Any
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError
 from lazyproc.core.runs import Runs
 
-_TAIL = "BlockPlan: tail"
+_SIZES = "BlockPlan: sizes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,24 +123,25 @@ class BlockPlan:
         storage that has no chunks.
     max_runs : int, optional
         The most runs that a block may hold: it bounds the reads of a block and the size of its description.
-    tail : tuple of (int, int), optional
-        Smaller blocks toward the end, so that all workers end at about the same time: ``(left, size)`` means that a
-        block before which no more than `left` positions are left holds at most `size` of them. Both fall from pair to
-        pair. See `lazyproc.core.sizing.tail_of`.
+    sizes : tuple of (int, int), optional
+        Smaller blocks at the beginning and toward the end, so that not all workers end their blocks at the same
+        time, but all of them the last one: ``(left, size)`` means that a block before which no more than `left`
+        positions are left holds at most `size` of them. `left` falls from pair to pair; the last pair that applies
+        counts. See `head_of` and `tail_of` in `lazyproc.core.sizing`.
 
     Raises
     ------
     ArgumentTypeError
         If `remaining` is not a `Runs`, or a limit is not an integer.
     ArgumentValueError
-        If a limit is less than 1, or the tail does not fall.
+        If a limit is less than 1, a size is more than `max_positions`, or what is left does not fall.
 
     Examples
     --------
     >>> plan = BlockPlan(Runs([10], [200]), max_positions=100, align=64)
     >>> [(block.start, block.stop) for block in plan], plan.count()
     ([(10, 64), (64, 128), (128, 200)], 3)
-    >>> [block.n_positions for block in BlockPlan(Runs.full(20), 8, tail=((12, 4), (4, 1)))]
+    >>> [block.n_positions for block in BlockPlan(Runs.full(20), 8, sizes=((12, 4), (4, 1)))]
     [8, 4, 4, 1, 1, 1, 1]
     """
 
@@ -148,21 +149,23 @@ class BlockPlan:
     max_positions: int
     align: int = 1
     max_runs: int = 512
-    tail: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.remaining, Runs):
             raise ArgumentTypeError(f"BlockPlan: remaining is {self.remaining!r}; expected Runs.")
         for name in ("max_positions", "align", "max_runs"):
             object.__setattr__(self, name, at_least(1, f"BlockPlan: {name}", getattr(self, name)))
-        pairs = tuple((at_least(1, _TAIL, left), at_least(1, _TAIL, size)) for left, size in self.tail)
-        before = [(self.remaining.n_positions + 1, self.max_positions), *pairs]
-        if not all(left < more and size < larger for (more, larger), (left, size) in pairwise(before)):
+        pairs = tuple((at_least(1, _SIZES, left), at_least(1, _SIZES, size)) for left, size in self.sizes)
+        lefts = [self.remaining.n_positions + 1, *(left for left, _ in pairs)]
+        falls = all(left < more for more, left in pairwise(lefts))
+        if not falls or any(size > self.max_positions for _, size in pairs):
             raise ArgumentValueError(
-                f"{_TAIL} is {self.tail}, with max_positions {self.max_positions} and {self.remaining.n_positions} "
-                "positions; expected pairs (left, size), both falling, from below these two."
+                f"{_SIZES} is {self.sizes}, with max_positions {self.max_positions} and {self.remaining.n_positions} "
+                "positions; expected pairs (left, size), left falling and not above the number of positions, size not "
+                "above max_positions."
             )
-        object.__setattr__(self, "tail", pairs)
+        object.__setattr__(self, "sizes", pairs)
 
     def __iter__(self) -> Iterator[Block]:
         walk = _Walk(self)
@@ -177,7 +180,7 @@ class BlockPlan:
             index += 1
 
     def count(self) -> int:
-        """How many blocks there are: by arithmetic, in a time that depends on the runs and on the tail only."""
+        """How many blocks there are: by arithmetic, in a time that depends on the runs and on the sizes only."""
         walk = _Walk(self)
         blocks = 0
         while not walk.done:
@@ -201,7 +204,7 @@ class _Walk:
 
     __slots__ = (
         "align", "before", "chunk_stop", "max_runs", "n_positions", "n_runs", "next_size", "position", "run", "size",
-        "starts", "stops", "tail", "until",
+        "sizes", "starts", "stops", "until",
     )  # fmt: skip
 
     def __init__(self, plan: BlockPlan) -> None:
@@ -212,8 +215,8 @@ class _Walk:
         self.n_runs, self.n_positions = len(plan.remaining), plan.remaining.n_positions
         self.max_runs, self.align = plan.max_runs, plan.align
         self.size = plan.max_positions
-        self.tail = iter([*((self.n_positions - left, size) for left, size in plan.tail), (self.n_positions, 0)])
-        self.until, self.next_size = next(self.tail)
+        self.sizes = iter([*((self.n_positions - left, size) for left, size in plan.sizes), (self.n_positions, 0)])
+        self.until, self.next_size = next(self.sizes)
         self.run = 0
         self.position: int = self.starts[0] if self.n_runs else 0
         self.chunk_stop: int | None = None
@@ -245,7 +248,7 @@ class _Walk:
         rank = self.rank()
         while rank >= self.until:
             self.size = self.next_size
-            self.until, self.next_size = next(self.tail)
+            self.until, self.next_size = next(self.sizes)
         rank = min(rank + self.size, self.before[beyond])
         if rank < self.n_positions:
             holder = bisect_right(self.before, rank, run, beyond + 1) - 1

@@ -39,6 +39,8 @@ _HALVED = 30
 """So many blocks that end their workers may be halved to find out which positions do."""
 _FETCHES = 4
 """So many requests for receipts are under way at a time; where results travel in them, one receipt each."""
+_FETCH_SECONDS = 0.05
+"""Receipts that come within so long are fetched together: each request costs the scheduler and all workers asked."""
 
 log = logging.getLogger("lazyproc")
 
@@ -117,6 +119,7 @@ class _ClusterRun:
         self._done = as_completed([], loop=client.loop, raise_errors=False)
         self._finished: deque[Any] = deque()
         self._fetches: dict[Future[Any], list[Any]] = {}
+        self._fetched = 0.0
         self._pulse = Pulse(client, count_threads(client))
 
     # -- starting blocks ---------------------------------------------------------------------------------------------
@@ -220,8 +223,13 @@ class _ClusterRun:
                     yield self._accept(self._let_go(future), receipt)
 
     def _fetch(self) -> None:
-        """Ask for the receipts of blocks that have finished."""
+        """Ask for the receipts of blocks that have finished: of many at a time, while workers have other blocks."""
         size = 1 if self._claims is None else len(self._finished)
+        computed = len(self._pending) - len(self._finished) - sum(map(len, self._fetches.values()))
+        if self._claims is not None and computed >= self._pulse.n_threads:
+            if time.monotonic() < self._fetched + _FETCH_SECONDS:
+                return
+            self._fetched = time.monotonic()
         while self._finished and len(self._fetches) < _FETCHES:
             batch = [self._finished.popleft() for _ in range(min(size, len(self._finished)))]
             wanted = {str(number): future for number, future in enumerate(batch)}
