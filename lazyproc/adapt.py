@@ -19,6 +19,8 @@ from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.kernel import Receipt
 from lazyproc.engine.local import Receipts
 
+_OTHER_SIZE = 1.25
+"""A cluster that has so many times more threads than were reckoned with, or less, gets other blocks."""
 _NOTABLE = 0.9
 """A block that becomes less than so much of what it was is worth a warning."""
 
@@ -49,6 +51,9 @@ class Adapting:
 
     def __init__(self, declared: Declared, sizes: BlockSizes, scheduler: Scheduler, probe: Probe) -> None:
         self._declared = declared
+        self._probe = probe
+        self._scheduler = scheduler
+        self._driver_writes = sizes.driver_writes
         self._division = self._first_division = sizes.division
         self._limit = sizes.limit
         self._learner: MemoryLearner | None = None
@@ -69,6 +74,28 @@ class Adapting:
 
     def _divide(self, rest: Runs, seconds: float | None) -> BlockPlan:
         return self._division.plan(rest, seconds)
+
+    def share(self, n_threads: int) -> int | None:
+        """Divide the rest anew if the cluster has become much larger or smaller.
+
+        Returns
+        -------
+        int or None
+            How many blocks may be under way at once, for the sake of memory; None: as many as the cluster can do.
+        """
+        planned = self._scheduler.n_workers
+        if planned / _OTHER_SIZE < n_threads < planned * _OTHER_SIZE:
+            return self._scheduler.most
+        scheduler = self._scheduler.resized(n_threads)
+        sizes = self._declared.blocks(self.feed.rest(), scheduler, self._probe, driver_writes=self._driver_writes)
+        self._scheduler = scheduler.with_workers(sizes.n_workers)
+        self._division = sizes.division
+        self.feed.share(sizes.n_workers)
+        log.info(
+            "%s: the cluster has %d threads by now, %d before; blocks have up to %d positions",
+            self._declared.process_name, n_threads, planned, sizes.plan.max_positions,
+        )  # fmt: skip
+        return self._scheduler.most
 
     def noting(self, receipts: Receipts) -> Receipts:
         """Hand receipts on, and take note of what their blocks took.

@@ -311,6 +311,7 @@ def _loop(
         drain.interruptible,
         blocks.room,
         crew,
+        blocks.share,
     )
     outcome = run_loop(blocks.noting(receipts), committer, drain)
     return outcome, scheduler if in_place and scheduler.client is not None else None

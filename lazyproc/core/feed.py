@@ -58,14 +58,17 @@ class BlockFeed:
         self._remaining = plan.remaining
         self._blocks = iter(plan)
         self._given_back: deque[Iterator[Block]] = deque()
-        self._least = max(LEAST_SECONDS, n_workers * HANDOUT_SECONDS)
         self._expected = seconds_per_position
         self._divide = divide
-        self._n_workers = n_workers
+        self._set_workers(n_workers)
         self._next = 0
         self._stop = 0
         self._most: int | None = None
         self._forget()
+
+    def _set_workers(self, n_workers: int) -> None:
+        self._n_workers = n_workers
+        self._least = max(LEAST_SECONDS, n_workers * HANDOUT_SECONDS)
 
     def _forget(self) -> None:
         self._n_blocks, self._n_positions, self._seconds = 0, 0, 0.0
@@ -106,6 +109,16 @@ class BlockFeed:
         self._most = most
         self._divide_rest(self._expected)
 
+    def rest(self) -> Runs:
+        """Return the positions of which no block was made yet."""
+        return self._remaining.clip(self._stop, 2**63 - 1)
+
+    def share(self, n_workers: int) -> None:
+        """Divide the rest anew, for another number of workers."""
+        self._set_workers(n_workers)
+        self._forget()
+        self._divide_rest(self._expected)
+
     def note(self, n_positions: int, seconds: float, rest: Block | None = None) -> None:
         """Take note of a block that is done: how many positions it had, how long it took, what was given back of it."""
         if rest is not None:
@@ -127,7 +140,7 @@ class BlockFeed:
 
     def _divide_rest(self, seconds: float | None) -> None:
         self._expected = seconds
-        rest = self._remaining.clip(self._stop, 2**63 - 1)
+        rest = self.rest()
         if rest:
             self._remaining = rest
             self._blocks = iter(self._divide(rest, seconds))

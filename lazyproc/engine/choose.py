@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,6 +74,10 @@ class Scheduler:
         """Return the scheduler of a cluster as it is now."""
         return cls("client", count_threads(client), client, most_on_machine(client), worker_threads)
 
+    def resized(self, n_threads: int) -> Scheduler:
+        """Return the scheduler of a cluster that has another number of threads by now."""
+        return replace(self, n_workers=n_threads, n_beside=most_on_machine(self.client), most=None)
+
     @property
     def n_processes(self) -> int:
         """Worker processes of this machine that do blocks; those of a cluster are its own affair."""
@@ -116,6 +120,7 @@ class Scheduler:
         interruptible: Interruptible = nullcontext,
         room: Room | None = None,
         crew: Crew | None = None,
+        on_workers: Callable[[int], int | None] | None = None,
     ) -> Receipts:
         """Run the blocks.
 
@@ -135,9 +140,11 @@ class Scheduler:
             What memory allows at the moment, for blocks that are cut already; not for a cluster.
         crew : Crew, optional
             Worker processes that were started beforehand.
+        on_workers : callable, optional
+            Is told of how many threads a cluster has whenever that changes; returns how many blocks may be under way.
         """
         if self.kind == "client":
-            return run_client(self.client, kernel, blocks, stopping, name, dropping, self.most)
+            return run_client(self.client, kernel, blocks, stopping, name, dropping, self.most, on_workers)
         if self.kind == "both":
             return run_both(kernel, blocks, self.n_workers, stopping, name, dropping, interruptible, room, crew)
         if self.kind == "processes":

@@ -5,7 +5,10 @@ The client is the caller's, or the active one; it is never closed here.
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +16,14 @@ from typing import Any
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import WorkerError
 from lazyproc.engine.kernel import run_packed
-from lazyproc.engine.pulse import answer
+from lazyproc.engine.pulse import PATIENCE_SECONDS, answer, are_coming
 
-_WAIT_SECONDS = 60
+_LOOK_SECONDS = 0.25
+"""How often to look for workers where there are none."""
+_TELL_SECONDS = 5.0
+"""After so long without workers the user is told what is waited for."""
+
+log = logging.getLogger("lazyproc")
 
 
 def active_client() -> Any | None:
@@ -30,47 +38,73 @@ def active_client() -> Any | None:
 
 
 def count_threads(client: Any) -> int:
-    """Return how many blocks the cluster computes at a time.
+    """Return how many blocks the cluster computes at a time; waits for a first worker if there is none.
 
     Raises
     ------
     WorkerError
-        If no worker has joined within a minute, or the scheduler does not answer.
+        If no worker has joined within a minute, and none is known to be on its way; or the scheduler does not answer.
     """
     if client.status not in ("running", "connecting"):
         raise WorkerError(f"client: it is {client.status}. Give one that is open, or leave it out.")
-    threads = sum(answer(client, client.scheduler.ncores(), "how many threads are there?").values())
-    if not threads:
-        try:
-            client.wait_for_workers(1, timeout=_WAIT_SECONDS)
-        except TimeoutError as error:
-            raise WorkerError(
-                f"client: the cluster {client.scheduler.address} has no workers, and none joined within "
-                f"{_WAIT_SECONDS} s. Start workers, or leave out the client."
-            ) from error
-        threads = sum(client.nthreads().values())
-    return int(threads)
+    return _count(client) or _wait_for_workers(client)
 
 
-def least_busy(client: Any) -> str:
-    """Return the address of the worker with the fewest tasks a thread.
+def _count(client: Any) -> int:
+    return int(sum(answer(client, client.scheduler.ncores(), "how many threads are there?").values()))
+
+
+def _wait_for_workers(client: Any) -> int:
+    """Wait until there are workers; a task waits, too, since a cluster that adapts to its tasks starts none without."""
+    begin = time.monotonic()
+    tell, give_up = begin + _TELL_SECONDS, begin + PATIENCE_SECONDS
+    task = client.submit(int, key=f"wait-for-workers-{uuid.uuid4().hex}", pure=False)
+    try:
+        while not (threads := _count(client)):
+            now = time.monotonic()
+            if now > give_up and not are_coming(client):
+                raise WorkerError(
+                    f"client: the cluster {client.scheduler.address} has no workers, and none joined within "
+                    f"{PATIENCE_SECONDS:g} s. Start workers, wait for them (client.wait_for_workers(1)), or leave out "
+                    "the client."
+                )
+            if now > tell:
+                log.warning("waiting for workers of the cluster %s: there are none yet", client.scheduler.address)
+                tell = now + PATIENCE_SECONDS
+            time.sleep(_LOOK_SECONDS)
+    finally:
+        task.release()
+    return threads
+
+
+def least_busy(client: Any) -> str | None:
+    """Return the address of the worker with the fewest tasks a thread; None if there are no workers.
 
     Raises
     ------
     WorkerError
-        If no worker has joined within a minute, or the scheduler does not answer.
+        If the scheduler does not answer.
     """
-    threads: dict[str, int] = {}
-    while not threads:
-        count_threads(client)
-        threads = answer(client, client.scheduler.ncores(), "how many threads are there?")
+    threads: dict[str, int] = answer(client, client.scheduler.ncores(), "how many threads are there?")
     tasks: dict[str, Any] = answer(client, client.scheduler.processing(), "what are the workers doing?")
-    return min(threads, key=lambda one: len(tasks.get(one, ())) / max(1, threads[one]))
+    return min(threads, key=lambda one: len(tasks.get(one, ())) / max(1, threads[one]), default=None)
+
+
+def is_elastic(client: Any) -> bool:
+    """Tell whether the cluster is known to start workers as tasks wait for them, or to have some on their way."""
+    adapts = getattr(getattr(client, "cluster", None), "_adaptive", None) is not None  # there is no public way to ask
+    return adapts or are_coming(client)
 
 
 def is_gone(client: Any, address: str) -> bool:
     """Tell whether a worker has left the cluster, or died, as far as the scheduler knows."""
     return address not in answer(client, client.scheduler.ncores(), "who is there?")
+
+
+def was_sent_away(client: Any, address: str) -> bool:
+    """Tell whether a worker that is gone was asked to leave, as clusters do that adapt to their tasks."""
+    events = answer(client, client.scheduler.events(topic=address), "what became of the worker?")
+    return any(event.get("action") == "retired" or event.get("expected") for _, event in events)
 
 
 def most_on_machine(client: Any) -> int:

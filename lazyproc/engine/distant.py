@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -20,13 +21,16 @@ from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import BlockTakenError, WorkerError
-from lazyproc.engine.cluster import block_graph, count_threads, is_gone, least_busy
+from lazyproc.engine.cluster import block_graph, count_threads, is_elastic, is_gone, least_busy
 from lazyproc.engine.failure import Failure
 from lazyproc.engine.kernel import Kernel, Receipt, pack_for_cluster
 from lazyproc.engine.local import TICK, Receipts, Stopping, never
 from lazyproc.engine.pulse import PATIENCE_SECONDS, Pulse, answer, ask
 
 _WINDOW = 3
+_AHEAD_SECONDS, _MOST_AHEAD = 15.0, 50
+"""Where a cluster adapts to its tasks, blocks of so many seconds are given for each thread, and so many at most: Dask
+asks for one worker for each five seconds of tasks, and so would never start more workers for a window of three."""
 _GRAPH_BLOCKS = 128
 """Blocks in a graph at most: the scheduler hands out none of them before it has taken in all."""
 _INLINE_BYTES = 2**14
@@ -53,8 +57,11 @@ def run_client(
     name: str = "lazyproc",
     dropping: Stopping = never,
     most: int | None = None,
+    on_workers: Callable[[int], int | None] | None = None,
 ) -> Receipts:
     """Do the blocks on a cluster, of which `most` blocks at most are given at a time.
+
+    `on_workers` is told of the number of threads whenever it has changed, and returns `most` as it is then.
 
     Raises
     ------
@@ -77,7 +84,7 @@ def run_client(
     The scheduler takes a worker for lost that it does not hear of, though it may be alive. Where workers write in
     place, only the attempt that took the block last can do so (`BlockClaims`), and none once its receipt was accepted.
     """
-    run = _ClusterRun(client, kernel, blocks, stopping, name, most)
+    run = _ClusterRun(client, kernel, blocks, stopping, name, most, on_workers)
     try:
         yield from run.receipts(dropping)
     finally:
@@ -95,12 +102,14 @@ class _ClusterRun:
         stopping: Stopping,
         name: str,
         most: int | None = None,
+        on_workers: Callable[[int], int | None] | None = None,
     ) -> None:
         from distributed import as_completed
 
         self._client = client
         self._stopping = stopping
         self._most = most
+        self._on_workers = on_workers
         self._claims = None if kernel.sink is None else kernel.sink.claims().begin()
         self._packed = pack_for_cluster(replace(kernel, claims=self._claims), name)
         self._sent: Any = None
@@ -120,7 +129,10 @@ class _ClusterRun:
         self._finished: deque[Any] = deque()
         self._fetches: dict[Future[Any], list[Any]] = {}
         self._fetched = 0.0
-        self._pulse = Pulse(client, count_threads(client))
+        self._elastic = is_elastic(client)
+        self._n_threads = count_threads(client)
+        self._pulse = Pulse(client, self._n_threads, elastic=self._elastic)
+        self._n_done, self._seconds = 0, 0.0
 
     # -- starting blocks ---------------------------------------------------------------------------------------------
 
@@ -129,9 +141,9 @@ class _ClusterRun:
         while not dropping():
             self._pulse.check()
             if self._pulse.is_connected():
-                if not self._stopping():
-                    self._start_more()
-                if not self._pending:
+                self._look_for_workers()
+                has_more = not self._stopping() and self._start_more()
+                if not self._pending and not has_more:
                     return
                 if self._pulse.is_stuck() and not self._finished and not self._fetches:
                     self._start_over()
@@ -140,23 +152,45 @@ class _ClusterRun:
             if self._bound and under_way and self._pulse.is_connected() and is_gone(self._client, self._bound):
                 yield self._lost(self._let_go(next(iter(self._pending))), WorkerError(f"{self._bound} has died."))
 
-    def _start_more(self) -> None:
-        """Fill the window, in graphs that are worth sending and yet begin before the whole window is sent."""
-        room = _WINDOW * max(1, self._pulse.n_threads) if not self._alone else 1
-        size = max(1, min(_GRAPH_BLOCKS, room // 2))
-        if self._most is not None:
-            room, size = min(room, self._most), 1
+    def _look_for_workers(self) -> None:
+        """Tell of workers that have come or gone."""
+        if self._on_workers is not None and self._pulse.n_threads not in (0, self._n_threads):
+            self._n_threads = self._pulse.n_threads
+            self._most = self._on_workers(self._n_threads)
+
+    def _room(self) -> int:
+        """Return how many blocks may be under way."""
+        if self._alone:
+            return 1
+        ahead = _WINDOW
+        if self._elastic and self._n_done:
+            ahead = max(ahead, min(_MOST_AHEAD, math.ceil(_AHEAD_SECONDS * self._n_done / max(self._seconds, 1e-9))))
+        room = ahead * max(1, self._pulse.n_threads)
+        return room if self._most is None else min(room, self._most)
+
+    def _start_more(self) -> bool:
+        """Fill the window, in graphs that are worth sending and yet begin before the whole window is sent.
+
+        Tells whether a block is left for which there is no worker at the moment.
+        """
+        room = self._room()
+        size = max(1, min(_GRAPH_BLOCKS, room // 2)) if self._most is None else 1
         while room - len(self._pending) >= size and (blocks := self._next_blocks(size)):
-            graph = block_graph(self._name, self._number, blocks, self._payload())
-            keys = [key for layer in graph.layers.values() for key in layer]
             where: dict[str, Any] = {}
             if self._alone:  # the scheduler then does not give it to other workers when that one has died
-                self._bound = least_busy(self._client)
-                where = {"workers": [self._bound], "allow_other_workers": False}
+                address = least_busy(self._client)
+                if address is None:
+                    self._again.extendleft(blocks)
+                    return True
+                self._bound = address
+                where = {"workers": [address], "allow_other_workers": False}
+            graph = block_graph(self._name, self._number, blocks, self._payload())
+            keys = [key for layer in graph.layers.values() for key in layer]
             # Without the time-out graphs are mixed, and the first one's last blocks may begin after the last one's.
             futures = self._client.get(graph, keys, sync=False, fifo_timeout="0s", **where)
             self._pending.update(zip(futures, blocks, strict=True))
             self._done.update(futures)
+        return False
 
     def _start_over(self) -> None:
         """Take back what is under way, which then comes back as cancelled, and send the function anew."""
@@ -251,6 +285,7 @@ class _ClusterRun:
         if failure is None and self._claims is not None and not self._claims.settle(block, receipt.attempt):
             return self._try_again(block, BlockTakenError("Another worker was given the block meanwhile."))
         self._deaths = 0
+        self._n_done, self._seconds = self._n_done + 1, self._seconds + receipt.seconds
         return receipt
 
     def _failed(self, future: Any) -> Receipt | None:

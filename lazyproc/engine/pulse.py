@@ -15,6 +15,8 @@ _QUIET_SECONDS = 5.0
 """How often to ask while no block ends."""
 _BUSY_SECONDS = 30.0
 """How often to ask while blocks end."""
+_ELASTIC_SECONDS = 2.0
+"""How often to ask where workers are expected to come and go."""
 _STUCK = 2
 """So many times longer workers may do nothing: longer in all, with all attempts, than Dask keeps one that is mute."""
 _GO_ON = "All that was finished is kept; the same call goes on from there, on another cluster, or without a client."
@@ -51,6 +53,19 @@ def _address(client: Any) -> str:
     return str(getattr(client.scheduler, "address", "that was closed"))
 
 
+def are_coming(client: Any) -> bool:
+    """Tell whether the cluster has asked for workers that are not there yet, as jobs that wait in a queue.
+
+    Only a cluster knows that whose object is in this process. Workers of this machine come at once, or not at all.
+    """
+    from distributed import LocalCluster
+
+    cluster = getattr(client, "cluster", None)
+    if cluster is None or isinstance(cluster, LocalCluster):
+        return False
+    return bool(set(getattr(cluster, "plan", ())) - set(getattr(cluster, "observed", ())))
+
+
 class Pulse:
     """Watches the connection to a cluster, and who works there.
 
@@ -60,6 +75,8 @@ class Pulse:
         The cluster's client.
     n_threads : int
         How many threads its workers have now.
+    elastic : bool, optional
+        Whether workers are expected to come and go, so that it is worth asking often.
 
     Attributes
     ----------
@@ -70,14 +87,16 @@ class Pulse:
     -----
     A client that loses its connection tries for some time to get it back (``distributed.comm.timeouts.connect``, 30 s)
     and then closes itself. A scheduler may also stop to answer while the connection stands, and all workers may be
-    gone, or have stopped taking tasks for lack of memory: each of these is borne for `PATIENCE_SECONDS`.
+    gone, or have stopped taking tasks for lack of memory: each of these is borne for `PATIENCE_SECONDS`; workers that
+    are known to be on their way, as jobs in a queue, are waited for as long as they are.
 
     Workers may also wait for each other without end: one that is to have the function from another one, which is
     stopped though its connection stands, waits for as long as that lasts. `is_stuck` tells of that.
     """
 
-    def __init__(self, client: Any, n_threads: int) -> None:
+    def __init__(self, client: Any, n_threads: int, *, elastic: bool = False) -> None:
         self.n_threads = n_threads
+        self._busy_seconds = _ELASTIC_SECONDS if elastic else _BUSY_SECONDS
         self._client = client
         self._address = _address(client)
         self._looked = self._asked = self._busy = time.monotonic()
@@ -122,7 +141,7 @@ class Pulse:
                 f"client: the scheduler of the cluster {self._address} has not answered for {PATIENCE_SECONDS:g} s, "
                 f"though the connection stands: it is stopped, or overloaded. {_GO_ON}"
             )
-        if self._too_long("away"):
+        if self._too_long("away") and not are_coming(self._client):
             raise WorkerError(
                 f"client: the cluster {self._address} has had no worker that takes tasks for {PATIENCE_SECONDS:g} s "
                 f"({self._workers}). {_GO_ON}"
@@ -149,7 +168,7 @@ class Pulse:
                 self._count(self._question.result()["workers"])
             self._question, self._asked = None, self._looked
         is_quiet = self._looked - self._busy > _QUIET_SECONDS
-        pause = min(_QUIET_SECONDS if is_quiet else _BUSY_SECONDS, PATIENCE_SECONDS / 4)
+        pause = min(_QUIET_SECONDS if is_quiet else self._busy_seconds, PATIENCE_SECONDS / 4)
         scheduler = self._client.scheduler
         if self._question is None and self._looked - self._asked >= pause and scheduler is not None:
             self._question = ask(self._client, scheduler.identity())

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import pickle
-from concurrent.futures import wait
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
+from lazyproc.core.errors import WorkerError
 from lazyproc.core.probe import Probe, run_probe
 from lazyproc.core.runs import Runs
-from lazyproc.engine.cluster import count_threads, is_gone, least_busy
+from lazyproc.engine.cluster import count_threads, is_elastic, is_gone, least_busy, was_sent_away
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import FailedElsewhere, Failure
 from lazyproc.engine.kernel import Kernel, failure_of
@@ -21,6 +26,10 @@ from lazyproc.engine.pulse import Pulse, ask
 
 _LOOK_SECONDS = 0.25
 """How often the driver looks whether the worker is still there."""
+_NOTICED_SECONDS = 5.0
+"""So long after a connection broke the scheduler knows at the latest that the worker is gone."""
+_ATTEMPTS = 5
+"""So many workers may be sent away while they make the probe."""
 
 log = logging.getLogger("lazyproc")
 
@@ -106,35 +115,98 @@ def try_in_process(packed: bytes, trial: Trial, crew: Crew) -> Probe | Failure:
 def try_on_cluster(client: Any, packed: bytes, trial: Trial) -> Probe | Failure:
     """Make a probe on one worker of a cluster, the least busy one; nothing is known if the function ends that.
 
+    A worker that is sent away meanwhile, or whose answer is lost with the connection, tells nothing of the function:
+    then another one tries, five times at most.
+
     Raises
     ------
     WorkerError
-        If there are no workers, or the cluster does not answer, for about a minute.
+        If there are no workers, or the cluster does not answer, for about a minute; if no worker stays.
 
     Notes
     -----
-    Not a task, which the scheduler would give to other workers when the first one has died.
+    Not a task, as blocks are; but where workers come and go as tasks call for them it is one, bound to its worker,
+    which would be taken for idle and sent away.
     """
-    pulse = Pulse(client, count_threads(client))
-    address = least_busy(client)
-    question = client.run(_answer, trial, packed, workers=[address], on_error="return", asynchronous=True)
-    future = ask(client, question)
-    try:
-        while not wait([future], _LOOK_SECONDS).done:
-            pulse.check()
-            if pulse.is_connected() and is_gone(client, address):
+    as_task = is_elastic(client)
+    for _ in range(_ATTEMPTS):
+        pulse = Pulse(client, count_threads(client))
+        try:
+            address = least_busy(client)
+            if address is None:
+                continue
+            asked = _as_task(client, packed, trial, address) if as_task else _aside(client, packed, trial, address)
+            with asked as question:
+                made = _wait_for(question, client, address, pulse, trial)
+            if made is not None:
+                return made
+            if not _is_lost(client, address, pulse):
+                continue
+            if not was_sent_away(client, address):
                 return _crashed(f"the worker {address}, which is gone")
-        made: Any = future.result().get(address)
-    except OSError as error:  # of the connection to the scheduler
-        return trial.failure(error)
+            as_task = True
+        finally:
+            pulse.close()
+    raise WorkerError(
+        f"client: {_ATTEMPTS} workers of the cluster {client.scheduler.address} were sent away, or cut off, "
+        "while they tried the function on a few positions. Give a cluster whose workers stay."
+    )
+
+
+def _wait_for(question: Any, client: Any, address: str, pulse: Pulse, trial: Trial) -> Probe | Failure | None:
+    """Wait for a worker's answer; None if there is none, since the worker or the connection is lost."""
+    while not wait([question], _LOOK_SECONDS).done:
+        pulse.check()
+        if pulse.is_connected() and is_gone(client, address):
+            return None
+    try:
+        made = question.result()
+    except (OSError, CancelledError):  # of the connection to the scheduler
+        return None
+    if isinstance(made, dict):
+        made = made.get(address)
+    if made is None or isinstance(made, OSError):  # of the scheduler's connection to the worker
+        return None
+    return made if isinstance(made, Probe | Failure) else trial.failure(made)
+
+
+def _is_lost(client: Any, address: str, pulse: Pulse) -> bool:
+    """Tell whether a worker that gave no answer is gone, which the scheduler may not have noticed yet."""
+    deadline = time.monotonic() + _NOTICED_SECONDS
+    while True:
+        pulse.check()
+        if pulse.is_connected():
+            if is_gone(client, address):
+                return True
+            if time.monotonic() > deadline:
+                return False
+        time.sleep(_LOOK_SECONDS)
+
+
+@contextmanager
+def _aside(client: Any, packed: bytes, trial: Trial, address: str) -> Iterator[Future[Any]]:
+    """Have a worker make the probe beside its tasks."""
+    run = client.run(_answer, trial, packed, workers=[address], on_error="return", asynchronous=True)
+    question = ask(client, run)
+    try:
+        yield question
     finally:
-        future.cancel()
-        pulse.close()
-    if isinstance(made, Probe | Failure):
-        return made
-    if made is None or isinstance(made, OSError):  # of the connection to the worker: it may not be known yet why
-        return _crashed(f"the worker {address}, which is gone")
-    return trial.failure(made)
+        question.cancel()
+
+
+@contextmanager
+def _as_task(client: Any, packed: bytes, trial: Trial, address: str) -> Iterator[Future[Any]]:
+    """Have a worker make the probe as a task that nobody else gets."""
+    key = f"try-{uuid.uuid4().hex}"
+    task = client.submit(trial.answer, packed, key=key, workers=[address], allow_other_workers=False, pure=False)
+    question = ask(client, client.gather(task, asynchronous=True))
+    try:
+        yield question
+    finally:
+        question.cancel()
+        if client.status == "running":
+            with suppress(Exception):  # the connection may break just now: then the scheduler drops it itself
+                task.cancel()
 
 
 async def _answer(trial: Trial, packed: bytes, dask_worker: Any) -> Probe | Failure:
