@@ -7,7 +7,8 @@ Both do the same: read blocks of the source, double their values, store them com
 is a plain loop in one process, ``results[a:b] = 2 * source[a:b]``, whose blocks are multiples of the storage chunks.
 lazyproc is `compute()` as it is, with everything on, on two cores. Each run is a fresh process and a fresh copy of the
 source, in turn (h5py, lazyproc, h5py, lazyproc …); the clock starts after the imports. "plain" is lazyproc without
-compression; "cpu" are the processor's seconds, which depend less on what else the machine does.
+compression; "cluster" is lazyproc on a local Dask cluster of two workers of one thread, which is up before the clock
+starts: its workers compress. "cpu" are the processor's seconds, which depend less on what else the machine does.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def twice(block: Any) -> Any:
     return 2 * block
 
 
-def with_lazyproc(path: str, filters: dict[str, Any]) -> dict[str, float]:
+def with_lazyproc(path: str, filters: dict[str, Any], client: Any = None) -> dict[str, float]:
     """Compute once, and tell the seconds and what the results take in the file."""
     import lazyproc
     import lazyproc.perform  # imported at the first run else
@@ -78,7 +79,7 @@ def with_lazyproc(path: str, filters: dict[str, Any]) -> dict[str, float]:
     outputs = {"Twice": lazyproc.Output("f4", shape_from_main=True, **filters)}
     cls = type("Double", (lazyproc.Process,), {"outputs": outputs, "_block_function": staticmethod(twice)})
     begin, used = time.perf_counter(), cpu_seconds()
-    with cls(f"{path}::{MAIN}", cores=2) as process:
+    with cls(f"{path}::{MAIN}", cores=2, client=client) as process:
         group = process.compute()
         seconds, cpu = time.perf_counter() - begin, cpu_seconds() - used
         return {"seconds": seconds, "cpu": cpu, "stored": int(group["Twice"].id.get_storage_size())}
@@ -104,7 +105,26 @@ def with_h5py(path: str, filters: dict[str, Any]) -> dict[str, float]:
         return {"seconds": seconds, "cpu": cpu, "stored": int(made.id.get_storage_size())}
 
 
-CONTENDERS = {"h5py": with_h5py, "lazyproc": with_lazyproc, "plain": lambda path, filters: with_lazyproc(path, {})}
+def on_cluster(path: str, filters: dict[str, Any]) -> dict[str, float]:
+    """Compute once on a cluster whose workers are up, and have loaded what they need."""
+    from distributed import Client, LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+        client.run(_import)
+        return with_lazyproc(path, filters, client)
+
+
+def _import() -> None:
+    import lazyproc.engine.kernel
+    import lazyproc.hdf5.compress  # noqa: F401
+
+
+CONTENDERS = {
+    "h5py": with_h5py,
+    "lazyproc": with_lazyproc,
+    "plain": lambda path, filters: with_lazyproc(path, {}),
+    "cluster": on_cluster,
+}
 
 
 def main() -> None:
@@ -120,7 +140,17 @@ def main() -> None:
         print(json.dumps(CONTENDERS[contender](path, json.loads(filters))))
         return
     n_bytes = options.mebibytes * 2**20
-    heads = ["h5py s", "lazyproc s", "ratio", "plain s", "h5py cpu", "lazyproc cpu", "h5py size", "lazyproc size"]
+    heads = [
+        "h5py s",
+        "lazyproc s",
+        "ratio",
+        "plain s",
+        "cluster s",
+        "h5py cpu",
+        "lazyproc cpu",
+        "h5py size",
+        "lazyproc size",
+    ]
     print(f"{f'results of {options.mebibytes} MiB':21}", *heads, sep="  ")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source = os.path.join(folder, "source.h5")
@@ -138,10 +168,13 @@ def main() -> None:
             seconds = {who: statistics.median(one["seconds"] for one in runs[1:]) for who, runs in found.items()}
             cpu = {who: statistics.median(one["cpu"] for one in runs[1:]) for who, runs in found.items()}
             sizes = {who: runs[0]["stored"] / n_bytes for who, runs in found.items()}
+            times = (f"{seconds[who]:{width}.2f}" for who, width in (("plain", 7), ("cluster", 9)))
             print(
                 f"{name:21}  {seconds['h5py']:6.2f}  {seconds['lazyproc']:10.2f}  "
-                f"{seconds['h5py'] / seconds['lazyproc']:5.1f}  {seconds['plain']:7.2f}  {cpu['h5py']:8.2f}  "
-                f"{cpu['lazyproc']:12.2f}  {sizes['h5py']:9.3f}  {sizes['lazyproc']:13.3f}",
+                f"{seconds['h5py'] / seconds['lazyproc']:5.1f}",
+                *times,
+                f"{cpu['h5py']:8.2f}  {cpu['lazyproc']:12.2f}  {sizes['h5py']:9.3f}  {sizes['lazyproc']:13.3f}",
+                sep="  ",
                 flush=True,
             )
 
