@@ -6,7 +6,6 @@ with settings of its own.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -302,7 +301,7 @@ def test_job_drains_before_the_wall_time_and_submits_itself_again(
 
 
 JOBQUEUE = """
-import sys
+import logging, sys
 import h5py, lazyproc
 from dask_jobqueue import SLURMCluster
 from distributed import Client
@@ -315,23 +314,29 @@ cluster = SLURMCluster(
     job_extra_directives=["--output=/dev/null"],
     scheduler_options={"dashboard_address": ":0"},
 )
+logging.getLogger("lazyproc").addHandler(logging.StreamHandler(sys.stdout))
+logging.getLogger("lazyproc").setLevel(logging.INFO)
 with cluster, Client(cluster) as client:
-    cluster.scale(jobs=2)
-    client.wait_for_workers(2, timeout=120)
+    if sys.argv[3] == "scale":
+        cluster.scale(jobs=2)
+        client.wait_for_workers(2, timeout=120)
+    else:
+        cluster.adapt(maximum_jobs=2)
     with Slow(sys.argv[1], client=client) as process:
         process.compute()
-    print(len(client.scheduler_info()["workers"]))
 """
 
 
 @on_demand
-def test_dask_jobqueue(slurm: Slurm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["scale", "adapt"])
+def test_dask_jobqueue(slurm: Slurm, tmp_path: Path, how: str) -> None:
     pytest.importorskip("dask_jobqueue")
     address, data = make_scan(tmp_path)
     (tmp_path / "jobqueue.py").write_text(JOBQUEUE)
     environment = {**os.environ, "SLURM_CONF": str(slurm.folder / "slurm.conf")}
-    command = [sys.executable, str(tmp_path / "jobqueue.py"), address, str(tmp_path)]
+    command = [sys.executable, str(tmp_path / "jobqueue.py"), address, str(tmp_path), how]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr + slurm.logs()
-    assert json.loads(done.stdout.splitlines()[-1]) == 2
+    said = "in Dask cluster, 2 threads" if how == "scale" else "the cluster has 2 threads by now, 1 before"
+    assert said in done.stdout
     check(tmp_path, data)
