@@ -8,7 +8,7 @@ from collections.abc import Generator
 from typing import Any, cast
 
 from lazyproc.core.blocks import BlockPlan
-from lazyproc.core.errors import MemoryLimitError
+from lazyproc.core.errors import MemoryLimitError, WorkerError
 from lazyproc.core.feed import BlockFeed
 from lazyproc.core.learn import MemoryLearner, Room
 from lazyproc.core.memory import MEBIBYTE
@@ -19,8 +19,8 @@ from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.kernel import Receipt
 from lazyproc.engine.local import Receipts
 
-_OTHER_SIZE = 1.25
-"""A cluster that has so many times more threads than were reckoned with, or less, gets other blocks."""
+_LARGER = 1.25
+"""A cluster that has so many times more threads than were reckoned with gets other blocks."""
 _NOTABLE = 0.9
 """A block that becomes less than so much of what it was is worth a warning."""
 
@@ -76,7 +76,10 @@ class Adapting:
         return self._division.plan(rest, seconds)
 
     def share(self, n_threads: int) -> int | None:
-        """Divide the rest anew if the cluster has become much larger or smaller.
+        """Divide the rest anew if the cluster has become much larger.
+
+        Not if it has become smaller: workers that died may be back in a moment, and blocks for more workers than there
+        are do no harm.
 
         Returns
         -------
@@ -84,16 +87,22 @@ class Adapting:
             How many blocks may be under way at once, for the sake of memory; None: as many as the cluster can do.
         """
         planned = self._scheduler.n_workers
-        if planned / _OTHER_SIZE < n_threads < planned * _OTHER_SIZE:
+        if n_threads < planned * _LARGER:
             return self._scheduler.most
-        scheduler = self._scheduler.resized(n_threads)
-        sizes = self._declared.blocks(self.feed.rest(), scheduler, self._probe, driver_writes=self._driver_writes)
+        try:
+            scheduler = self._scheduler.resized(n_threads)
+            sizes = self._declared.blocks(
+                self.feed.rest(), scheduler, self._probe, driver_writes=self._driver_writes, limit=self._limit
+            )
+        except (MemoryLimitError, WorkerError) as error:  # the connection may break just now; it may come back
+            log.debug("%s: blocks stay as they are: %s", self._declared.process_name, error)
+            return self._scheduler.most
         self._scheduler = scheduler.with_workers(sizes.n_workers)
         self._division = sizes.division
-        self.feed.share(sizes.n_workers)
+        self.feed.share(sizes.n_workers, sizes.division.largest)
         log.info(
-            "%s: the cluster has %d threads by now, %d before; blocks have up to %d positions",
-            self._declared.process_name, n_threads, planned, sizes.plan.max_positions,
+            "%s: the cluster has %d threads by now, %d before: what is left is divided anew",
+            self._declared.process_name, n_threads, planned,
         )  # fmt: skip
         return self._scheduler.most
 

@@ -273,11 +273,11 @@ class Declared:
                 early=early,
             )
 
-    def scheduler(self, kernel: Kernel, probe: Probe | None, n_remaining: int) -> Scheduler:
+    def scheduler(self, kernel: Kernel, probe: Probe | None, n_remaining: int, *, wait: bool = True) -> Scheduler:
         """Choose where blocks are computed: the client handed over, the active one, else what the job calls for."""
         client = self.client or active_client()
         if client is not None and self.source.travels:
-            return Scheduler.on_cluster(client, native_threads(client))
+            return Scheduler.on_cluster(client, native_threads(client), wait=wait)
         if client is not None:
             log.warning("%s lies behind a handle that other processes cannot open: it is computed here", self.label)
         if probe is None:
@@ -307,10 +307,21 @@ class Declared:
             log.warning("%s: results travel to the driver, which writes them: %s", self.process_name, reason)
         return not reason
 
-    def blocks(self, remaining: Runs, scheduler: Scheduler, probe: Probe | None, *, driver_writes: bool) -> BlockSizes:
-        """Divide what remains into blocks that fit into memory and last about a second, less toward the end."""
+    def blocks(
+        self,
+        remaining: Runs,
+        scheduler: Scheduler,
+        probe: Probe | None,
+        *,
+        driver_writes: bool,
+        limit: int | None = None,
+    ) -> BlockSizes:
+        """Divide what remains into blocks that fit into memory and last about a second, less toward the end.
+
+        `limit` are the bytes allowed if that was found before: what is available becomes less by what the run takes.
+        """
         memory = self.memory(probe)
-        limit = self.limit_bytes()
+        limit = self.limit_bytes() if limit is None else limit
         beside, rows = memory.fit(limit, scheduler.n_on_machine, driver_writes=driver_writes)
         workers = beside
         if workers == scheduler.n_on_machine:  # else it is not known on which machines fewer blocks would be
@@ -342,7 +353,7 @@ class Declared:
             group = self.place.results(chosen.name)
             remaining = remaining_positions(group, self.n_positions, self.status_name)
             probe = stored_probe(group)
-        scheduler = self.scheduler(kernel, probe, remaining.n_positions)
+        scheduler = self.scheduler(kernel, probe, remaining.n_positions, wait=False)
         sizes = self.blocks(remaining, scheduler, probe, driver_writes=self.place.lock_path is None)
         memory = sizes.memory
         rows = min(sizes.plan.max_positions, max(1, remaining.n_positions))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import pickle
 import signal
 import socket
@@ -591,7 +592,11 @@ def test_a_block_that_is_tried_again_while_it_is_alone_is_begun(stage: Stage) ->
     assert outcome["error"] == "FunctionError", outcome
     assert f"at position {FIRST} of" in outcome["text"]
     assert "MemoryError: no room" in outcome["text"]
-    assert np.flatnonzero(~stage.check()).tolist() == [FIRST]
+    undone = set(np.flatnonzero(~stage.check()).tolist())
+    died_with_it = set(
+        map(int, re.findall(r"the workers that had the block of positions (\d+) to \1 died", stage.log()))
+    )
+    assert FIRST in undone <= died_with_it  # others that stood in the queue of both, when the run stopped
     assert times(stage.begun())[FIRST] == 2 + 5
 
 

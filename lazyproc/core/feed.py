@@ -113,11 +113,11 @@ class BlockFeed:
         """Return the positions of which no block was made yet."""
         return self._remaining.clip(self._stop, 2**63 - 1)
 
-    def share(self, n_workers: int) -> None:
-        """Divide the rest anew, for another number of workers."""
+    def share(self, n_workers: int, most: int) -> None:
+        """Divide the rest anew, for another number of workers; memory allows so many positions a block."""
         self._set_workers(n_workers)
         self._forget()
-        self._divide_rest(self._expected)
+        self.resize(most)
 
     def note(self, n_positions: int, seconds: float, rest: Block | None = None) -> None:
         """Take note of a block that is done: how many positions it had, how long it took, what was given back of it."""

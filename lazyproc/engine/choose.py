@@ -12,7 +12,7 @@ from typing import Any
 from lazyproc.core.blocks import Block
 from lazyproc.core.learn import Room
 from lazyproc.core.probe import Probe
-from lazyproc.engine.cluster import count_threads, most_on_machine
+from lazyproc.engine.cluster import count_threads, most_on_machine, threads_now
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.distant import run_client
 from lazyproc.engine.kernel import Kernel, pack
@@ -70,9 +70,10 @@ class Scheduler:
     most: int | None = None
 
     @classmethod
-    def on_cluster(cls, client: Any, worker_threads: int = 1) -> Scheduler:
-        """Return the scheduler of a cluster as it is now."""
-        return cls("client", count_threads(client), client, most_on_machine(client), worker_threads)
+    def on_cluster(cls, client: Any, worker_threads: int = 1, *, wait: bool = True) -> Scheduler:
+        """Return the scheduler of a cluster as it is now, or as it is when there are workers."""
+        n_threads = count_threads(client) if wait else max(1, threads_now(client))
+        return cls("client", n_threads, client, most_on_machine(client), worker_threads)
 
     def resized(self, n_threads: int) -> Scheduler:
         """Return the scheduler of a cluster that has another number of threads by now."""

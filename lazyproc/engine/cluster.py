@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lazyproc.core.blocks import Block
@@ -47,20 +47,26 @@ def count_threads(client: Any) -> int:
     """
     if client.status not in ("running", "connecting"):
         raise WorkerError(f"client: it is {client.status}. Give one that is open, or leave it out.")
-    return _count(client) or _wait_for_workers(client)
+    return threads_now(client) or _wait_for_workers(client)
 
 
-def _count(client: Any) -> int:
+def threads_now(client: Any) -> int:
+    """Return how many blocks the cluster computes at a time at the moment; 0 without workers."""
     return int(sum(answer(client, client.scheduler.ncores(), "how many threads are there?").values()))
 
 
+def call_for_worker(client: Any) -> Any:
+    """Have a task wait, to be released: a cluster that adapts to its tasks starts no worker without."""
+    return client.submit(int, key=f"wait-for-workers-{uuid.uuid4().hex}", pure=False)
+
+
 def _wait_for_workers(client: Any) -> int:
-    """Wait until there are workers; a task waits, too, since a cluster that adapts to its tasks starts none without."""
+    """Wait until there are workers."""
     begin = time.monotonic()
     tell, give_up = begin + _TELL_SECONDS, begin + PATIENCE_SECONDS
-    task = client.submit(int, key=f"wait-for-workers-{uuid.uuid4().hex}", pure=False)
+    task = call_for_worker(client)
     try:
-        while not (threads := _count(client)):
+        while not (threads := threads_now(client)):
             now = time.monotonic()
             if now > give_up and not are_coming(client):
                 raise WorkerError(
@@ -80,14 +86,29 @@ def _wait_for_workers(client: Any) -> int:
 def least_busy(client: Any) -> str | None:
     """Return the address of the worker with the fewest tasks a thread; None if there are no workers.
 
+    One that pauses for lack of memory, and so begins nothing, only if all do.
+
     Raises
     ------
     WorkerError
         If the scheduler does not answer.
     """
-    threads: dict[str, int] = answer(client, client.scheduler.ncores(), "how many threads are there?")
+    workers: dict[str, Any] = answer(client, client.scheduler.identity(), "who is there?")["workers"]
     tasks: dict[str, Any] = answer(client, client.scheduler.processing(), "what are the workers doing?")
-    return min(threads, key=lambda one: len(tasks.get(one, ())) / max(1, threads[one]), default=None)
+
+    def load(address: str) -> tuple[bool, float]:
+        worker = workers[address]
+        return worker.get("status") != "running", len(tasks.get(address, ())) / max(1, worker["nthreads"])
+
+    return min(workers, key=load, default=None)
+
+
+def submit(client: Any, call: Callable[..., Any], packed: bytes, **options: Any) -> Any:
+    """Submit a call with a packed kernel, which may be large: Dask need not warn of that."""
+    import dask
+
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": 2 * len(packed) + 10**7}):
+        return client.submit(call, packed, pure=False, **options)
 
 
 def is_elastic(client: Any) -> bool:

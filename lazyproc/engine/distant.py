@@ -21,7 +21,16 @@ from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import BlockTakenError, WorkerError
-from lazyproc.engine.cluster import block_graph, count_threads, is_elastic, is_gone, least_busy
+from lazyproc.engine.cluster import (
+    block_graph,
+    call_for_worker,
+    is_elastic,
+    is_gone,
+    least_busy,
+    submit,
+    threads_now,
+    was_sent_away,
+)
 from lazyproc.engine.failure import Failure
 from lazyproc.engine.kernel import Kernel, Receipt, pack_for_cluster
 from lazyproc.engine.local import TICK, Receipts, Stopping, never
@@ -130,9 +139,11 @@ class _ClusterRun:
         self._fetches: dict[Future[Any], list[Any]] = {}
         self._fetched = 0.0
         self._elastic = is_elastic(client)
-        self._n_threads = count_threads(client)
+        self._n_threads = threads_now(client)
         self._pulse = Pulse(client, self._n_threads, elastic=self._elastic)
         self._n_done, self._seconds = 0, 0.0
+        self._call: Any = None
+        self._at_work: Future[dict[str, Any]] | None = None
 
     # -- starting blocks ---------------------------------------------------------------------------------------------
 
@@ -142,7 +153,7 @@ class _ClusterRun:
             self._pulse.check()
             if self._pulse.is_connected():
                 self._look_for_workers()
-                has_more = not self._stopping() and self._start_more()
+                has_more = self._leave_undone() if self._stopping() else self._start_more()
                 if not self._pending and not has_more:
                     return
                 if self._pulse.is_stuck() and not self._finished and not self._fetches:
@@ -150,12 +161,14 @@ class _ClusterRun:
             yield from self._turn()
             under_way = self._pending and not (self._finished or self._fetches)
             if self._bound and under_way and self._pulse.is_connected() and is_gone(self._client, self._bound):
-                yield self._lost(self._let_go(next(iter(self._pending))), WorkerError(f"{self._bound} has died."))
+                block, error = self._let_go(next(iter(self._pending))), WorkerError(f"{self._bound} has died.")
+                sent_away = was_sent_away(self._client, self._bound)
+                yield self._try_again(block, error) if sent_away else self._lost(block, error)
 
     def _look_for_workers(self) -> None:
         """Tell of workers that have come or gone."""
-        if self._on_workers is not None and self._pulse.n_threads not in (0, self._n_threads):
-            self._n_threads = self._pulse.n_threads
+        if self._on_workers is not None and self._pulse.n_all not in (0, self._n_threads):
+            self._n_threads = self._pulse.n_all
             self._most = self._on_workers(self._n_threads)
 
     def _room(self) -> int:
@@ -181,6 +194,7 @@ class _ClusterRun:
                 address = least_busy(self._client)
                 if address is None:
                     self._again.extendleft(blocks)
+                    self._call = self._call or call_for_worker(self._client)
                     return True
                 self._bound = address
                 where = {"workers": [address], "allow_other_workers": False}
@@ -190,6 +204,18 @@ class _ClusterRun:
             futures = self._client.get(graph, keys, sync=False, fifo_timeout="0s", **where)
             self._pending.update(zip(futures, blocks, strict=True))
             self._done.update(futures)
+            self._call = None  # a task waits by now
+        return False
+
+    def _leave_undone(self) -> bool:
+        """Take back what no worker has, where more is given than workers can have; nothing is left to start then."""
+        if self._at_work is not None and self._at_work.done():
+            if not self._at_work.cancelled() and self._at_work.exception() is None:
+                begun = {str(key) for keys in self._at_work.result().values() for key in keys}
+                self._client.cancel([future for future in self._pending if str(future.key) not in begun])
+            self._at_work, self._elastic = None, False  # once is enough
+        elif self._elastic and self._at_work is None:
+            self._at_work = ask(self._client, self._client.scheduler.processing())
         return False
 
     def _start_over(self) -> None:
@@ -213,11 +239,8 @@ class _ClusterRun:
         if len(self._packed) <= _INLINE_BYTES:
             return self._packed
         if self._sent is None or self._sent.status in ("cancelled", "error"):
-            import dask
-
             key = (f"kernel-{self._name}", next(self._number))
-            with dask.config.set({"distributed.admin.large-graph-warning-threshold": 2 * len(self._packed) + 10**7}):
-                self._sent = self._client.submit(bytes, self._packed, key=key, pure=False)
+            self._sent = submit(self._client, bytes, self._packed, key=key)
         return self._sent
 
     # -- taking receipts ---------------------------------------------------------------------------------------------
@@ -355,6 +378,7 @@ class _ClusterRun:
     def close(self) -> None:
         """Drop what is under way, and let nothing of it be written anymore."""
         self._pulse.close()
+        self._call = None
         for fetch in self._fetches:
             fetch.cancel()
         if self._claims is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
@@ -20,6 +21,8 @@ _ELASTIC_SECONDS = 2.0
 _STUCK = 2
 """So many times longer workers may do nothing: longer in all, with all attempts, than Dask keeps one that is mute."""
 _GO_ON = "All that was finished is kept; the same call goes on from there, on another cluster, or without a client."
+
+log = logging.getLogger("lazyproc")
 
 
 def ask(client: Any, question: Coroutine[Any, Any, Any]) -> Future[Any]:
@@ -63,7 +66,10 @@ def are_coming(client: Any) -> bool:
     cluster = getattr(client, "cluster", None)
     if cluster is None or isinstance(cluster, LocalCluster):
         return False
-    return bool(set(getattr(cluster, "plan", ())) - set(getattr(cluster, "observed", ())))
+    try:  # numbers, since names need not be the same; `requested` forgets those that have died, `plan` does not
+        return len(cluster.requested) > len(cluster.observed)
+    except (AttributeError, RuntimeError):  # not that kind of cluster; or its own thread has just changed it
+        return False
 
 
 class Pulse:
@@ -81,7 +87,9 @@ class Pulse:
     Attributes
     ----------
     n_threads : int
-        The same, kept up to date: workers may go and come.
+        The same, kept up to date: workers may go and come, and pause for lack of memory.
+    n_all : int
+        With those of workers that pause.
 
     Notes
     -----
@@ -95,7 +103,8 @@ class Pulse:
     """
 
     def __init__(self, client: Any, n_threads: int, *, elastic: bool = False) -> None:
-        self.n_threads = n_threads
+        self.n_threads = self.n_all = n_threads
+        self._told = 0.0
         self._busy_seconds = _ELASTIC_SECONDS if elastic else _BUSY_SECONDS
         self._client = client
         self._address = _address(client)
@@ -141,11 +150,19 @@ class Pulse:
                 f"client: the scheduler of the cluster {self._address} has not answered for {PATIENCE_SECONDS:g} s, "
                 f"though the connection stands: it is stopped, or overloaded. {_GO_ON}"
             )
-        if self._too_long("away") and not are_coming(self._client):
+        if self._too_long("away"):
+            self._bear_absence()
+
+    def _bear_absence(self) -> None:
+        """Wait for workers that are on their way, and say so once a minute."""
+        if not are_coming(self._client):
             raise WorkerError(
                 f"client: the cluster {self._address} has had no worker that takes tasks for {PATIENCE_SECONDS:g} s "
                 f"({self._workers}). {_GO_ON}"
             )
+        if self._looked - self._told > PATIENCE_SECONDS:
+            self._told = self._looked
+            log.warning("waiting for workers that the cluster %s has asked for: %s", self._address, self._workers)
 
     def is_stuck(self) -> bool:
         """Tell whether workers have been there for long without one of them at a task."""
@@ -180,6 +197,7 @@ class Pulse:
         counts = [one.get("metrics", {}).get("task_counts", {}) for one in workers.values()]
         executing = sum(count.get("executing", 0) + count.get("long-running", 0) for count in counts)
         self.n_threads = sum(one["nthreads"] for one in running)
+        self.n_all = sum(one["nthreads"] for one in workers.values())
         self._workers = f"{len(workers)} paused, as they do for lack of memory" if workers else "all workers are gone"
         self._note("away", not running and not executing)
         self._note("idle", bool(running) and not executing)

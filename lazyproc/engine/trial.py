@@ -17,7 +17,7 @@ from lazyproc.core.blocks import Block
 from lazyproc.core.errors import WorkerError
 from lazyproc.core.probe import Probe, run_probe
 from lazyproc.core.runs import Runs
-from lazyproc.engine.cluster import count_threads, is_elastic, is_gone, least_busy, was_sent_away
+from lazyproc.engine.cluster import count_threads, is_elastic, is_gone, least_busy, submit, was_sent_away
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import FailedElsewhere, Failure
 from lazyproc.engine.kernel import Kernel, failure_of
@@ -148,7 +148,7 @@ def try_on_cluster(client: Any, packed: bytes, trial: Trial) -> Probe | Failure:
         finally:
             pulse.close()
     raise WorkerError(
-        f"client: {_ATTEMPTS} workers of the cluster {client.scheduler.address} were sent away, or cut off, "
+        f"client: {_ATTEMPTS} workers of the cluster {client.scheduler.address} were sent away, or gave no answer, "
         "while they tried the function on a few positions. Give a cluster whose workers stay."
     )
 
@@ -163,6 +163,8 @@ def _wait_for(question: Any, client: Any, address: str, pulse: Pulse, trial: Tri
         made = question.result()
     except (OSError, CancelledError):  # of the connection to the scheduler
         return None
+    except Exception as error:  # of a worker that cannot load what it is to do
+        return trial.failure(error)
     if isinstance(made, dict):
         made = made.get(address)
     if made is None or isinstance(made, OSError):  # of the scheduler's connection to the worker
@@ -198,7 +200,7 @@ def _aside(client: Any, packed: bytes, trial: Trial, address: str) -> Iterator[F
 def _as_task(client: Any, packed: bytes, trial: Trial, address: str) -> Iterator[Future[Any]]:
     """Have a worker make the probe as a task that nobody else gets."""
     key = f"try-{uuid.uuid4().hex}"
-    task = client.submit(trial.answer, packed, key=key, workers=[address], allow_other_workers=False, pure=False)
+    task = submit(client, trial.answer, packed, key=key, workers=[address], allow_other_workers=False)
     question = ask(client, client.gather(task, asynchronous=True))
     try:
         yield question
