@@ -593,9 +593,7 @@ def test_a_block_that_is_tried_again_while_it_is_alone_is_begun(stage: Stage) ->
     assert f"at position {FIRST} of" in outcome["text"]
     assert "MemoryError: no room" in outcome["text"]
     undone = set(np.flatnonzero(~stage.check()).tolist())
-    died_with_it = set(
-        map(int, re.findall(r"the workers that had the block of positions (\d+) to \1 died", stage.log()))
-    )
+    named = re.findall(r"the workers that had the block of positions (\d+) to \1 died", stage.log())
     assert FIRST in undone <= set(map(int, named))  # others that stood in the queue of both, when the run stopped
     assert times(stage.begun())[FIRST] == 2 + 5
 
