@@ -52,8 +52,11 @@ _HALVED = 30
 """So many blocks that end their workers may be halved to find out which positions do."""
 _FETCHES = 4
 """So many requests for receipts are under way at a time; where results travel in them, one receipt each."""
-_FETCH_SECONDS = 0.05
-"""Receipts that come within so long are fetched together: each request costs the scheduler and all workers asked."""
+_FETCH_SECONDS, _FETCH_SHARE = 0.05, 1 / 30
+"""Receipts that come within so long, or such a part of the time that a block takes, are fetched together: each request
+costs the scheduler and all workers asked."""
+_LATELY = 16
+"""About so many blocks tell how long one takes at the moment."""
 
 log = logging.getLogger("lazyproc")
 
@@ -141,7 +144,7 @@ class _ClusterRun:
         self._elastic = is_elastic(client)
         self._n_threads = threads_now(client)
         self._pulse = Pulse(client, self._n_threads, elastic=self._elastic)
-        self._n_done, self._seconds = 0, 0.0
+        self._block_seconds = 0.0
         self._call: Any = None
         self._at_work: Future[dict[str, Any]] | None = None
 
@@ -176,8 +179,8 @@ class _ClusterRun:
         if self._alone:
             return 1
         ahead = _WINDOW
-        if self._elastic and self._n_done:
-            ahead = max(ahead, min(_MOST_AHEAD, math.ceil(_AHEAD_SECONDS * self._n_done / max(self._seconds, 1e-9))))
+        if self._elastic and self._block_seconds:
+            ahead = max(ahead, min(_MOST_AHEAD, math.ceil(_AHEAD_SECONDS / self._block_seconds)))
         room = ahead * max(1, self._pulse.n_threads)
         return room if self._most is None else min(room, self._most)
 
@@ -284,7 +287,7 @@ class _ClusterRun:
         size = 1 if self._claims is None else len(self._finished)
         computed = len(self._pending) - len(self._finished) - sum(map(len, self._fetches.values()))
         if self._claims is not None and computed >= self._pulse.n_threads:
-            if time.monotonic() < self._fetched + _FETCH_SECONDS:
+            if time.monotonic() < self._fetched + min(_FETCH_SECONDS, _FETCH_SHARE * self._block_seconds):
                 return
             self._fetched = time.monotonic()
         while self._finished and len(self._fetches) < _FETCHES:
@@ -308,7 +311,7 @@ class _ClusterRun:
         if failure is None and self._claims is not None and not self._claims.settle(block, receipt.attempt):
             return self._try_again(block, BlockTakenError("Another worker was given the block meanwhile."))
         self._deaths = 0
-        self._n_done, self._seconds = self._n_done + 1, self._seconds + receipt.seconds
+        self._block_seconds += (receipt.seconds - self._block_seconds) / (_LATELY if self._block_seconds else 1)
         return receipt
 
     def _failed(self, future: Any) -> Receipt | None:
