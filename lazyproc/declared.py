@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import logging
 import math
@@ -11,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import h5py
+import numpy as np
 import psutil
 from numpy.typing import NDArray
 
 from lazyproc.core.blocks import BlockPlan
+from lazyproc.core.errors import ParameterError
 from lazyproc.core.identity import code_hash
 from lazyproc.core.memory import MemoryModel
 from lazyproc.core.parameters import arguments_text
@@ -144,7 +148,7 @@ class Declared:
             n_positions=self.n_positions,
             process_name=self.process_name.replace("-", "_"),
             parameters=self.parameters,
-            arguments=arguments_text(args, kwargs),
+            arguments=_all_arguments(self.function, args, kwargs),
             outputs=self.outputs,
             code=self._code(),
             status_name=self.status_name,
@@ -216,8 +220,8 @@ class Declared:
         return Kernel(
             self.function,
             self.vectorized,
-            args,
-            keywords,
+            tuple(map(_own, args)),
+            {name: _own(value) for name, value in keywords.items()},
             self.outputs,
             self.source,
             sink,
@@ -416,6 +420,29 @@ class BlockSizes:
     limit: int
     projected: int
     most_positions: int
+
+
+def _own(value: Any) -> Any:
+    """Return a copy of a value that the function could change: what was given is what is stored, and compared."""
+    if not isinstance(value, list | dict | set | bytearray | np.ndarray):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # something in it cannot be copied
+        return value
+
+
+def _all_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Write the arguments as a text, with those that were bound to the function by `functools.partial`."""
+    bound: tuple[Any, ...] = ()
+    named: dict[str, Any] = {}
+    while isinstance(function, functools.partial):
+        bound, named = (*function.args, *bound), {**function.keywords, **named}
+        function = function.func
+    try:
+        return arguments_text((*bound, *args), {**named, **kwargs})
+    except ParameterError:  # what is bound need not have a form that can be stored, and has never been stored
+        return arguments_text(args, kwargs)
 
 
 def stored_probe(group: h5py.Group) -> Probe | None:

@@ -17,6 +17,9 @@ from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.place import HandlePlace, Place
 from lazyproc.hook_loop import locked
 
+_MOST_LINKS = 16
+"""Links from file to file that are followed: as many as HDF5 follows."""
+
 
 def open_main(main: str | h5py.Dataset, files: Files, *, writable: bool) -> tuple[str | None, h5py.Dataset]:
     """Open the main dataset; old hooks write through its handle, so it is opened for writing for them."""
@@ -25,6 +28,12 @@ def open_main(main: str | h5py.Dataset, files: Files, *, writable: bool) -> tupl
         return None, main
     path, name = split_address(main, "h5_main")
     file = files.open(path, "h5_main")
+    for _ in range(_MOST_LINKS):
+        linked = _external(file, path, name)
+        if linked is None:
+            break
+        path, name = linked
+        file = files.open(path, "h5_main")
     with reading(f"h5_main: {path}::{name}", "Restore the file from a copy."):
         found = file.get(name)
     if not isinstance(found, h5py.Dataset):
@@ -34,6 +43,36 @@ def open_main(main: str | h5py.Dataset, files: Files, *, writable: bool) -> tupl
             "'scan.h5::/Measurement_000/Channel_000/Raw_Data'."
         )
     return path, files.open_for_writing(path)[name] if writable and os.access(path, os.W_OK) else found
+
+
+def _external(file: h5py.File, path: str, name: str) -> tuple[str, str] | None:
+    """Return the file, and the path in it, that an address leads to through a link to another file.
+
+    Files are opened as Python's, which do not know their folder: HDF5 would look for the other file elsewhere.
+    """
+    parts = name.strip("/").split("/")
+    for count in range(1, len(parts) + 1):
+        try:
+            link = file.get("/".join(parts[:count]), getlink=True)
+        except Exception:  # whatever is wrong will be said when the dataset is opened
+            return None
+        if isinstance(link, h5py.ExternalLink):
+            rest = [link.path.strip("/"), *parts[count:]]
+            return os.path.join(os.path.dirname(path), link.filename), "/" + "/".join(rest)
+        if link is None:
+            return None
+    return None
+
+
+def stamp_of(path: str | None) -> tuple[int, ...]:
+    """Return what tells that a file was changed: its inode, size and time of change; nothing for an open handle."""
+    if path is None:
+        return ()
+    try:
+        status = os.stat(path)
+    except OSError:  # will be said when it is opened
+        return (0,)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def target_handle(place: Place, main_path: str | None, main: h5py.Dataset, files: Files) -> h5py.Group:

@@ -27,7 +27,7 @@ from lazyproc.arguments import (
     check_verify,
 )
 from lazyproc.collective import perform_together
-from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, DefinitionError
+from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, DefinitionError, FileChangedError
 from lazyproc.core.events import Listener
 from lazyproc.core.plan import Plan, html_table
 from lazyproc.core.runs import Runs
@@ -39,13 +39,13 @@ from lazyproc.engine.mpi import mpi_attributes
 from lazyproc.hdf5.files import Files, check_heaps
 from lazyproc.hdf5.place import place_of
 from lazyproc.hdf5.search import Found, examine
-from lazyproc.hdf5.source import source_of
+from lazyproc.hdf5.source import ExtentSource, source_of
 from lazyproc.holding import flush_for_views
 from lazyproc.hook_ranks import opened_together
 from lazyproc.hooks import HookContract
 from lazyproc.main_handle import MainDatasetHandle
-from lazyproc.opening import open_main, target_handle
-from lazyproc.perform import compute_here, perform
+from lazyproc.opening import open_main, stamp_of, target_handle
+from lazyproc.perform import compute_here, perform, warn_of
 from lazyproc.progress import ProgressBar
 from lazyproc.results import lazy_results, path_of_group
 from lazyproc.retry import retry
@@ -193,6 +193,7 @@ class Process(HookContract):
             self.mpi_comm, self.mpi_rank, self.mpi_size = mpi_attributes(self._client)
             with self._logging():
                 if self._declares:
+                    self._stamp = stamp_of(self._main_path)
                     self._source = source_of(self.h5_main, self._main_path)
                     self._look(self._declared(), (), {})
                 else:
@@ -216,6 +217,7 @@ class Process(HookContract):
             raise ArgumentValueError(
                 f"{self.process_name}: the main dataset's file is closed. Open it again and make a new Process."
             )
+        self._look_again()
         return Declared(
             process_name=check_name(self.process_name),
             main=self.h5_main,
@@ -236,6 +238,31 @@ class Process(HookContract):
             status_name=self._status_dset_name,
             max_failures=check_max_failures(self.max_failures) if self._on_error == "record" else None,
         )
+
+    def _look_again(self) -> None:
+        """Open the main dataset anew if its file was changed since: another one may have been put in its place."""
+        stamp = stamp_of(self._main_path)
+        if stamp == self._stamp:
+            return
+        address, files = f"{self._main_path}::{self.h5_main.name}", Files()
+        try:
+            path, dataset = open_main(address, files, writable=False)
+            if (dataset.shape, dataset.dtype) != (self.h5_main.shape, self.h5_main.dtype):
+                raise FileChangedError(
+                    f"h5_main: {address} has the shape {dataset.shape} and dtype {dataset.dtype} now; it had "
+                    f"{self.h5_main.shape} and {self.h5_main.dtype} when this Process was made. Make a new one."
+                )
+            main = MainDatasetHandle(dataset)
+            source = source_of(main, path)
+        except BaseException:
+            files.close()
+            raise
+        self._stamp = stamp
+        if isinstance(source, ExtentSource) and source == self._source:
+            files.close()
+            return
+        self._files.take(files)
+        self.h5_main, self._source = main, source
 
     def _look(self, declared: Declared, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look for results of the same work and keep what is found."""
@@ -411,6 +438,7 @@ class Process(HookContract):
             raise
         finally:
             self._chosen = None
+        self._stamp = stamp_of(self._main_path)  # no one else wrote meanwhile
         self._look(declared, args, kwargs)
         self.h5_results_grp = self._place.results(name)
         return self.h5_results_grp
@@ -477,6 +505,9 @@ class Process(HookContract):
         kernel = declared.kernel(args, kwargs)
         found = declared.found(work)
         committed = self._committed(found)
+        for one in found:
+            if committed is not None and one.name == committed.name:
+                warn_of(one)
         return lazy_results(
             self.h5_main,
             self._outputs,

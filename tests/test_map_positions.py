@@ -157,3 +157,56 @@ def test_what_is_wrong_is_said(address):
 
 def fail(spectrum):
     return 1 / 0
+
+
+# -- what makes two calls the same ------------------------------------------------------------------------------------
+
+
+def changes_its_parameters(spectrum, offsets, seen):
+    offsets -= offsets.mean()
+    seen.append(1)
+    return spectrum.mean() + offsets[0]
+
+
+def test_what_a_function_does_to_its_parameters_is_not_stored(address):
+    offsets, seen = np.array([1.0, 3.0]), [0]
+    options = {"params": {"offsets": offsets, "seen": seen}, "cores": 1}
+    first = lazyproc.map_positions(changes_its_parameters, address, MEAN, **options)
+    assert offsets.tolist() == [1.0, 3.0]
+    assert seen == [0]
+    assert first.attrs["offsets"].tolist() == [1.0, 3.0]
+    assert lazyproc.map_positions(changes_its_parameters, address, MEAN, **options).name == first.name
+
+
+def test_arguments_bound_to_a_function_make_a_difference(address):
+    def means(weight):
+        function = functools.partial(mean_of, weight=weight)
+        return lazyproc.map_positions(function, address, MEAN, cores=1)
+
+    groups = [means(weight) for weight in (2.0, 3.0, 2.0)]
+    assert groups[0].name == groups[2].name != groups[1].name
+    for group, weight in zip(groups, (2.0, 3.0, 2.0), strict=True):
+        np.testing.assert_allclose(group["Out"][:, 0], weight * raw(address).mean(1, dtype=float))
+
+
+def test_bound_arguments_without_a_form_to_be_stored_are_let_be(address):
+    function = functools.partial(takes_an_object, scale=Scale())
+    group = lazyproc.map_positions(function, address, MEAN, cores=1)
+    assert lazyproc.map_positions(function, address, MEAN, cores=1).name == group.name
+
+
+class Scale:
+    """An object that no file can hold."""
+
+    factor = 2.0
+
+
+def takes_an_object(spectrum, scale):
+    return scale.factor * spectrum.mean()
+
+
+def test_a_view_of_what_another_function_has_computed_says_so(address, caplog):
+    lazyproc.map_positions(lambda spectrum: mean_of(spectrum, 1.0), address, MEAN, cores=1)
+    caplog.clear()
+    lazyproc.map_positions(lambda spectrum: mean_of(spectrum, 9.0), address, MEAN, lazy=True)
+    assert "code has changed" in caplog.text

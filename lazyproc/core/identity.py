@@ -19,6 +19,8 @@ import hashlib
 import inspect
 import linecache
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +35,9 @@ _BYTE = f"byte{sys.version_info.major}{sys.version_info.minor}"
 _FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Import = ast.Import | ast.ImportFrom
+_PARSING = threading.Lock()
+"""Some versions of Python fail (SystemError) where two threads parse or compile at a time: CPython's issue 106905."""
+_TRIES = 10
 _CONSTANTS = (bool, int, float, complex, str, bytes, np.generic, np.ndarray)
 
 
@@ -241,18 +246,26 @@ def _read(code: types.CodeType) -> _File | None:
 
     The two differ: a call `np.mean(x)` compiles to other instructions where `np` is imported by the same unit.
     """
+    for _ in range(_TRIES):
+        try:
+            with _PARSING:
+                return _parse(code)
+        except SystemError:  # whoever else uses syntax trees, as NumPy does for some dtypes, has other locks
+            time.sleep(0.01)
+        except (OSError, TypeError, SyntaxError, ValueError, IndexError, RecursionError):
+            break
+    return None
+
+
+def _parse(code: types.CodeType) -> _File:
     codes: dict[tuple[str, int], list[types.CodeType]] = {}
-    try:
-        lines = _lines(code)
-        tree = ast.parse("".join(lines))
-        units = [tree, *(ast.Module([statement], []) for statement in tree.body if not isinstance(statement, _Import))]
-        for unit in units:
-            flags = code.co_flags & _FUTURE_FLAGS
-            compiled = compile(unit, code.co_filename, "exec", flags=flags, dont_inherit=True)
-            for one in _codes(compiled):
-                codes.setdefault((one.co_name, one.co_firstlineno), []).append(one)
-    except (OSError, TypeError, SyntaxError, ValueError, IndexError, RecursionError):
-        return None
+    tree = ast.parse("".join(_lines(code)))
+    units = [tree, *(ast.Module([statement], []) for statement in tree.body if not isinstance(statement, _Import))]
+    for unit in units:
+        flags = code.co_flags & _FUTURE_FLAGS
+        compiled = compile(unit, code.co_filename, "exec", flags=flags, dont_inherit=True)
+        for one in _codes(compiled):
+            codes.setdefault((one.co_name, one.co_firstlineno), []).append(one)
     return _File(tree, codes)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lazyproc.core.blocks import Block
-from lazyproc.core.errors import WorkerError
+from lazyproc.core.errors import ArgumentValueError, WorkerError
 from lazyproc.engine.kernel import run_packed
 from lazyproc.engine.pulse import PATIENCE_SECONDS, answer, are_coming
 
@@ -27,14 +27,28 @@ log = logging.getLogger("lazyproc")
 
 
 def active_client() -> Any | None:
-    """Return the distributed Client that is active in this process, if there is one; imports nothing."""
+    """Return the distributed Client that is active in this process, if there is one; imports nothing.
+
+    None in a task of a cluster: it would wait for other tasks while it keeps them from being done.
+
+    Raises
+    ------
+    ArgumentValueError
+        If it is an asynchronous one, and this is its event loop, which an answer would have to come through.
+    """
     distributed = sys.modules.get("distributed")
-    if distributed is None:
+    if distributed is None or hasattr(distributed.worker.thread_state, "execution_state"):
         return None
     try:
-        return distributed.default_client()
+        client = distributed.default_client()
     except ValueError:
         return None
+    if client.asynchronous:
+        raise ArgumentValueError(
+            "client: the active client is an asynchronous one; expected a synchronous one. Call this in a thread "
+            "(asyncio.to_thread), or while no asynchronous client is active."
+        )
+    return client
 
 
 def count_threads(client: Any) -> int:

@@ -27,6 +27,11 @@ def end_of(superblock: bytes) -> int | None:
     return end if base == 0 else None
 
 
+def is_marked(superblock: bytes) -> bool:
+    """Tell whether a file is marked as open for writing, as those with superblocks of version 3 are."""
+    return superblock[:9] == _SIGNATURE + b"\x03" and bool(superblock[11] & 0b101)
+
+
 def check_end(file: h5py.File, superblock: bytes, size: int, path: str) -> None:
     """Make sure that nothing of a file lies beyond the place where HDF5 believes it to end.
 

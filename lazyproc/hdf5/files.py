@@ -128,6 +128,11 @@ class Files:
         self._opened.append((file, None))
         return file
 
+    def take(self, others: Files) -> None:
+        """Take over what another owner has opened."""
+        self._opened += others._opened
+        others._opened = []
+
     def close(self) -> None:
         """Close them all; groups and datasets handed out from them become invalid."""
         while self._opened:

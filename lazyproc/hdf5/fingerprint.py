@@ -76,7 +76,7 @@ def _pieces(dataset: h5py.Dataset, source: Source, everything: bool, path: str |
             inode = source.inode if isinstance(source, FileSource | ChunkSource) else None
             yield from _raw(path, inode, [(place, size) for _, place, size in places], everything)
     else:
-        yield from _values(dataset, everything)
+        yield from _values(dataset, source if isinstance(source, FileSource) else None, everything)
 
 
 def _holds_back(file: h5py.File) -> bool:
@@ -143,11 +143,14 @@ def _samples(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return chosen
 
 
-def _values(dataset: h5py.Dataset, everything: bool) -> Iterator[bytes]:
+def _values(dataset: h5py.Dataset, source: FileSource | None, everything: bool) -> Iterator[bytes]:
+    """Yield values as they are read: by their path where there is one, which parts in other files are found from."""
     n_positions = int(dataset.shape[0])
     rows = max(1, _PIECE // max(1, dataset.shape[1] * dataset.dtype.itemsize))
     starts = range(0, n_positions, rows)
     if not everything and len(starts) > _SAMPLES:
         starts = np.linspace(0, n_positions - rows, _SAMPLES).astype(int).tolist()
     for start in starts:
-        yield np.ascontiguousarray(dataset[start : start + rows]).tobytes()
+        stop = min(start + rows, n_positions)
+        values = dataset[start:stop] if source is None else source.rows([(start, stop)])
+        yield np.ascontiguousarray(values).tobytes()

@@ -22,7 +22,7 @@ from lazyproc.core.runs import Runs
 from lazyproc.hdf5.extents import Extent, using
 from lazyproc.hdf5.room import reserve, writing
 from lazyproc.hdf5.sink import Sink, opened
-from lazyproc.hdf5.transaction import share_lock
+from lazyproc.hdf5.transaction import refuse_marked, share_lock
 
 _PIECE = 2**24
 
@@ -80,6 +80,7 @@ class InPlaceTarget:
             self._descriptor = self._descriptors[mask.path]
             if sink.shares_lock:
                 share_lock(self._descriptor, mask.path)
+                refuse_marked(self._descriptor, mask.path)
             for extent in (*sink.extents, mask):  # a copy of partial results may have holes
                 size = extent.stop - extent.offset
                 reserve(self._descriptors[extent.path], extent.offset, size, extent.path, extent.name)

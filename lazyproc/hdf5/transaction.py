@@ -28,7 +28,7 @@ import h5py
 
 from lazyproc.core.errors import FileBusyError, ReadOnlyFileError
 from lazyproc.hdf5.durable import JournalError, sync_folder, write_all
-from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end, end_of
+from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end, end_of, is_marked
 from lazyproc.hdf5.extents import check_same_file
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.journal_file import read_journal_file, understood
@@ -76,6 +76,8 @@ def transaction(path: str, same: FileId | None = None) -> Iterator[h5py.File]:
     """
     recover(path)
     with _held(path) as descriptor:
+        refuse_marked(descriptor, path)
+        _refuse_own_handles(descriptor, path)
         if same is not None:
             check_same_file(descriptor, path, same, "the results")
         _cut_off_rest(descriptor, path)
@@ -120,6 +122,39 @@ def _held(path: str) -> Iterator[int]:
         os.close(descriptor)
 
 
+def refuse_marked(descriptor: int, path: str) -> None:
+    """Raise if a file is marked as being written: HDF5 gives up its lock where a writer has begun SWMR.
+
+    Raises
+    ------
+    FileBusyError
+        If it is. HDF5's own tools would not open it for writing, either.
+
+    Notes
+    -----
+    Superblocks of version 3 have the flags in byte 11, bit 0 for a writer and bit 2 for one in SWMR mode (HDF5 File
+    Format Specification, version 3.0, section II.A).
+    """
+    if is_marked(os.pread(descriptor, SUPERBLOCK_BYTES, 0)):
+        raise FileBusyError(
+            f"{path}: the file is marked as open for writing, perhaps in SWMR mode, which keeps no lock. Close it in "
+            "the program that writes it, or give h5_target_group in another file. If that program is gone, "
+            f"`h5clear -s {path}` takes the mark away."
+        )
+
+
+def _refuse_own_handles(descriptor: int, path: str) -> None:
+    """Raise if this process has the file open for writing without a lock, as where locking is switched off."""
+    status = os.fstat(descriptor)
+    for file in h5py.h5f.get_obj_ids(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE):
+        with suppress(Exception):  # of another thread, which just closes it; or of no file that has a name
+            if file.get_intent() != h5py.h5f.ACC_RDONLY and os.path.samestat(os.stat(file.name), status):
+                break
+    else:
+        return
+    raise _in_use(path)
+
+
 def share_lock(descriptor: int, path: str) -> None:
     """Hold the HDF5 file's own lock shared: readers come in, writers are turned away.
 
@@ -131,10 +166,14 @@ def share_lock(descriptor: int, path: str) -> None:
         If the file system cannot lock files, and the environment does not say that this does not matter.
     """
     if not lock_hdf5(descriptor, path, locking()):
-        raise FileBusyError(
-            f"{path}: the file is open for writing in another program, or in this one. Close it there, or hand the "
-            "open dataset itself to the Process instead of its path."
-        )
+        raise _in_use(path)
+
+
+def _in_use(path: str) -> FileBusyError:
+    return FileBusyError(
+        f"{path}: the file is open for writing in another program, or in this one. Close it there, or hand the open "
+        "dataset itself to the Process instead of its path."
+    )
 
 
 def _apply(path: str, descriptor: int, overlay: Overlay) -> None:
