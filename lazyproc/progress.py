@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -14,6 +15,8 @@ _PATIENCE = 1.0
 _USUAL = {"ncols": 80, "nrows": 24}
 """Columns and rows of a terminal that does not tell its own."""
 
+log = logging.getLogger("lazyproc")
+
 
 class ProgressBar:
     """A listener that draws a bar; silent where nobody looks (off a terminal and outside of notebooks).
@@ -22,6 +25,10 @@ class ProgressBar:
     ----------
     delay : float
         Seconds before the bar appears.
+
+    Notes
+    -----
+    A bar that cannot be drawn is none: what it raises is logged at debug, and nothing more is shown of this run.
     """
 
     def __init__(self, delay: float = _PATIENCE) -> None:
@@ -34,6 +41,15 @@ class ProgressBar:
 
     def __call__(self, event: Event) -> None:
         """Take an event of the run."""
+        try:
+            self._take(event)
+        except Exception as error:  # whatever a terminal, a notebook or tqdm has: a run does not end for want of a bar
+            log.debug("the progress bar is shown no more: %s: %s", type(error).__name__, error)
+            if self._bar is not None:
+                self._bar.disable = True  # nor is it closed once more when it is collected
+            self._bar = self._started = None
+
+    def _take(self, event: Event) -> None:
         if isinstance(event, Started):
             self._started, self._begin, self._n_done = event, time.monotonic(), 0
             self._says = event.process_name
@@ -55,7 +71,7 @@ class ProgressBar:
             self._bar.update(n_more)
             return
         passed = time.monotonic() - self._begin
-        if passed >= self._delay:
+        if passed >= self._delay and has_standard_error():
             self._bar = self._open()
             self._bar.start_t = self._bar.last_print_t = time.time() - passed  # as if it had been there all along
             self._bar.update(self._n_done)
@@ -76,6 +92,11 @@ class ProgressBar:
             delay=self._delay,
             leave=True,
         )
+
+
+def has_standard_error() -> bool:
+    """Tell whether there is a standard error to write to: none was given (``2>&-``, a service), or it was closed."""
+    return sys.stderr is not None and not getattr(sys.stderr, "closed", False)
 
 
 def _width() -> dict[str, Any]:

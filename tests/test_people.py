@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import io
 import logging
 import os
 import pty
@@ -174,6 +175,60 @@ def test_a_bar_takes_events_in_any_number(capsys):
     bar(Finished(10))
     bar(Finished(10))
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_without_a_standard_error_goes_on(script, address):
+    """As a service, or under cron: nothing is open there, and Python has no sys.stderr."""
+    words = [sys.executable, script, address, "0.005", "1"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *words], stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    with h5py.File(address.partition("::")[0], "r") as file:
+        assert file[f"{CHANNEL}/Raw_Data-Slow_Fit_000/completed_positions"][()].all()
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_standard_error_that_is_closed_takes_the_bar_along(monkeypatch, when):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    bar = ProgressBar(delay=0.0)
+    bar(Started("Fit", 10, 0, "this process"))
+    if when == "meanwhile":
+        bar(BlockDone(4))
+        assert "Fit: " in stream.getvalue()
+    stream.close()
+    bar(BlockDone(6))
+    bar(Finished(10))
+
+
+def test_a_bar_that_fails_is_logged_and_shown_no_more(monkeypatch, caplog):
+    opened = []
+
+    class Broken:
+        disable = False
+
+        def update(self, _):
+            raise RuntimeError("this terminal has had enough")
+
+    def open_broken(_):
+        opened.append(Broken())
+        return opened[-1]
+
+    monkeypatch.setattr(ProgressBar, "_open", open_broken)
+    bar = ProgressBar(delay=0.0)
+    with caplog.at_level(logging.DEBUG, "lazyproc"):
+        for event in (Started("Fit", 10, 0, "this process"), BlockDone(4), BlockDone(6), Finished(10)):
+            bar(event)
+    assert [one.disable for one in opened] == [True]
+    (record,) = [one for one in caplog.records if "progress bar" in one.getMessage()]
+    assert record.levelno == logging.DEBUG
+    assert "RuntimeError: this terminal has had enough" in record.getMessage()
+    bar(Started("Fit", 10, 0, "this process"))
+    bar(BlockDone(4))
+    assert len(opened) == 2, "the next run tries again"
 
 
 # --- the log ---------------------------------------------------------------------------------------------------------
