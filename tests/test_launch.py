@@ -11,8 +11,10 @@ import time
 from dataclasses import replace
 
 import pytest
+from dask import config
 
 from lazyproc.engine.choose import Scheduler
+from lazyproc.engine.handshake import why_not_in_place
 from lazyproc.engine.launch import Launch, detect
 from lazyproc.engine.line import Line, LineAddress, Switchboard
 from lazyproc.hdf5.file_id import FileId, this_machine
@@ -182,6 +184,27 @@ def try_with(driver, *workers):
     wrong = wrong or driver.check(len(workers))
     driver.end()
     return wrong, said
+
+
+class Asked(Exception):
+    """The workers would be asked."""
+
+
+class Client:
+    def run(self, *_, **__):
+        raise Asked
+
+
+@pytest.mark.parametrize("text", ["no", "off", "false", "0", "none", "No", "OFF", "False", "NONE", "None", " off "])
+def test_workers_are_not_asked_where_the_setting_is_off(trial, text):
+    with config.set(config.collect_env({"DASK_LAZYPROC__IN_PLACE": text})):
+        assert why_not_in_place(Client(), trial) == "the setting lazyproc.in-place is off"
+
+
+@pytest.mark.parametrize("text", ["yes", "on", "true", "1", "True"])
+def test_workers_are_asked_where_the_setting_is_on(trial, text):
+    with config.set(config.collect_env({"DASK_LAZYPROC__IN_PLACE": text})), pytest.raises(Asked):
+        why_not_in_place(Client(), trial)
 
 
 def test_one_file_passes_the_trial(trial, tmp_path):

@@ -10,6 +10,8 @@ from lazyproc.core.errors import WorkerError
 from lazyproc.engine.pulse import answer, ask
 
 _PATIENCE_SECONDS = 30.0
+_OFF = frozenset({"0", "false", "no", "none", "off"})
+"""Words for off, in any case: Dask leaves an environment variable that is no Python value as a text."""
 
 
 class FileTrial(Protocol):
@@ -51,7 +53,8 @@ def why_not_in_place(client: Any, trial: FileTrial) -> str:
     """
     from dask import config
 
-    if not config.get("lazyproc.in-place", True):
+    setting = config.get("lazyproc.in-place", True)
+    if not setting or str(setting).strip().lower() in _OFF:
         return "the setting lazyproc.in-place is off"
     question = client.run(trial.machine, on_error="return", asynchronous=True)
     machines: dict[str, str] = answer(client, question, "do all workers see the same file?")
