@@ -113,7 +113,10 @@ def _examine(name: str, group: h5py.Group | Exception) -> ResultsStatus:
             mains = [int(one.shape[0]) for one in _main_datasets(group)]
             n_positions = _count_positions(group, mains)
             if not mains:
-                raise ResultsError(f"{group.name}: has a status mask, but no main dataset: its results are gone.")
+                raise ResultsError(
+                    f"{group.name}: has a status mask, but no main dataset: its results are gone, or have lost their "
+                    "references, as in a copy made by h5py. compute() passes it over."
+                )
             n_done = count_done(group, n_positions, STATUS_MASK)
             n_failed = count_failed(group, STATUS_MASK)
             check_seal(group)

@@ -738,6 +738,30 @@ def test_a_mask_that_is_not_one_makes_no_match(scan):
             assert "status mask" in process.why_not_duplicate(name)
 
 
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "partial"])
+def test_a_copy_of_a_group_that_lost_its_references_is_passed_over(scan, finished):
+    """h5py makes the references in a copy null: it could be returned, but not be opened as results."""
+    name = run(Mean, scan)[0] if finished else stop_half_way(Mean, scan)
+    copy = name.removesuffix("_000") + "_007"
+    with h5py.File(file_of(scan), "r+") as file:
+        file.copy(file[name], file[CHANNEL], name=copy.rpartition("/")[2])
+        del file[name]
+    with Mean(scan, cores=1) as process:
+        assert process.duplicate_h5_groups == process.partial_h5_groups == []
+        told = process.why_not_duplicate(copy)
+        assert told.startswith("output 'Value': stored, but ")
+        assert "its attribute Position_Indices is a null reference" in told
+        assert len(told.splitlines()) == 1
+        group = process.compute()
+        assert group.name not in (name, copy)
+        np.testing.assert_array_equal(lazyproc.open_results(group)["status"], 1)
+        np.testing.assert_allclose(group["Value"][:, 0], means(scan))
+        name = group.name
+    state = {one.group: one for one in file_status(file_of(scan)).results}
+    assert "or have lost their references" in state[copy].problem
+    assert state[name].problem == ""
+
+
 def test_the_errors_are_those_of_the_design():
     assert issubclass(ResultsError, ValueError)
     assert issubclass(ArgumentValueError, ValueError)

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lazyproc.core.errors import ArgumentTypeError, FileChangedError, ResultsError
+from lazyproc.core.errors import ArgumentTypeError, FileChangedError, NotMainDatasetError, ResultsError
 from lazyproc.core.identity import code_changed
 from lazyproc.core.parameters import differences, same_arguments
 from lazyproc.core.runs import Runs
@@ -29,7 +29,7 @@ from lazyproc.hdf5.files import check_heaps
 from lazyproc.hdf5.rows_file import check_rows
 from lazyproc.hdf5.seal import check_places, check_seal
 from lazyproc.hdf5.target import read_mask_pieces
-from lazyproc.hdf5.usid import read_text
+from lazyproc.hdf5.usid import read_text, validated
 
 log = logging.getLogger("lazyproc")
 
@@ -250,7 +250,10 @@ def _argument_differences(group: h5py.Group, work: Work) -> Iterable[str]:
 
 
 def _output_differences(group: h5py.Group, work: Work) -> Iterable[str]:
-    """Compare shape and dtype; how the values are stored, compressed or not, is no difference."""
+    """Compare shape, dtype and references; how the values are stored, compressed or not, is no difference.
+
+    Where h5py copies a group, references become null: such a copy could not be opened as results.
+    """
     for output in work.outputs:
         dataset = group.get(output.name)
         wanted = (work.n_positions, output.width)
@@ -261,6 +264,11 @@ def _output_differences(group: h5py.Group, work: Work) -> Iterable[str]:
                 f"output {output.name!r}: stored with the shape {dataset.shape} and the dtype {dataset.dtype}, "
                 f"wanted {wanted} and {output.dtype}"
             )
+        else:
+            try:
+                validated(dataset)
+            except NotMainDatasetError as error:
+                yield f"output {output.name!r}: stored, but {error}"
 
 
 def _source_differences(group: h5py.Group, work: Work, *, verify: bool) -> Iterable[str]:
