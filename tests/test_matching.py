@@ -314,6 +314,29 @@ def test_parameters_come_back_equal_and_match_exactly(results_of_all_parameters,
         assert any(f"{key}: " in why for key in named)
 
 
+SHOWN = {
+    "real": (1.5, 1.5),
+    "nothing": (None, None),
+    "values": (np.arange(3.0), np.arange(3.0)),
+    "nested": ({"a": [1, "b", None]}, {"a": [1, "b", None]}),
+    "complex": (1 + 2j, "(1+2j)"),
+    "complexes": (np.array([1j, 2]), ["1j", "(2+0j)"]),
+    "bytes": (b"ab", "ab"),
+    "tuple": ((1, 2), [1, 2]),
+    "texts": (np.array(["a", "b"]), ["a", "b"]),
+    "within": ({"a": np.arange(2)}, {"a": [0, 1]}),
+}
+"""What docs/usage.md says of the attributes of opened results: the parameter, and how it is shown."""
+
+
+def test_parameters_are_shown_in_the_forms_that_the_docs_tell(scan):
+    name, _ = run(Mean, scan, parms_dict={key: value for key, (value, _) in SHOWN.items()})
+    attrs = lazyproc.open_results(f"{file_of(scan)}::{name}").attrs
+    for key, (_, shown) in SHOWN.items():
+        assert type(attrs[key]) is type(shown), key
+        np.testing.assert_array_equal(attrs[key], shown)
+
+
 def test_the_order_of_parameters_does_not_matter(scan):
     name, _ = run(Mean, scan, parms_dict={"power": 2, "operator": "A"})
     with Mean(scan, parms_dict={"operator": "A", "power": 2}) as process:
