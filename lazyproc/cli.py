@@ -6,6 +6,8 @@ import dataclasses
 import json
 import logging
 import os
+import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,11 +18,37 @@ import click
 
 from lazyproc import __version__
 from lazyproc.clusters import cluster
-from lazyproc.core.errors import ArgumentValueError, FunctionError, Interrupted, LazyprocError
+from lazyproc.core.errors import ArgumentValueError, FunctionError, Interrupted, LazyprocError, MissingFileError
 from lazyproc.drain import EXIT_STOPPED
 from lazyproc.engine.launch import detect
 
 log = logging.getLogger("lazyproc")
+
+_AT_LEAST_1 = click.IntRange(min=1)
+_WALL_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", re.ASCII)
+_NO_TEXT_BEGINS_SO = ("[", "{", '"', "'")
+"""A value on the command line that begins so is meant to be JSON or Python."""
+
+
+class _DataFile(click.Path):
+    """A file that is there; of an address ``FILE::DATASET``, as `run` prints it, the file."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the file's name."""
+        file = value if os.path.exists(value) else str(value).partition("::")[0]
+        return super().convert(file, param, ctx)
+
+
+def _wall_time(_: click.Context, __: click.Parameter, value: str) -> str:
+    """Return a wall time that Slurm can read."""
+    if _WALL_TIME.fullmatch(value) is None:
+        raise click.BadParameter(
+            f"{value!r} is no time; expected minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S, such as 04:00:00."
+        )
+    return value
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -91,14 +119,16 @@ def _work_options(command: Callable[..., None]) -> Callable[..., None]:
             "-p", "--parameter", "pairs", multiple=True, metavar="NAME=VALUE", help="A parameter; repeatable."
         ),
         click.option("--target", metavar="FILE::GROUP", help="Where results go. Default: beside the main dataset."),
-        click.option("--max-mem-mb", type=int, default=4096, show_default=True, help="MiB for everything together."),
-        click.option("--cores", type=int, help="CPU cores. Default: all."),
+        click.option(
+            "--max-mem-mb", type=_AT_LEAST_1, default=4096, show_default=True, help="MiB for everything together."
+        ),
+        click.option("--cores", type=_AT_LEAST_1, help="CPU cores. Default: all."),
         click.option(
             "--on-error",
             type=click.Choice(["raise", "record"]),
             help="Stop at the first position that fails, or give it the fill value and record its error.",
         ),
-        click.option("--max-failures", type=click.IntRange(min=1), help="With record: so many may fail."),
+        click.option("--max-failures", type=_AT_LEAST_1, help="With --on-error record: so many may fail."),
         click.option("--verbose", is_flag=True, help="Say what is done."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     ]
@@ -121,11 +151,13 @@ def _make(
 ) -> Any:
     """Make the process; what was typed wrongly is a usage error."""
     from lazyproc.engine.choose import available_cores
-    from lazyproc.loading import LoadingError, load_process, parse_parameters
+    from lazyproc.loading import LoadingError, load_process
 
+    if max_failures is not None and on_error != "record":
+        raise click.UsageError("--max-failures: without --on-error record the first failure stops the run; give both.")
     try:
         process_class = load_process(process)
-        parameters = parse_parameters(pairs)
+        parameters = _parameters(pairs)
     except LoadingError as error:
         _show_cause(error)
         raise
@@ -152,6 +184,22 @@ def _make(
     if max_failures is not None:
         made.max_failures = max_failures
     return made
+
+
+def _parameters(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Return the parameters; what was meant as a list, a dict or a quoted text and is none is no text either."""
+    from lazyproc.loading import parse_parameters
+
+    parameters = parse_parameters(pairs)
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if text.lstrip().startswith(_NO_TEXT_BEGINS_SO) and parameters[name.strip()] == text:  # taken as it was typed
+            as_text = shlex.quote(f"{name}={json.dumps(text, ensure_ascii=False)}")
+            raise ArgumentValueError(
+                f"-p {pair}: the value begins as a list, a dict or a quoted text, and is none; expected JSON or "
+                f"Python, such as -p 'window=[1, 2]'. If it is meant as a text: -p {as_text}"
+            )
+    return parameters
 
 
 @main.command()
@@ -188,7 +236,7 @@ def plan(as_json: bool, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("file", type=_DataFile())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_reported
 def status(file: str, as_json: bool) -> None:
@@ -205,22 +253,29 @@ def status(file: str, as_json: bool) -> None:
     for one in state.results:
         share = one.n_done / one.n_positions if one.n_positions else 0.0
         failed = f", {one.n_failed:,} of them failed" if one.n_failed else ""
-        text = one.problem or f"{share:7.1%}  {one.n_done:,} of {one.n_positions:,} positions{failed}"
-        click.echo(f"{one.group}\n    {text}" + (f", finished {one.finished}" if one.finished else ""))
+        if one.problem:
+            text = one.problem + (f" It was finished {one.finished}." if one.finished else "")
+        else:
+            text = f"{share:7.1%}  {one.n_done:,} of {one.n_positions:,} positions{failed}"
+            text += f", finished {one.finished}" if one.finished else ""
+        click.echo(f"{one.group}\n    {text}")
     if not state.results:
         click.echo(f"{file}: no results")
 
 
 @main.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("file", type=_DataFile())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--force", is_flag=True, help="Also if FILE was changed since: that is lost.")
 @_reported
 def recover(file: str, as_json: bool, force: bool = False) -> None:
     """Finish, or take back, a change of FILE that was cut off by a kill; `run` does so by itself."""
     from lazyproc.hdf5.leftovers import remove_leftovers_locked
+    from lazyproc.hdf5.lock import sidecar
     from lazyproc.hdf5.transaction import recover_locked
 
+    if not any(os.path.exists(sidecar(file, kind)) for kind in ("journal", "undo")):
+        _check_hdf5(file)
     changed = recover_locked(file, force=force)
     changed = remove_leftovers_locked(file) or changed
     if as_json:
@@ -229,15 +284,29 @@ def recover(file: str, as_json: bool, force: bool = False) -> None:
         click.echo(f"{file}: " + ("a change that was cut off has been settled" if changed else "nothing to recover"))
 
 
+def _check_hdf5(file: str) -> None:
+    """Make sure that a file begins as HDF5 files do; whether it is whole does not matter here."""
+    import h5py
+
+    if not h5py.is_hdf5(file):
+        raise ArgumentValueError(f"{file}: is no HDF5 file; expected one, with results of lazyproc. Give another file.")
+
+
 @main.command()
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("-o", "--output", default="lazyproc-job.sh", show_default=True, help="The job script to write.")
-@click.option("--ntasks", default=1, show_default=True, help="MPI ranks; 1 runs the command without MPI.")
-@click.option("--cpus-per-task", default=1, show_default=True, help="Cores of a rank.")
-@click.option("--time", "wall_time", default="01:00:00", show_default=True, help="Wall time of one job.")
-@click.option("--drain", "drain_seconds", default=120, show_default=True, help="Stop so many seconds before it.")
+@click.option(
+    "--ntasks", type=_AT_LEAST_1, default=1, show_default=True, help="MPI ranks; 1 runs the command without MPI."
+)
+@click.option("--cpus-per-task", type=_AT_LEAST_1, default=1, show_default=True, help="Cores of a rank.")
+@click.option(
+    "--time", "wall_time", callback=_wall_time, default="01:00:00", show_default=True, help="Wall time of one job."
+)
+@click.option(
+    "--drain", "drain_seconds", type=_AT_LEAST_1, default=120, show_default=True, help="Stop so many seconds before it."
+)
 @click.option("--launcher", type=click.Choice(["srun", "mpiexec"]), default="srun", show_default=True)
-@click.option("--max-jobs", default=50, show_default=True, help="Jobs in a row at most.")
+@click.option("--max-jobs", type=_AT_LEAST_1, default=50, show_default=True, help="Jobs in a row at most.")
 @click.option("--sbatch", "options", multiple=True, metavar="OPTION", help="Another option of sbatch; repeatable.")
 @_reported
 def slurm(command: tuple[str, ...], output: str, wall_time: str, options: tuple[str, ...], **more: Any) -> None:
@@ -250,10 +319,23 @@ def slurm(command: tuple[str, ...], output: str, wall_time: str, options: tuple[
 
     path = os.path.abspath(output)
     job = SlurmJob(command, path, time=wall_time, options=options, **more)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(job.script())
-    os.chmod(path, 0o755)
+    _write_script(path, job.script())
     click.echo(f"{path}\nsubmit it with: sbatch {path}")
+
+
+def _write_script(path: str, text: str) -> None:
+    """Write a script that can be run."""
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise MissingFileError(f"-o {path}: there is no folder {folder}; expected one that is there. Make it first.")
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(path, 0o755)
+    except OSError as error:
+        raise LazyprocError(
+            f"-o {path}: cannot be written ({error.strerror}); expected a file's name. Choose another one."
+        ) from error
 
 
 @main.command()

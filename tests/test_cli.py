@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -304,9 +305,28 @@ USAGE = [
     pytest.param([PROCESS, ADDRESS, "-p", "width"], "expected name=value", id="no value"),
     pytest.param([PROCESS, ADDRESS, "-p", "width=1", "-p", "width=2"], "is given twice", id="twice"),
     pytest.param([PROCESS, ADDRESS, "--max-mem-mb", "much"], "max-mem-mb", id="no number"),
+    pytest.param([PROCESS, ADDRESS, "--max-mem-mb", "0"], "'--max-mem-mb': 0 is not in the range x>=1", id="no memory"),
+    pytest.param([PROCESS, ADDRESS, "--cores", "0"], "'--cores': 0 is not in the range x>=1", id="no cores"),
+    pytest.param([PROCESS, ADDRESS, "--cores", "-1"], "'--cores': -1 is not in the range x>=1", id="fewer"),
+    pytest.param([PROCESS, ADDRESS, "--max-failures", "9"], "without --on-error record", id="a limit of nothing"),
+    pytest.param(
+        [PROCESS, ADDRESS, "--max-failures", "9", "--on-error", "raise"], "without --on-error record", id="raise at 9"
+    ),
+    pytest.param([PROCESS, ADDRESS, "-p", "window=[1,2"], "window=[1,2: the value begins as a list", id="half a list"),
+    pytest.param([PROCESS, ADDRESS, "-p", "window={1: a}"], "and is none; expected JSON or Python", id="half a dict"),
+    pytest.param([PROCESS, ADDRESS, "-p", "sign='+"], """as a text: -p 'sign="'"'"'+"'""", id="half a text"),
     pytest.param([PROCESS], "FILE::DATASET", id="an argument missing"),
     pytest.param([PROCESS, ADDRESS, "--nonsense"], "--nonsense", id="no such option"),
 ]
+
+
+@pytest.mark.parametrize("value", ["[1, 2.5", '{"a', "'+", '"+'])
+def test_a_text_that_looks_like_something_else_is_given_as_the_message_says(folder, value):
+    refused = lazyproc_command("run", PROCESS, ADDRESS, "-p", f"window={value}", cwd=folder)
+    advised = shlex.split(refused.stderr.strip().rpartition(" -p ")[2])
+    done = lazyproc_command("run", PROCESS, ADDRESS, "-p", *advised, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert lazyproc.open_results(done.stdout.strip()).attrs["window"] == value
 
 
 @pytest.mark.parametrize(("words", "message"), USAGE)
@@ -322,7 +342,6 @@ FAILED = [
     pytest.param([PROCESS, f"scan.h5::{CHANNEL}"], "is a group; expected a dataset", id="a group"),
     pytest.param([PROCESS, f"scan.h5::{CHANNEL}/Position_Values"], "not a USID Main dataset", id="not main"),
     pytest.param([PROCESS, "text.h5::/x"], "not an HDF5 file", id="not HDF5"),
-    pytest.param([PROCESS, ADDRESS, "--cores", "0"], "cores: 0 came; expected 1 or more", id="no cores"),
     pytest.param([PROCESS, ADDRESS, "-p", "timestamp=1"], "this name is reserved", id="reserved name"),
     pytest.param([PROCESS, ADDRESS, "--target", "nowhere/out.h5"], "cannot be written, or does not exist", id="target"),
 ]
@@ -422,6 +441,86 @@ def test_recover_settles_a_change_that_was_cut_off(folder):
     assert finished.stdout.endswith("Raw_Data-Peak_Finding_000\n")
     np.testing.assert_allclose(stored_heights(finished.stdout.strip(), folder), expected_heights(folder), rtol=1e-6)
     assert [name for name in os.listdir(folder) if name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_recover_says_of_what_is_no_hdf5_file_that_it_is_none(folder, json_too):
+    (folder / "text.h5").write_text("nothing of the kind")
+    before = sorted(os.listdir(folder))
+    done = lazyproc_command("recover", "text.h5", *["--json"] * json_too, cwd=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: text.h5: is no HDF5 file; expected one")
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_recover_puts_right_what_is_no_hdf5_file_for_now(folder):
+    """A journal lies beside a file whose head was hit."""
+    (folder / "cut_off.py").write_text(textwrap.dedent(CUT_OFF))
+    subprocess.run([sys.executable, "cut_off.py", PROCESS, ADDRESS], cwd=folder, check=False)
+    with open(folder / "scan.h5", "r+b") as file:
+        file.write(bytes(8))
+    done = lazyproc_command("recover", "scan.h5", cwd=folder)
+    assert (done.returncode, "settled" in done.stdout) == (0, True), done.stderr
+
+
+def test_status_and_recover_take_an_address_for_its_file(folder):
+    address = lazyproc_command("run", PROCESS, ADDRESS, cwd=folder).stdout.strip()
+    for given in (address, ADDRESS):
+        shown = lazyproc_command("status", given, cwd=folder)
+        assert (shown.returncode, "100 of 100 positions" in shown.stdout) == (0, True), shown.stderr
+        settled = lazyproc_command("recover", given, cwd=folder)
+        assert (settled.returncode, settled.stdout) == (0, f"{given.partition('::')[0]}: nothing to recover\n")
+    missing = lazyproc_command("status", "scam.h5::/x", cwd=folder)
+    assert (missing.returncode, "'scam.h5' does not exist" in missing.stderr) == (2, True)
+    os.rename(folder / "scan.h5", folder / "odd::name.h5")
+    odd = lazyproc_command("status", "odd::name.h5", cwd=folder)
+    assert "100 of 100 positions" in odd.stdout, "a file of that name goes first"
+
+
+def test_status_tells_a_problem_and_when_it_was_finished(folder):
+    group = lazyproc_command("run", PROCESS, ADDRESS, cwd=folder).stdout.strip().partition("::")[2]
+    with h5py.File(folder / "scan.h5", "r+") as file:
+        for name in ("Height", "Place"):
+            del file[group][name]
+    text = lazyproc_command("status", "scan.h5", cwd=folder).stdout
+    assert "compute() passes it over. It was finished 20" in text
+    assert ".," not in text
+
+
+# --- slurm -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("time", ["90", "90:30", "01:30:00", "2-12", "2-12:30", "2-12:30:00"])
+def test_slurm_takes_the_times_that_slurm_takes(folder, time):
+    done = lazyproc_command("slurm", "--time", time, "--", "true", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"#SBATCH --time={time}\n" in (folder / "lazyproc-job.sh").read_text()
+
+
+SLURM_USAGE = [
+    *(pytest.param(["--time", time], f"'{time}' is no time; expected minutes", id=f"time {time}") for time in (
+        "bogus", "", "1h", "-5", "1:2:3:4", "1-", "1-2:3:4:5", "1.5", "٣"
+    )),
+    *(pytest.param([option, "0"], f"'{option}': 0 is not in the range x>=1", id=option) for option in (
+        "--ntasks", "--cpus-per-task", "--drain", "--max-jobs"
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "message"), SLURM_USAGE)
+def test_slurm_refuses_what_cannot_be(folder, words, message):
+    done = lazyproc_command("slurm", *words, "--", "true", cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in " ".join(done.stderr.split())
+    assert not (folder / "lazyproc-job.sh").exists()
+
+
+def test_slurm_names_the_folder_that_is_not_there(folder):
+    done = lazyproc_command("slurm", "-o", "nowhere/job.sh", "--", "true", cwd=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"job.sh: there is no folder {folder / 'nowhere'}; expected one that is there" in done.stderr
+    done = lazyproc_command("slurm", "-o", "code", "--", "true", cwd=folder)
+    assert (done.returncode, done.stderr.startswith(f"Error: -o {folder / 'code'}: cannot be written (")) == (1, True)
 
 
 def test_help_and_version(tmp_path):
