@@ -46,7 +46,7 @@ from lazyproc.hooks import HookContract
 from lazyproc.main_handle import MainDatasetHandle
 from lazyproc.opening import open_main, stamp_of, target_handle
 from lazyproc.perform import compute_here, perform, warn_of
-from lazyproc.progress import ProgressBar
+from lazyproc.progress import ProgressBar, has_standard_error
 from lazyproc.results import lazy_results, path_of_group
 from lazyproc.retry import retry
 from lazyproc.views import Committed, group_id, lazy_rows
@@ -570,11 +570,17 @@ class Process(HookContract):
         """Show what is logged while this object works, if it is verbose."""
         log = logging.getLogger("lazyproc")
         level = log.level
-        handler = None if log.hasHandlers() else logging.StreamHandler()
+        handler: logging.Handler | None = None
+        if not has_standard_error():  # logging would raise where it wants to say that it cannot write
+            handler = logging.NullHandler()
+        elif self.verbose:
+            handler = logging.StreamHandler()
+        if log.hasHandlers():
+            handler = None
         if self.verbose:
             log.setLevel(logging.INFO)
-            if handler is not None:
-                log.addHandler(handler)
+        if handler is not None:
+            log.addHandler(handler)
         try:
             yield
         finally:

@@ -186,6 +186,23 @@ def test_a_run_without_a_standard_error_goes_on(script, address):
         assert file[f"{CHANNEL}/Raw_Data-Slow_Fit_000/completed_positions"][()].all()
 
 
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("how", ["sys.stderr = None", "sys.stderr.close()"])
+def test_what_is_logged_without_a_standard_error_harms_no_run(address, how, verbose):
+    code = f"""
+import sys
+import numpy as np
+import lazyproc
+{how}
+for n in (1, 2):  # the second time it warns, since the code is another one
+    function = [lambda row: row.mean(), lambda row: row.max()][n - 1]
+    group = lazyproc.map_positions(function, {address!r}, lazyproc.Output("f8"), verbose={verbose}, cores=1)
+assert group["completed_positions"][:].all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_standard_error_that_is_closed_takes_the_bar_along(monkeypatch, when):
     class Terminal(io.StringIO):
