@@ -557,3 +557,44 @@ def test_whatever_the_function_uses_again_is_kept_as_it_was(form):
     (array,) = compute_rows(function, block_of(300), resolved(A=output), vectorized=False)
     first = array["Phase"][:, 0] if form == "record" else array[:, 0]
     assert first.tolist() == block_of(300)[:, 0].tolist()
+
+
+# -- masked arrays ----------------------------------------------------------------------------------------------------
+
+
+SMALL = np.ma.masked_less
+MASKED = [
+    pytest.param(lambda row: SMALL(row, 1).max(), False, (), id="scalar"),
+    pytest.param(lambda row: (SMALL(row, 1).max(),), False, (), id="in a tuple"),
+    pytest.param(lambda row: SMALL(row, 1), False, (4,), id="rows"),
+    pytest.param(lambda row: {"Out": SMALL(row, 1)}, False, (4,), id="rows by name"),
+    pytest.param(lambda row: SMALL(row, 1) if row[0] else row - 5, False, (4,), id="some rows"),
+    pytest.param(lambda rows: SMALL(rows, 1).max(axis=1), True, (), id="block"),
+    pytest.param(lambda rows: SMALL(rows, 1), True, (4,), id="block of rows"),
+]
+
+
+@pytest.mark.parametrize("number", ["f8", "i4"])
+@pytest.mark.parametrize(("function", "vectorized", "shape"), MASKED)
+def test_what_a_masked_array_hides_becomes_the_fill_value(function, vectorized, shape, number):
+    data = np.array([[4, 4, 4, 4], [0, 0, 0, 0], [4, 0, 4, 0]])
+    if number == "f8":
+        data = np.where(data == 0, -1e300, data.astype(float))  # what is hidden need not fit
+    dims = [Dimension("X", "m", 4)] if shape else None
+    output = Output(number, dims=dims, fill_value=-5).resolve("Out", 4)
+    (result,) = compute_rows(function, data, (output,), (), {}, vectorized=vectorized)
+    expected = np.where(data > 0, 4, -5)
+    if not shape:
+        expected = expected[:, :1]
+    assert result.tolist() == expected.tolist()
+
+
+def test_masked_compound_values_are_refused():
+    pair = np.dtype([("A", "f4"), ("B", "f4")])
+    output = Output(pair).resolve("Out", 4)
+
+    def function(row):
+        return np.ma.masked_array(np.zeros((), pair), (True, False))
+
+    with pytest.raises(OutputMismatch, match="returned a masked array; expected plain values"):
+        compute_rows(function, np.zeros((3, 4)), (output,), (), {}, vectorized=False)

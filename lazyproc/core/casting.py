@@ -44,7 +44,12 @@ def store(column: Any, output: ResolvedOutput, result: NDArray[Any], start: int,
     OutputMismatch
         If shape or dtype do not fit, or a value is not the same in the output's dtype: integers must fit, texts must
         not be cut, finite numbers must stay finite. Floats may be rounded.
+
+    Notes
+    -----
+    What a masked array hides becomes the output's fill value.
     """
+    column, masks = _unmasked(column, output, start, vectorized=vectorized)
     array = _as_array(column, output, start, vectorized=vectorized)
     if vectorized and (array.ndim == 0 or len(array) != len(result)):
         raise OutputMismatch(
@@ -66,10 +71,50 @@ def store(column: Any, output: ResolvedOutput, result: NDArray[Any], start: int,
             "Convert it in the function, or change the dtype of the Output.",
             start + row,
         )
+    hidden = None if masks is None else _hidden(masks, array.shape).reshape(result.shape)
     array = array.reshape(result.shape)
     with np.errstate(all="ignore"):
         result[...] = array
     _refuse_lost(array, result, output, start)
+    if hidden is not None:
+        result[hidden] = output.fill_value
+
+
+def _unmasked(column: Any, output: ResolvedOutput, start: int, *, vectorized: bool) -> tuple[Any, Any]:
+    """Take masked arrays apart: values with zero where they are hidden, and masks; None if nothing is masked."""
+    masked = np.ma.MaskedArray
+    if isinstance(column, masked):
+        parts: Any = _parts(column, output)
+    elif vectorized or not any(issubclass(kind, masked) for kind in set(map(type, column))):
+        return column, None
+    else:
+        pairs = [_parts(value, output) if isinstance(value, masked) else (value, False) for value in column]
+        parts = zip(*pairs, strict=True)
+    values, masks = parts
+    if output.dtype.names:
+        raise OutputMismatch(
+            f"Output {output.name!r}: the {'block ' * vectorized}function returned a masked array; expected plain "
+            "values, since the output is compound. Fill it in the function, for example with .filled(0).",
+            start,
+        )
+    return (values if isinstance(column, masked) else list(values)), masks
+
+
+def _parts(value: Any, output: ResolvedOutput) -> tuple[NDArray[Any], NDArray[Any]]:
+    if value is np.ma.masked:  # of no dtype, though it has one
+        return np.zeros((), output.dtype), np.ones((), bool)
+    return value.filled(np.zeros((), value.dtype)[()]), np.ma.getmaskarray(value)
+
+
+def _hidden(masks: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return one mask for all values: from one, or from one for each position."""
+    hidden = np.zeros(shape, bool)
+    if isinstance(masks, np.ndarray):
+        hidden[...] = masks
+    else:
+        for row, mask in enumerate(masks):
+            hidden[row] = mask
+    return hidden
 
 
 def describe(value: Any) -> str:
