@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -589,12 +590,107 @@ def test_what_a_masked_array_hides_becomes_the_fill_value(function, vectorized, 
     assert result.tolist() == expected.tolist()
 
 
-def test_masked_compound_values_are_refused():
-    pair = np.dtype([("A", "f4"), ("B", "f4")])
-    output = Output(pair).resolve("Out", 4)
+PAIR = np.dtype([("A", "f4"), ("B", "i2")])
+MASKED_FORMS = ["block", "list of rows", "row", "list", "some rows", "tuple", "dict", "named tuple", "reused"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from(["f4", "f8", "i2", "u8", "c16", "?", "S4", PAIR]),
+    form=st.sampled_from(MASKED_FORMS),
+    shape=st.sampled_from([(), (1,), (3,), (2, 2)]),
+)
+def test_masked_values_equal_a_naive_fill(seed, dtype, form, shape):
+    random, dtype = np.random.default_rng(seed), np.dtype(dtype)
+    values = random_values(random, (7, *shape), dtype)
+    mask = random_values(random, values.shape, np.dtype(np.ma.make_mask_descr(dtype)))
+    masked = np.ma.MaskedArray(values, mask)
+    output = output_of(dtype, shape)
+    outputs = (
+        resolved(Out=output, Other=Output("i4")) if form in ("tuple", "dict", "named tuple") else resolved(Out=output)
+    )
+    two = namedtuple("two", "out other")
+    buffer = np.ma.MaskedArray(np.zeros(shape, dtype), np.zeros(shape, mask.dtype))
 
     def function(row):
-        return np.ma.masked_array(np.zeros((), pair), (True, False))
+        number = round(row[0]) // N_SPECTRAL
+        value = masked[number]
+        if form == "reused":
+            buffer.data[...], buffer.mask[...] = values[number], mask[number]
+            return buffer
+        if form == "list":
+            return nested(value) if shape else value
+        if form == "some rows" and not any(mask[number].tobytes()):
+            return values[number]
+        pairs = {"tuple": (value, 1), "dict": {"Out": value, "Other": 1}, "named tuple": two(value, 1)}
+        return pairs.get(form, value)
 
-    with pytest.raises(OutputMismatch, match="returned a masked array; expected plain values"):
-        compute_rows(function, np.zeros((3, 4)), (output,), (), {}, vectorized=False)
+    def nested(value):
+        return [nested(item) for item in value] if np.ndim(value) else value
+
+    blocks = {"block": lambda block: masked, "list of rows": lambda block: list(masked)}
+    found = compute_rows(blocks.get(form, function), block_of(7), outputs, vectorized=form in blocks)[0]
+    expected = filled(values, mask, output.fill_value).reshape(found.shape)
+    assert repr(found.tolist()) == repr(expected.tolist()), "NaN is NaN here"
+
+
+def filled(values, mask, fill):
+    if values.dtype.names:
+        fields = [filled(values[name], mask[name], fill[name]) for name in values.dtype.names]
+        return np.rec.fromarrays(fields, dtype=values.dtype).view(values.dtype, np.ndarray)
+    return np.where(mask, fill, values).astype(values.dtype)
+
+
+MISSING = np.ma.masked
+IN_LISTS = [
+    pytest.param(lambda row: [1, MISSING, 3, MISSING], False, "i8", (4,), [1, -5, 3, -5], id="list"),
+    pytest.param(lambda row: [(1, MISSING), [3, 4]], False, "f8", (2, 2), [1, -5, 3, 4], id="nested"),
+    pytest.param(lambda row: [np.uint64(1), MISSING], False, "u8", (2,), [1, 5], id="unsigned"),
+    pytest.param(lambda row: [b"ab", MISSING], False, "S2", (2,), [b"ab", b"-5"], id="bytes"),
+    pytest.param(lambda row: [np.ma.array([1, 2], mask=[0, 1])] * 2, False, "f8", (2, 2), [1, -5, 1, -5], id="arrays"),
+    pytest.param(lambda row: (7, MISSING), False, PAIR, (), [(7, -5)], id="record"),
+    pytest.param(lambda row: [(7, MISSING), MISSING], False, PAIR, (2,), [(7, -5), (-5, -5)], id="records"),
+    pytest.param(lambda block: [[MISSING, 2]] * len(block), True, "i4", (2,), [-5, 2], id="block"),
+    pytest.param(lambda block: {"Out": [MISSING] * len(block)}, True, "i4", (), [-5], id="block by name"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "vectorized", "dtype", "shape", "expected"), IN_LISTS)
+def test_masked_values_in_lists_become_the_fill_value(function, vectorized, dtype, shape, expected):
+    fill = {"S": b"-5", "u": 5}.get(np.dtype(dtype).kind, -5)
+    dims = [Dimension(f"D{n}", "", size) for n, size in enumerate(shape)] or None
+    outputs = resolved(Out=Output(dtype, dims=dims, fill_value=fill))
+    (found,) = compute_rows(function, block_of(3), outputs, vectorized=vectorized)
+    assert found.tolist() == [expected] * 3
+
+
+def test_fill_values_that_nobody_declared():
+    outputs = resolved(Number=Output("f4"), Count=Output("i4"), Pair=Output(PAIR))
+    found = compute_rows(lambda row: (MISSING, MISSING, MISSING), block_of(2), outputs, vectorized=False)
+    assert np.isnan(found[0]).all()
+    assert found[1].tolist() == [[0], [0]]
+    assert np.isnan(found[2]["A"]).all()
+    assert found[2]["B"].tolist() == [[0], [0]]
+
+
+BESIDE_MASKED = [
+    pytest.param(lambda row: [1, MISSING] if row[0] == 10 else [1] * 4, "shape", id="shape"),
+    pytest.param(lambda row: MISSING if row[0] == 10 else [1] * 4, "shape", id="one for all"),
+    pytest.param(lambda row: [1.5, MISSING, 1, 1] if row[0] == 10 else [1] * 4, "dtype", id="dtype"),
+    pytest.param(lambda row: [1, MISSING, 2**40, 1] if row[0] == 10 else [1] * 4, "does not fit", id="value"),
+    pytest.param(lambda row: [1, MISSING, [1]] if row[0] == 10 else [1] * 4, "expected the shape", id="ragged"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "match"), BESIDE_MASKED)
+def test_what_does_not_fit_beside_masked_values_is_refused(function, match):
+    outputs = resolved(Out=Output("i4", dims=[Dimension("X", "", 4)]))
+    with pytest.raises(OutputMismatch, match=match) as caught:
+        compute_rows(function, block_of(4), outputs, vectorized=False)
+    assert caught.value.row == 2
+
+
+def test_a_list_with_masked_values_for_too_few_positions_is_refused():
+    with pytest.raises(OutputMismatch, match="the positions come first"):
+        compute_rows(lambda block: [MISSING], block_of(4), resolved(Out=Output("f4")), vectorized=True)

@@ -29,6 +29,7 @@ _IMMUTABLE = frozenset(
 """Results that no later call can change."""
 
 _NUMBERS = "biufc"
+_MASKED: Any = np.ma.MaskedArray
 
 Arrays = tuple[NDArray[Any], ...]
 
@@ -46,6 +47,33 @@ class RowError(Exception):
         super().__init__(first, last)
         self.first = first
         self.last = last
+
+
+class _Returned(list[Any]):
+    """What the function returned for some rows; `plain` until something came that may hold masked arrays."""
+
+    plain = True
+
+    def hold(self, value: Any) -> None:
+        """Append a result as it is now: the function may use its array, list or dict again in the next call."""
+        self.append(self._held(value))
+
+    def _held(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is np.ndarray:
+            return value.copy()
+        if kind is tuple or kind is list:
+            return kind([item if type(item) in _IMMUTABLE else self._held(item) for item in value])
+        if isinstance(value, _MASKED):
+            self.plain = False  # copied by its constructor, since the `copy` of a masked record fails
+            return value if value is np.ma.masked else _MASKED(value.data, np.ma.getmask(value), copy=True)
+        if isinstance(value, np.ndarray | np.void):
+            return value.copy()
+        if isinstance(value, Mapping):
+            return {name: item if type(item) in _IMMUTABLE else self._held(item) for name, item in value.items()}
+        if isinstance(value, tuple | list):
+            self.plain = False  # nobody has looked into it
+        return value
 
 
 def compute_rows(
@@ -185,7 +213,7 @@ def _apply_to_rows(
     place = 0
     arrays = len(outputs) == 1 and outputs[0].width > 1 and outputs[0].dtype.kind in _NUMBERS
     while place < len(rows):
-        returned: list[Any] = []
+        returned = _Returned()
         failure: RowError | None = None
         try:
             if arrays:
@@ -213,7 +241,7 @@ def _store_arrays(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     result: NDArray[Any],
-    returned: list[Any],
+    returned: _Returned,
 ) -> int:
     """Call the function for rows from `place` on and store what it returns, while that is an array just as declared.
 
@@ -232,7 +260,7 @@ def _store_arrays(
                     continue
             except (TypeError, ValueError):
                 pass
-            returned.append(_held(value))
+            returned.hold(value)
             break
     except Exception as error:
         raise RowError(start + place, start + place + 1) from error
@@ -245,10 +273,10 @@ def _call_rows(
     start: int,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    returned: list[Any],
+    returned: _Returned,
 ) -> None:
     """Call the function for each row until it fails; the hot loop, so what is usual comes first, without a call."""
-    keep, immutable, only = returned.append, _IMMUTABLE, _IMMUTABLE.issuperset
+    keep, hold, immutable, only = returned.append, returned.hold, _IMMUTABLE, _IMMUTABLE.issuperset
     try:
         for row in rows:
             value = function(row, *args, **kwargs)
@@ -258,21 +286,21 @@ def _call_rows(
             elif kind is np.ndarray or (kind is dict and only(map(type, value.values()))):
                 keep(value.copy())  # the function may use it again in the next call
             else:
-                keep(_held(value))
+                hold(value)
     except Exception as error:
         failed = start + len(returned)
         raise RowError(failed, failed + 1) from error
 
 
 def _store_rows(
-    returned: list[Any], start: int, outputs: Sequence[ResolvedOutput], results: Arrays, failed: FailedRows | None
+    returned: _Returned, start: int, outputs: Sequence[ResolvedOutput], results: Arrays, failed: FailedRows | None
 ) -> None:
     """Check what the function returned for the rows from `start` on and put it into its place; else row by row."""
     stop = start + len(returned)
     try:
         columns = _columns_of_rows(returned, outputs, start)
         for output, column, result in zip(outputs, columns, results, strict=True):
-            store(column, output, result[start:stop], start, vectorized=False)
+            store(column, output, result[start:stop], start, vectorized=False, plain=returned.plain)
     except OutputMismatch as error:
         if failed is None:
             raise
@@ -280,7 +308,9 @@ def _store_rows(
             _give_up(start, error, outputs, results, failed)
             return
         for row, value in enumerate(returned, start):
-            _store_rows([value], row, outputs, results, failed)
+            alone = _Returned([value])
+            alone.plain = returned.plain
+            _store_rows(alone, row, outputs, results, failed)
 
 
 def _give_up(
@@ -296,17 +326,6 @@ def _give_up(
     if isinstance(error, OutputMismatch):
         error.row = row
     failed.add(row, error, error.__cause__ if isinstance(error, RowError) else None)
-
-
-def _held(value: Any) -> Any:
-    """Return a result as it is now: the function may use its array, list or dict again in the next call."""
-    if isinstance(value, np.ndarray | np.void):
-        return value.copy()
-    if type(value) in (tuple, list):
-        return type(value)([item if type(item) in _IMMUTABLE else _held(item) for item in value])
-    if isinstance(value, Mapping):
-        return {name: item if type(item) in _IMMUTABLE else _held(item) for name, item in value.items()}
-    return value
 
 
 def _columns_of_block(returned: Any, outputs: Sequence[ResolvedOutput]) -> list[Any]:

@@ -23,7 +23,15 @@ class OutputMismatch(OutputError):
         return type(self), (str(self), self.row)
 
 
-def store(column: Any, output: ResolvedOutput, result: NDArray[Any], start: int, *, vectorized: bool) -> None:
+def store(
+    column: Any,
+    output: ResolvedOutput,
+    result: NDArray[Any],
+    start: int,
+    *,
+    vectorized: bool,
+    plain: bool = False,
+) -> None:
     """Check the values of one output and put them into their place.
 
     Parameters
@@ -38,6 +46,8 @@ def store(column: Any, output: ResolvedOutput, result: NDArray[Any], start: int,
         The row of the first of them within the block, for the error.
     vectorized : bool
         Whether they come from a block function.
+    plain : bool
+        Whether it is known that no masked arrays are among them, so that nobody has to look.
 
     Raises
     ------
@@ -47,15 +57,20 @@ def store(column: Any, output: ResolvedOutput, result: NDArray[Any], start: int,
 
     Notes
     -----
-    What a masked array hides becomes the output's fill value.
+    What a masked array hides becomes the output's fill value, field by field where it is compound.
     """
-    column, masks = _unmasked(column, output, start, vectorized=vectorized)
+    mask: Any = np.ma.nomask
+    if not plain and _holds_masked(column):
+        if isinstance(column, np.ma.MaskedArray):
+            column, mask = _without_hidden(column), np.ma.getmask(column)
+        else:
+            if len(column) != len(result):
+                raise _wrong_length((len(column),), output, len(result))
+            _store_each(column, output, result, start)
+            return
     array = _as_array(column, output, start, vectorized=vectorized)
     if vectorized and (array.ndim == 0 or len(array) != len(result)):
-        raise OutputMismatch(
-            f"Output {output.name!r}: the block function returned the shape {array.shape} for a block of "
-            f"{len(result)} positions; expected {(len(result), *output.shape)}: the positions come first."
-        )
+        raise _wrong_length(array.shape, output, len(result))
     inner = array.shape[1:]
     if inner not in _allowed_shapes(output):
         raise OutputMismatch(
@@ -71,50 +86,90 @@ def store(column: Any, output: ResolvedOutput, result: NDArray[Any], start: int,
             "Convert it in the function, or change the dtype of the Output.",
             start + row,
         )
-    hidden = None if masks is None else _hidden(masks, array.shape).reshape(result.shape)
     array = array.reshape(result.shape)
     with np.errstate(all="ignore"):
         result[...] = array
     _refuse_lost(array, result, output, start)
-    if hidden is not None:
-        result[hidden] = output.fill_value
+    if mask is not np.ma.nomask:
+        _overwrite(result, mask.reshape(result.shape), output.fill_value)
 
 
-def _unmasked(column: Any, output: ResolvedOutput, start: int, *, vectorized: bool) -> tuple[Any, Any]:
-    """Take masked arrays apart: values with zero where they are hidden, and masks; None if nothing is masked."""
-    masked = np.ma.MaskedArray
-    if isinstance(column, masked):
-        parts: Any = _parts(column, output)
-    elif vectorized or not any(issubclass(kind, masked) for kind in set(map(type, column))):
-        return column, None
+def _store_each(column: Sequence[Any], output: ResolvedOutput, result: NDArray[Any], start: int) -> None:
+    """Store values one by one, since some hold masked ones: a masked value alone has no dtype that counts."""
+    for row, value in enumerate(column):
+        place = result[row : row + 1]
+        if not _holds_masked(value):
+            store([value], output, place, start + row, vectorized=False, plain=True)
+            continue
+        try:
+            masked = _as_masked(value, output.dtype)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _misfit([value], output, start + row, False, error) from error
+        store(masked[np.newaxis], output, place, start + row, vectorized=False)
+
+
+def _holds_masked(values: Any) -> bool:
+    """Tell whether there is a masked array in a value, or in lists and tuples of them."""
+    if not isinstance(values, list | tuple):
+        return isinstance(values, np.ma.MaskedArray)
+    kinds = set(map(type, values))
+    return any(issubclass(kind, (list, tuple, np.ma.MaskedArray)) for kind in kinds) and any(map(_holds_masked, values))
+
+
+def _as_masked(value: Any, dtype: np.dtype[Any]) -> Any:
+    """Make a masked array of the result of one position, in the dtype that it has by itself."""
+    if value is np.ma.masked:
+        return np.ma.MaskedArray(np.zeros((), dtype), mask=True)
+    if isinstance(value, np.ma.MaskedArray):
+        return value
+    values, mask = _parted(value, dtype)
+    array = _stacked(values, dtype)
+    return np.ma.MaskedArray(array, np.array(mask, np.ma.make_mask_descr(array.dtype)))
+
+
+def _parted(value: Any, dtype: np.dtype[Any]) -> tuple[Any, Any]:
+    """Take nested lists and tuples apart: the same with something harmless where values are masked, and the masks."""
+    if value is np.ma.masked:
+        return _blank(dtype), np.ones((), np.ma.make_mask_descr(dtype))[()]
+    if isinstance(value, np.ma.MaskedArray):
+        return _without_hidden(value), np.ma.getmaskarray(value)
+    if isinstance(value, tuple) and dtype.names:
+        if len(value) != len(dtype.names):
+            raise ValueError(f"expected tuples of {len(dtype.names)} values, one for each field")
+        pairs = [_parted(item, dtype[name]) for item, name in zip(value, dtype.names, strict=True)]
+        return tuple(values for values, _ in pairs), tuple(mask for _, mask in pairs)
+    if isinstance(value, list | tuple):
+        pairs = [_parted(item, dtype.base) for item in value]
+        return [values for values, _ in pairs], [mask for _, mask in pairs]
+    return value, np.zeros(np.shape(value), np.ma.make_mask_descr(dtype.base))[()]
+
+
+def _blank(dtype: np.dtype[Any]) -> Any:
+    """Return a value that changes the dtype of no list that it is in."""
+    if dtype.names:
+        return tuple(_blank(dtype[name]) for name in dtype.names)
+    if dtype.subdtype:
+        return np.zeros(dtype.shape, dtype.base if dtype.base.names or dtype.base.kind == "S" else bool)
+    return b"" if dtype.kind == "S" else False
+
+
+def _without_hidden(masked: Any) -> NDArray[Any]:
+    """Return the values of a masked array, with zero where they are masked: what is hidden need not fit."""
+    values = np.asarray(masked.data)
+    mask = np.ma.getmask(masked)
+    if mask is not np.ma.nomask:
+        values = values.copy()
+        _overwrite(values, mask, np.zeros((), values.dtype))
+    return values
+
+
+def _overwrite(array: NDArray[Any], mask: Any, value: NDArray[Any]) -> None:
+    """Put a value where the mask says so, field by field where the mask has fields."""
+    if mask.dtype.names:
+        for name in mask.dtype.names:
+            _overwrite(array[name], mask[name], value[name])
     else:
-        pairs = [_parts(value, output) if isinstance(value, masked) else (value, False) for value in column]
-        parts = zip(*pairs, strict=True)
-    values, masks = parts
-    if output.dtype.names:
-        raise OutputMismatch(
-            f"Output {output.name!r}: the {'block ' * vectorized}function returned a masked array; expected plain "
-            "values, since the output is compound. Fill it in the function, for example with .filled(0).",
-            start,
-        )
-    return (values if isinstance(column, masked) else list(values)), masks
-
-
-def _parts(value: Any, output: ResolvedOutput) -> tuple[NDArray[Any], NDArray[Any]]:
-    if value is np.ma.masked:  # of no dtype, though it has one
-        return np.zeros((), output.dtype), np.ones((), bool)
-    return value.filled(np.zeros((), value.dtype)[()]), np.ma.getmaskarray(value)
-
-
-def _hidden(masks: Any, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return one mask for all values: from one, or from one for each position."""
-    hidden = np.zeros(shape, bool)
-    if isinstance(masks, np.ndarray):
-        hidden[...] = masks
-    else:
-        for row, mask in enumerate(masks):
-            hidden[row] = mask
-    return hidden
+        np.copyto(array, value, where=mask)
 
 
 def describe(value: Any) -> str:
@@ -176,6 +231,13 @@ def _tuples(values: Any) -> tuple[tuple[int, ...], list[Any]]:
         shape = (*shape, size)
         items = [inner for item in items for inner in item]
     return shape, items if items and isinstance(items[0], tuple) else []
+
+
+def _wrong_length(shape: tuple[int, ...], output: ResolvedOutput, n_positions: int) -> OutputMismatch:
+    return OutputMismatch(
+        f"Output {output.name!r}: the block function returned the shape {shape} for a block of {n_positions} "
+        f"positions; expected {(n_positions, *output.shape)}: the positions come first."
+    )
 
 
 def _misfit(
