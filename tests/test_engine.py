@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,3 +297,56 @@ def test_native_threads_are_limited_while_blocks_run_and_restored_after(kind: st
     receipts = [one for one in scheduler.run(kernel, plan, never, "native") if one is not None]
     assert all(receipt.arrays is not None and (receipt.arrays[0] == 1).all() for receipt in receipts)
     assert blas_threads() == before
+
+
+def refused(spectrum: NDArray[Any]) -> Any:
+    time.sleep(0.001)
+    try:
+        np.float64(1) / np.float64(0)
+    except FloatingPointError:
+        return 1.0
+    return 0.0
+
+
+def refused_block(block: NDArray[Any]) -> Any:
+    return np.full(len(block), refused(block[0]))
+
+
+@pytest.mark.parametrize("kind", ["serial", "both", "threads", "processes"])
+def test_error_settings_of_numpy_are_the_same_wherever_a_block_is_computed(kind: str) -> None:
+    """New threads and processes begin with NumPy's own: one result would hold numbers made under different rules."""
+    with np.errstate(divide="raise"):
+        kernel = kernel_of(refused_block, vectorized=True) if kind == "threads" else kernel_of(refused)
+    with np.errstate(divide="ignore"):
+        receipts = [one for one in Scheduler(kind, 2).run(kernel, BlockPlan(REMAINING, 20), never, "rules") if one]
+    assert all(one.arrays is not None and (one.arrays[0] == 1).all() for one in receipts)
+
+
+def test_only_unusual_error_settings_travel() -> None:
+    with np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"):
+        usual = kernel_of(twice)
+        assert usual.errors is None
+        with np.errstate(under="raise"):
+            assert kernel_of(twice).errors == {"divide": "warn", "over": "warn", "under": "raise", "invalid": "warn"}
+            assert usual.for_run(None, 1).errors is None
+            assert unpack(pack(usual)).errors is None
+        with np.errstate(invalid="ignore"):
+            unusual = kernel_of(twice)
+    assert unpack(pack(unusual.for_run(None, 1))).errors == unusual.errors
+
+
+def divided(spectrum: NDArray[Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where nobody handles it
+        return np.float64(1) / (0 * spectrum[0])
+
+
+def test_handlers_of_errors_stay_here_and_are_not_missed_elsewhere() -> None:
+    called: list[str] = []
+    with np.errstate(divide="call", under="raise", call=lambda kind, flag: called.append(kind)):
+        kernel = kernel_of(divided)
+        here = [one for one in run_serial(kernel, BlockPlan(REMAINING, 500), never) if one]
+        assert len(called) == REMAINING.n_positions
+        there = [one for one in run_processes(kernel, BlockPlan(REMAINING, 500), 1, never) if one]
+    assert kernel.errors == {"over": "warn", "under": "raise", "invalid": "warn"}
+    assert all(one.failure is None for one in [*here, *there])

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
@@ -70,6 +71,19 @@ class BlockClaims(Protocol):
         """Let nobody write anything anymore, in the driver."""
 
 
+_USUAL_ERRORS = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
+"""NumPy's error settings where nobody has changed them."""
+
+
+def _unusual_errors() -> dict[str, Any] | None:
+    """Return NumPy's error settings as they are here; None if they are the usual ones.
+
+    Those that call or log are left out: their handlers cannot travel, and NumPy fails without them.
+    """
+    errors = {kind: rule for kind, rule in np.geterr().items() if rule not in ("call", "log")}
+    return errors if any(_USUAL_ERRORS[kind] != rule for kind, rule in errors.items()) else None
+
+
 @dataclass(frozen=True)
 class Kernel:
     """All that a worker needs to do a block. Travels once to each worker.
@@ -98,6 +112,9 @@ class Kernel:
         Whether it is found out what memory blocks take: in processes that have nothing else to do.
     around : callable or None
         Returns a context for each call of the function in the driver's process; stays there.
+    errors : dict or None
+        NumPy's error settings where the kernel was made, under which the function is called in other processes and
+        threads, too; None for the usual ones.
     """
 
     function: Callable[..., Any]
@@ -112,6 +129,7 @@ class Kernel:
     claims: BlockClaims | None = None
     watched: bool = False
     around: Callable[[], AbstractContextManager[None]] | None = None
+    errors: Mapping[str, Any] | None = field(default_factory=_unusual_errors)
 
     def for_run(self, sink: BlockSink | None, native_threads: int | None, *, watched: bool = False) -> Kernel:
         """Return the kernel with the way its results go, and its threads."""
@@ -131,7 +149,8 @@ class Kernel:
         seconds : float, optional
             About how long it may take, after which the results are those of the first rows only. Default: for ever.
         """
-        with nullcontext() if self.around is None else self.around():
+        errors = nullcontext() if self.errors is None else np.errstate(**self.errors)
+        with nullcontext() if self.around is None else self.around(), errors:
             return compute_rows(
                 self.function,
                 data,
