@@ -29,7 +29,7 @@ from lazyproc.hdf5.files import check_heaps
 from lazyproc.hdf5.rows_file import check_rows
 from lazyproc.hdf5.seal import check_places, check_seal
 from lazyproc.hdf5.target import read_mask_pieces
-from lazyproc.hdf5.usid import read_text, validated
+from lazyproc.hdf5.usid import REFERENCES, read_text, validated
 
 log = logging.getLogger("lazyproc")
 
@@ -264,11 +264,17 @@ def _output_differences(group: h5py.Group, work: Work) -> Iterable[str]:
                 f"output {output.name!r}: stored with the shape {dataset.shape} and the dtype {dataset.dtype}, "
                 f"wanted {wanted} and {output.dtype}"
             )
-        else:
+        elif _has_null_references(dataset):
             try:
                 validated(dataset)
             except NotMainDatasetError as error:
                 yield f"output {output.name!r}: stored, but {error}"
+
+
+def _has_null_references(dataset: h5py.Dataset) -> bool:
+    """Tell whether references of a dataset lead nowhere; other software may have stored results without any."""
+    values = (attribute(dataset, name, None) for name in REFERENCES)
+    return any(isinstance(value, h5py.Reference) and not value for value in values)
 
 
 def _source_differences(group: h5py.Group, work: Work, *, verify: bool) -> Iterable[str]:
