@@ -215,7 +215,8 @@ class _ClusterRun:
         if self._at_work is not None and self._at_work.done():
             if not self._at_work.cancelled() and self._at_work.exception() is None:
                 begun = {str(key) for keys in self._at_work.result().values() for key in keys}
-                self._client.cancel([future for future in self._pending if str(future.key) not in begun])
+                waiting = [one for one in self._pending if one.status == "pending" and str(one.key) not in begun]
+                self._client.cancel(waiting)  # not what is finished: that counts
             self._at_work, self._elastic = None, False  # once is enough
         elif self._elastic and self._at_work is None:
             self._at_work = ask(self._client, self._client.scheduler.processing())
