@@ -438,7 +438,8 @@ class Process(HookContract):
             raise
         finally:
             self._chosen = None
-        self._stamp = stamp_of(self._main_path)  # no one else wrote meanwhile
+        if self._place.lock_path == self._main_path:  # then the lock kept others from writing meanwhile
+            self._stamp = stamp_of(self._main_path)
         self._look(declared, args, kwargs)
         self.h5_results_grp = self._place.results(name)
         return self.h5_results_grp

@@ -14,6 +14,7 @@ from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
 from lazyproc.core.errors import FileBusyError, FileChangedError
+from lazyproc.core.events import Finished
 
 MAIN = f"{CHANNEL}/Raw_Data"
 MEAN = {"Mean": lazyproc.Output("f8")}
@@ -194,3 +195,20 @@ def test_a_virtual_dataset_is_read_by_its_address(tmp_path: Path, monkeypatch: p
         np.testing.assert_allclose(means(process.compute()), data.mean(axis=1), rtol=1e-6)
     with Mean(f"{tmp_path}/virtual.h5::/Raw_Data") as process:
         assert len(process.duplicate_h5_groups) == 1
+
+
+def test_a_main_dataset_that_is_replaced_during_a_run_into_another_file_is_noticed_later(tmp_path: Path) -> None:
+    """The run's lock is on the file of the results."""
+    path = tmp_path / "scan.h5"
+    make_usid_file(path)
+    with Mean(f"{path}::{MAIN}", h5_target_group=f"{tmp_path}/results.h5::/here") as process:
+        data = process.h5_main[:]
+
+        def replace(event: Any) -> None:
+            if isinstance(event, Finished):
+                replace_main(path, 2 * data)
+
+        process._progress = replace
+        process.compute()
+        process._progress = lambda event: None
+        np.testing.assert_allclose(means(process.compute()), 2 * data.mean(axis=1), rtol=1e-6)
