@@ -155,12 +155,15 @@ def drive(
         os.replace(folder / "new_outcome", folder / "outcome")
 
 
-def schedule(folder: Path, port: int = 0, allowed_failures: int = 1, ttl: str = "300s") -> None:
-    """Be a scheduler."""
+def schedule(
+    folder: Path, port: int = 0, allowed_failures: int = 1, ttl: str = "300s", saturation: float = 1.1
+) -> None:
+    """Be a scheduler; with a `saturation` of 1 a worker has no block that waits behind another one."""
     import dask
     from distributed import Scheduler
 
     dask.config.set({"distributed.scheduler.worker-ttl": ttl})
+    dask.config.set({"distributed.scheduler.worker-saturation": saturation})
 
     async def run() -> None:
         options = {"dashboard": False, "allowed_failures": allowed_failures}
