@@ -266,7 +266,7 @@ def status(file: str, as_json: bool) -> None:
 @main.command()
 @click.argument("file", type=_DataFile())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--force", is_flag=True, help="Also if FILE was changed since: that is lost.")
+@click.option("--force", is_flag=True, help="Also if FILE was changed since: that is lost; or copied with its journal.")
 @_reported
 def recover(file: str, as_json: bool, force: bool = False) -> None:
     """Finish, or take back, a change of FILE that was cut off by a kill; `run` does so by itself."""

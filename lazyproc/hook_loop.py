@@ -98,7 +98,7 @@ def allocate_results(process: HookContract) -> None:
 def note_end(group: h5py.Group, n_positions: int, status_name: str) -> None:
     """Note for older readers how many positions are done, from the first one on."""
     left = remaining_positions(group, n_positions, status_name)
-    with guarded([group.file]):
+    with guarded([group.file], own=[str(group.name)]):
         group.attrs["last_pixel"] = np.int64(left.starts[0] if left else n_positions)
 
 

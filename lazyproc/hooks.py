@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from lazyproc.core.errors import MemoryLimitError
+from lazyproc.core.errors import ArgumentValueError, MemoryLimitError
 from lazyproc.core.events import Listener
 from lazyproc.core.memory import DRIVER_BYTES, MEBIBYTE
 from lazyproc.core.runs import Runs
@@ -29,6 +29,7 @@ from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.cluster import active_client
 from lazyproc.engine.parallel import parallel_compute
 from lazyproc.hdf5.apart import check_apart
+from lazyproc.hdf5.create import group_name
 from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.fingerprint import fingerprint
 from lazyproc.hdf5.guard import guarded
@@ -280,7 +281,7 @@ class HookContract:
         with ExitStack() as locks:
             locks.enter_context(drain.on_signals())
             locks.enter_context(locked(self._h5_target_group.file))
-            with guarded(before := files_of(self)):
+            with guarded(before := files_of(self), own=[self._own_group()]):
                 with drain.interruptible():
                     if self.h5_results_grp is None:
                         self._create_results_datasets()
@@ -291,12 +292,24 @@ class HookContract:
                 check_group(self)
                 locks.enter_context(locked(self.h5_results_grp.file))
                 work = replace(self._hook_work(), parameters=work.parameters, searched=work.searched)
-                with guarded({self.h5_results_grp.file} - before):  # which the hook has opened itself
+                others = {self.h5_results_grp.file} - before  # which the hook has opened itself
+                with guarded(others, own=[str(self.h5_results_grp.name)]):
                     mask = ensure_status_mask(self.h5_results_grp, work, arguments, afresh=afresh)
                     allocate_results(self)
                     check_apart(self.h5_results_grp, [self.h5_main])
             HookLoop(self, mask).go(args, kwargs, drain)
         return self.h5_results_grp
+
+    def _own_group(self) -> str:
+        """Return the path of the group that is written to, or that is about to be made by the usual name."""
+        if self.h5_results_grp is not None:
+            return str(self.h5_results_grp.name)
+        target = self._h5_target_group
+        try:
+            name = group_name(str(self.h5_main.name), str(self.process_name), target)
+        except ArgumentValueError:  # the subclass has names of its own
+            return str(target.name)
+        return f"{str(target.name).rstrip('/')}/{name}"
 
     def _compute_together(
         self,

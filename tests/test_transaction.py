@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -580,6 +581,27 @@ def test_a_journal_of_another_file_is_refused(interrupted: Path) -> None:
         with pytest.raises(JournalError, match=r"scan\.h5.*journal.*another file.*remove the journal"):
             attempt(str(interrupted))
     assert interrupted.read_bytes() == before
+
+
+def test_a_file_that_was_copied_with_its_journal_is_finished_by_force(interrupted: Path, tmp_path: Path) -> None:
+    """As from the disk of a node to that of a group; a copy that was made before the change is too short."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    names = [name for name in os.listdir(interrupted.parent) if "scan.h5" in name]
+    for name in names:
+        shutil.copy2(interrupted.with_name(name), folder / name)
+    copy = folder / interrupted.name
+    with pytest.raises(JournalError, match="copied together, run 'lazyproc recover --force"):
+        recover(str(copy))
+    whole = copy.read_bytes()
+    with open(copy, "r+b") as file:
+        file.truncate(len(whole) - 1)
+    with pytest.raises(JournalError, match="another file"):
+        recover(str(copy), force=True)
+    copy.write_bytes(whole)
+    assert recover(str(copy), force=True)
+    assert recover(str(interrupted))
+    assert copy.read_bytes() == interrupted.read_bytes()
 
 
 def test_a_file_changed_by_somebody_else_is_left_alone(interrupted: Path) -> None:

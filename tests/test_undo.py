@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,10 +292,34 @@ def test_a_journal_of_another_file_is_refused(cut_off: Path) -> None:
     other.write_bytes(cut_off.read_bytes())
     os.replace(other, cut_off)
     before = cut_off.read_bytes()
-    for attempt in (recover, Files().open, lambda path: recover(path, force=True)):
+    for attempt in (recover, Files().open):
         with pytest.raises(JournalError, match=r"scan\.h5.*journal.*another file.*remove the journal"):
             attempt(str(cut_off))
     assert cut_off.read_bytes() == before
+
+
+def test_a_file_that_is_nothing_like_it_is_refused_even_by_force(cut_off: Path) -> None:
+    other = cut_off.with_name("other.h5")
+    with h5py.File(other, "w", libver="latest") as file:
+        file["notes"] = np.random.default_rng(3).integers(0, 255, 50_000)
+    os.replace(other, cut_off)
+    before = cut_off.read_bytes()
+    with pytest.raises(JournalError, match="another file"):
+        recover(str(cut_off), force=True)
+    assert cut_off.read_bytes() == before
+
+
+def test_a_file_that_was_copied_with_its_journal_is_recovered_by_force(cut_off: Path, tmp_path: Path) -> None:
+    """As from the disk of a node to that of a group."""
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(cut_off.parent, folder, ignore=shutil.ignore_patterns("elsewhere"))
+    copy = folder / cut_off.name
+    with pytest.raises(JournalError, match="copied together, run 'lazyproc recover --force"):
+        recover(str(copy))
+    assert CliRunner().invoke(cli.main, ["recover", "--force", str(copy)]).exit_code == 0
+    assert recover(str(cut_off))
+    assert content_of(copy) == content_of(cut_off)
+    assert os.listdir(folder) == ["scan.h5"]
 
 
 def later(path: Path, seconds: float) -> None:
@@ -320,11 +345,40 @@ def set_text(file: h5py.File) -> None:
     file["texts"][3] = "another text"
 
 
+def add_results(file: h5py.File) -> None:
+    file["b"].create_group("Raw_Data-Cluster_000").attrs["tool"] = "Cluster"
+
+
+def add_to_results(file: h5py.File) -> None:
+    file["results/labels"] = np.arange(10)
+
+
+def copy_results(file: h5py.File) -> None:
+    file.copy("finished", "saved")
+
+
+def link(file: h5py.File) -> None:
+    file["here"] = h5py.SoftLink("/contiguous")
+
+
+def remove(file: h5py.File) -> None:
+    del file["b/0"]
+
+
+def replace_dataset(file: h5py.File) -> None:
+    file["moved"] = file["contiguous"][()]
+    del file["contiguous"]
+    file.move("moved", "contiguous")
+
+
 @pytest.fixture
 def cut_off_at_its_end(tmp_path: Path) -> Path:
     """A file whose change through a handle was complete but for the removal of the journal: anybody can open it."""
     path = make_file(tmp_path / "scan.h5")
-    cut_off_here(path, {"tool": "Fit"})
+    with h5py.File(path, "r+") as file:
+        file.create_group("results").attrs["tool"] = "Cluster"
+        file.create_group("finished").attrs["lazyproc_run_id"] = "earlier"
+    cut_off_here(path, {"tool": "Fit", "lazyproc_run_id": "run"})
     return path
 
 
@@ -336,6 +390,12 @@ def cut_off_at_its_end(tmp_path: Path) -> Path:
         (set_attribute, "the attribute 'unit' of /contiguous"),
         (grow, "the dataset /chunked"),
         (set_text, "the dataset /texts"),
+        (add_results, "/b/Raw_Data-Cluster_000, which is new"),
+        (add_to_results, "/results/labels, which is new"),
+        (copy_results, "/saved, which is new"),
+        (link, "/here, which is new"),
+        (remove, "/b/0, which is gone"),
+        (replace_dataset, "the dataset /contiguous"),
     ],
 )
 def test_what_somebody_else_has_changed_since_is_not_undone(
@@ -359,7 +419,7 @@ def test_what_somebody_else_has_changed_since_is_not_undone(
     assert "settled" in result.output
     found = content_of(path)
     assert "cut_off" not in found
-    assert "b/0/notes" not in found
+    assert not {"b/0/notes", "b/Raw_Data-Cluster_000", "results/labels", "saved"} & found.keys()
     assert os.listdir(path.parent) == ["scan.h5"]
 
 
@@ -380,6 +440,41 @@ def test_who_only_opened_and_closed_the_file_since_is_in_nobodys_way(cut_off_at_
         assert (file["contiguous"][7] == 7).all()
 
 
+def test_a_backup_that_was_brought_back_is_noticed(cut_off_at_its_end: Path) -> None:
+    """Copied over the file it has its inode; its time of modification may be the old one."""
+    path = cut_off_at_its_end
+    backup = make_file(path.with_name("backup.h5"))  # it has neither of the two groups of results
+    shutil.copyfile(backup, path)
+    os.utime(path, ns=(1, 1))
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match=r"which is gone.*whole, remove the journal"):
+        recover(str(path))
+    assert path.read_bytes() == before
+
+
+def test_what_the_journal_names_is_its_own(tmp_path: Path) -> None:
+    """Groups of subclasses with hooks carry no id of a run."""
+    path = make_file(tmp_path / "scan.h5")
+    with h5py.File(path, "r+") as file:
+        file.create_group("results").attrs["tool"] = "Fit"
+    before = content_of(path)
+    script = """
+        import os, signal, sys, h5py
+        from lazyproc.hdf5.guard import guarded
+        with h5py.File(sys.argv[1], "r+") as file, guarded([file], [file["results"]], own=["/b/Fit_000"]):
+            file.create_group("b/Fit_000").attrs["tool"] = "Fit"
+            file["results/more"] = 1
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert run_script(script, path).returncode == -signal.SIGKILL
+    with h5py.File(path, "r+") as file:
+        assert "b/Fit_000" in file
+    later(path, 100.0)
+    assert recover(str(path))
+    assert content_of(path) == before
+
+
 def test_a_file_that_nobody_can_read_is_put_back_however_late(cut_off: Path) -> None:
     with open(cut_off, "r+b") as file:
         file.write(b"nothing that anybody could read")
@@ -390,9 +485,8 @@ def test_a_file_that_nobody_can_read_is_put_back_however_late(cut_off: Path) -> 
 
 def test_a_recovery_that_dies_is_not_taken_for_somebody_else(cut_off: Path) -> None:
     """It moves the journal's time on before it writes."""
-    old = time.time_ns() - 3_600_000_000_000
-    for path in (cut_off, journal_of(cut_off)):
-        os.utime(path, ns=(old, old))
+    old = cut_off.stat().st_mtime_ns
+    time.sleep(1.5)
     run_script(
         """
         import os, signal, sys
@@ -691,7 +785,7 @@ def scan(tmp_path: Path) -> Path:
 def test_a_process_on_a_handle_refuses_until_the_file_is_recovered(
     scan: Path, tmp_path: Path, made: Callable[..., Any], mode: str
 ) -> None:
-    before = cut_off_here(scan, {"tool": "Fit"})
+    before = cut_off_here(scan, {"tool": "Fit", "lazyproc_run_id": "run"})
     with h5py.File(tmp_path / "other.h5", "w") as other, h5py.File(scan, mode) as file:
         damaged = scan.read_bytes()
         with pytest.raises(JournalError, match=rf"run 'lazyproc recover {scan}', and open it again"):
@@ -731,13 +825,47 @@ def test_a_death_during_compute_is_noticed_by_an_object_made_before(scan: Path) 
 
 @pytest.mark.parametrize("made", [Doubled, Hooks])
 def test_with_an_address_the_file_is_recovered_by_itself(scan: Path, made: Callable[..., Any]) -> None:
-    before = cut_off_here(scan, {"tool": "Fit"})
+    before = cut_off_here(scan, {"tool": "Fit", "lazyproc_run_id": "run"})
     with made(f"{scan}::{MAIN}") as process:
         group = process.compute()
         assert group[MASK][()].all()
     found = content_of(scan)
     assert {name: content for name, content in found.items() if "-" not in name} == before
     assert not journal_of(scan).exists()
+
+
+@pytest.mark.parametrize("made", [Doubled, Hooks])
+@pytest.mark.parametrize("there", [False, True])
+def test_what_a_run_makes_is_told_from_what_others_have_made_since(scan: Path, made: Any, there: bool) -> None:
+    """The run dies at the end of the creation; somebody opens the file, and puts other results beside it."""
+    before = content_of(scan)
+    script = f"""
+        import os, signal, sys, h5py
+        from lazyproc.hdf5 import guard
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_undo import {made.__name__}, MAIN
+        def die(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        with h5py.File(sys.argv[1], "r+") as file:
+            process = {made.__name__}(file[MAIN])
+            begin = guard.drop_undo
+            guard.drop_undo = lambda path: die(path) if any("-" in name for name in file[MAIN].parent) else begin(path)
+            process.compute()
+    """
+    done = run_script(script, scan)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert journal_of(scan).exists()
+    with h5py.File(scan, "r+") as file:
+        assert len(content_of(scan)) > len(before)
+        if there:
+            file[MAIN].parent.create_group("Raw_Data-Cluster_000").attrs["tool"] = "Cluster"
+    later(scan, 100.0)
+    if there:
+        with pytest.raises(JournalError, match="Raw_Data-Cluster_000, which is new"):
+            recover(str(scan))
+    else:
+        assert recover(str(scan))
+        assert content_of(scan) == before
 
 
 def test_a_change_that_never_reached_the_disk_is_nothing_to_recover_from(scan: Path) -> None:

@@ -45,6 +45,7 @@ def guarded(
     results: Iterable[h5py.Group | h5py.Dataset] = (),
     rows: Runs | None = None,
     n_rows: int = -1,
+    own: Iterable[str] = (),
 ) -> Iterator[None]:
     """Change open files so that a death before the end of the context can be undone; flushed and synced at the end.
 
@@ -59,6 +60,9 @@ def guarded(
         The rows that are written, of those datasets that have `n_rows` rows. Default: any.
     n_rows : int
         See `rows`.
+    own : iterable of str
+        Paths in the files of groups that are made or changed, which carry no id of a run: the journal tells of them, and
+        so nobody takes them for the work of another program. Those of `results` need not be named.
 
     Raises
     ------
@@ -73,7 +77,8 @@ def guarded(
     HDF5 still knows what it has in memory, and writes that. Without a file on disk, or with more than 256 MiB of
     metadata, nothing can be promised; the log says so.
     """
-    datasets = _below(results)
+    written = list(results)
+    datasets, names = _below(written), {*own, *_names(written)}
     with ExitStack() as stack:
         for file in _writable(files):
             path = real_path(file)
@@ -81,7 +86,7 @@ def guarded(
                 stack.enter_context(_unguarded(file))
             else:
                 rewritten = _rewritten(file, datasets, rows, n_rows)
-                stack.enter_context(_guard_of(_Guard(file, path, RawBytes(), rewritten, logging.WARNING)))
+                stack.enter_context(_guard_of(_Guard(file, path, RawBytes(), rewritten, logging.WARNING, names)))
         yield
 
 
@@ -93,6 +98,10 @@ def flush_guarded(files: Iterable[h5py.File]) -> None:
 
 def _below(results: Iterable[h5py.Group | h5py.Dataset]) -> list[h5py.Dataset]:
     return [dataset for one in results for dataset in datasets_below(one)]
+
+
+def _names(results: Iterable[h5py.Group | h5py.Dataset]) -> set[str]:
+    return {str(one.name) for one in results if one}
 
 
 def finish_pending(file: h5py.File, path: str) -> None:
@@ -156,6 +165,7 @@ def _guard_of(guard: _Guard) -> Iterator[_Guard]:
     """Hold a guard, or the outer one that there is for its file already."""
     outer = _GUARDED.get().get(guard.path)
     if outer is not None:
+        outer.add_own(guard)
         try:
             yield outer
         finally:
@@ -174,15 +184,22 @@ def _guard_of(guard: _Guard) -> Iterator[_Guard]:
 class _Guard:
     """The undo journal of one open file."""
 
-    def __init__(self, file: h5py.File, path: str, raw: RawBytes, rewritten: Rewritten, level: int) -> None:
+    def __init__(
+        self, file: h5py.File, path: str, raw: RawBytes, rewritten: Rewritten, level: int, own: set[str]
+    ) -> None:
         self._file = file
         self.path = path
         self._level = level
+        self._own = own
         self._raw = raw
         self._rewritten = rewritten
         self._fresh = ExitStack()
         self._kept: Ranges | None = None
         self._state = (0, 0)
+
+    def add_own(self, inner: _Guard) -> None:
+        """Tell from the next time on of what an inner guard is for, too."""
+        self._own = self._own | inner._own
 
     def begin(self) -> None:
         """Keep the metadata as they are now.
@@ -232,7 +249,7 @@ class _Guard:
                 n_bytes // 2**20,
             )
             return
-        write_undo(self.path, descriptor, size, kept, session_of(self._file))
+        write_undo(self.path, descriptor, size, kept, session_of(self._file), self._own)
         self._kept = kept
         self._state = self._state_of(descriptor, kept)
         self._fresh.enter_context(kept_fresh(self.path))
@@ -313,7 +330,8 @@ class BatchGuards:
         last : bool
             Whether it is the last one.
         """
-        datasets = _below(results)
+        written = list(results)
+        datasets, names = _below(written), _names(written)
         with ExitStack() as stack:
             for file in _writable(files):
                 inside = [dataset for dataset in datasets if dataset.file == file]
@@ -323,7 +341,8 @@ class BatchGuards:
                     continue
                 rewritten = _rewritten(file, inside, rows, n_rows)
                 raw = self._raw.setdefault(path, RawBytes())
-                stack.enter_context(self._observed(_Guard(file, path, raw, rewritten, logging.DEBUG), settled))
+                guard = _Guard(file, path, raw, rewritten, logging.DEBUG, names)
+                stack.enter_context(self._observed(guard, settled))
             yield
 
     @contextmanager

@@ -194,6 +194,7 @@ def _apply(path: str, descriptor: int, overlay: Overlay) -> None:
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(journal)
+            sync_folder(journal)  # one that came back after a power cut would point to what is cut off here
         os.ftruncate(descriptor, overlay.old_size)  # nothing points beyond the old end yet
         raise
     try:
@@ -217,6 +218,7 @@ def _write_journal(journal: str, status: os.stat_result, patches: list[Patch]) -
     body = json.dumps(
         {
             "inode": status.st_ino,
+            "size": status.st_size,
             "patches": [
                 [offset, base64.b64encode(old).decode(), base64.b64encode(new).decode()] for offset, old, new in patches
             ],
@@ -245,16 +247,18 @@ def read_journal(path: str) -> list[Patch] | None:
     return read_undo(path) if redo is None else redo
 
 
-def _read_redo(path: str) -> list[Patch] | None:
+def _read_redo(path: str, *, force: bool = False) -> list[Patch] | None:
     """Return the changes of a killed transaction; somebody else's bytes in their place are refused."""
     journal = sidecar(path, "journal")
     while (content := _load_journal(journal)) is not None:
-        inode, patches = content
+        inode, size, patches = content
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_ino != inode:
+            status = os.fstat(file.fileno())
+            if status.st_ino != inode and not (force and 0 < size <= status.st_size):
                 raise JournalError(
-                    f"{path}: the journal {journal} was written for another file that lay here before. If this file "
-                    "is complete, remove the journal."
+                    f"{path}: the journal {journal} was written for another file: one that lay here before, or that "
+                    "was copied from elsewhere together with its journal. If this file opens and is whole, remove the "
+                    f"journal. If both were copied together, run 'lazyproc recover --force {path}'."
                 )
             now = [os.pread(file.fileno(), len(old), offset) for offset, old, _ in patches]
         strange = [
@@ -270,15 +274,16 @@ def _read_redo(path: str) -> list[Patch] | None:
     return None
 
 
-def _load_journal(journal: str) -> tuple[int, list[Patch]] | None:
-    """Return the inode and the changes that a complete journal holds."""
+def _load_journal(journal: str) -> tuple[int, int, list[Patch]] | None:
+    """Return what a complete journal holds: the file's inode, its bytes (0 if that was not noted), and the changes."""
     body = read_journal_file(journal)
     if body is None:
         return None
     decode = base64.b64decode
     with understood(journal):
         content = json.loads(body)
-        return content["inode"], [(offset, decode(old), decode(new)) for offset, old, new in content["patches"]]
+        patches = [(offset, decode(old), decode(new)) for offset, old, new in content["patches"]]
+        return content["inode"], content.get("size", 0), patches
 
 
 def _between(now: bytes, old: bytes, new: bytes) -> bool:
@@ -294,7 +299,8 @@ def recover(path: str, *, force: bool = False) -> bool:
     path : str
         The HDF5 file.
     force : bool
-        Take it back although the file has been changed since; that is lost then.
+        Take it back although the file has been changed since, which is lost then; and take a file that does not lie
+        where it did for a copy of the one that the journal was written for, if it can be one.
 
     Returns
     -------
@@ -313,7 +319,7 @@ def recover(path: str, *, force: bool = False) -> bool:
         return False
     with _held(path) as descriptor:
         if os.path.exists(journal):
-            _finish(descriptor, journal, _read_redo(path) or [])
+            _finish(descriptor, journal, _read_redo(path, force=force) or [])
         if os.path.exists(undo):
             roll_back(descriptor, path, force=force)
     return True

@@ -10,12 +10,15 @@ handle that the caller has open cannot be given an overlay. So all bytes but raw
 A journal that is found later is either incomplete (the change had not begun: it is dropped) or complete: its bytes are
 put back, and the file cut off where it ended. That must not undo what somebody else has written after the death. While
 its writer lives, the journal's time of modification moves on several times a second. A file that is clearly younger, or
-was closed properly, has been open for writing since; then both states are compared (see `lazyproc.hdf5.foreign`).
+was closed properly, has been open for writing since, and one that is older than it was before the change is a copy that
+was brought back; then both states are compared (see `lazyproc.hdf5.foreign`).
 """
 
 from __future__ import annotations
 
 import os
+
+import numpy as np
 
 from lazyproc.hdf5.durable import JournalError, write_all
 from lazyproc.hdf5.foreign import changes_since
@@ -25,21 +28,26 @@ from lazyproc.hdf5.undo_journal import UndoJournal, drop_undo, kept_fresh, load_
 
 _LATEST = 1_000_000_000
 """Nanoseconds: a file so much younger than its journal has been open for writing since."""
+_ALIKE = 0.25
+"""Share of what a journal holds that a file must have in the same places, to be a copy of the one it was written for."""
 
 
 def _check(path: str, journal: UndoJournal, *, force: bool = False) -> None:
     """Raise JournalError if the journal does not fit the file as it is."""
     file = os.stat(path)
-    if file.st_ino != journal.inode:
+    if file.st_ino != journal.inode and not (force and _is_a_copy(path, journal)):
         raise JournalError(
-            f"{path}: the journal {journal.name} was written for another file that lay here before. If this file is "
-            "complete, remove the journal."
+            f"{path}: the journal {journal.name} was written for another file: one that lay here before, or that was "
+            "copied from elsewhere together with its journal. If this file opens and is whole, remove the journal. If "
+            f"both were copied together, run 'lazyproc recover --force {path}'."
         )
     try:
         late = file.st_mtime_ns - os.stat(journal.name).st_mtime_ns
-        if force or (late <= _LATEST and not _was_closed(path, journal)):
+        is_older = file.st_mtime_ns < journal.modified
+        if force or (late <= _LATEST and not is_older and not _was_closed(path, journal)):
             return
-        changes = changes_since(path, [(offset, b"", piece) for offset, piece in journal.pieces()], journal.size)
+        before = [(offset, b"", piece) for offset, piece in journal.pieces()]
+        changes = changes_since(path, before, journal.size, journal.own)
     except FileNotFoundError:  # its writer lives, and has just finished
         return
     if changes:
@@ -48,6 +56,18 @@ def _check(path: str, journal: UndoJournal, *, force: bool = False) -> None:
             f"somebody else since: {_listed(changes)}. If the file opens and is whole, remove the journal. To put back "
             f"what was there before, and lose what was changed since, run 'lazyproc recover --force {path}'."
         )
+
+
+def _is_a_copy(path: str, journal: UndoJournal) -> bool:
+    """Tell whether the file can be a copy of the one that the journal was written for: most metadata do not change."""
+    n_alike = n_bytes = 0
+    with open(path, "rb") as file:
+        for offset, piece in journal.pieces():
+            before = np.frombuffer(piece, np.uint8)
+            now = np.frombuffer(os.pread(file.fileno(), len(piece), offset).ljust(len(piece), b"\0"), np.uint8)
+            n_alike += int(np.count_nonzero((now == before) & (before != 0)))
+            n_bytes += int(np.count_nonzero(before))
+    return n_alike >= _ALIKE * n_bytes
 
 
 def _was_closed(path: str, journal: UndoJournal) -> bool:

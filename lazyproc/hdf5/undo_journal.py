@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -45,6 +45,10 @@ class UndoJournal:
         Where in the journal they begin.
     session : str
         Which opening of the file the change was made through.
+    own : tuple of str
+        Paths in the file of what was being changed, as far as results do not tell that themselves.
+    modified : int
+        When the HDF5 file was modified last before the change, nanoseconds; 0 if that was not noted.
     """
 
     name: str
@@ -54,6 +58,8 @@ class UndoJournal:
     compressed: bool
     place: int
     session: str
+    own: tuple[str, ...]
+    modified: int
 
     def pieces(self) -> Iterator[tuple[int, bytes]]:
         """Give the bytes that stood in the file, in pieces with their places."""
@@ -67,7 +73,9 @@ class UndoJournal:
                 del waiting[: end - offset]
 
 
-def write_undo(path: str, descriptor: int, size: int, ranges: Ranges, session: str = "") -> None:
+def write_undo(
+    path: str, descriptor: int, size: int, ranges: Ranges, session: str = "", own: Iterable[str] = ()
+) -> None:
     """Keep bytes of the file in an undo journal beside it, durably.
 
     Parameters
@@ -82,11 +90,16 @@ def write_undo(path: str, descriptor: int, size: int, ranges: Ranges, session: s
         What to keep: `(n_ranges, 2)` starts and stops.
     session : str
         Which opening of the file the change is made through.
+    own : iterable of str
+        Paths in the file of what is changed, or made.
     """
     journal = sidecar(path, "undo")
     compressed = int((ranges[:, 1] - ranges[:, 0]).sum()) > _UNCOMPRESSED
+    status = os.fstat(descriptor)
     about = {
-        "inode": os.fstat(descriptor).st_ino,
+        "inode": status.st_ino,
+        "modified": status.st_mtime_ns,
+        "own": sorted(own),
         "size": size,
         "ranges": ranges.tolist(),
         "compressed": compressed,
@@ -200,5 +213,13 @@ def load_undo(path: str) -> UndoJournal | None:
         place = file.tell()
         ranges = np.array(about["ranges"], np.int64).reshape(-1, 2)
         return UndoJournal(
-            journal, about["inode"], about["size"], ranges, about["compressed"], place, about.get("session", "")
+            journal,
+            about["inode"],
+            about["size"],
+            ranges,
+            about["compressed"],
+            place,
+            about.get("session", ""),
+            tuple(about.get("own", ())),
+            about.get("modified", 0),
         )
