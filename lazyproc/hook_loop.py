@@ -31,6 +31,7 @@ from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.settled import allocate, datasets_below, is_settled
 from lazyproc.hdf5.source import source_of
+from lazyproc.hdf5.whole import Whole
 
 if TYPE_CHECKING:
     from lazyproc.hooks import HookContract
@@ -166,6 +167,7 @@ class HookLoop:
         self._remaining = remaining_positions(self._group, self._n_positions, self._status_name)
         process._lazyproc_batches = Batches(self._remaining)
         self._guards = BatchGuards()
+        self._whole = whole_main(process)
 
     def go(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], drain: Drain) -> None:
         """Run all batches; what a hook raises leaves this at once, finished batches stay marked."""
@@ -215,6 +217,8 @@ class HookLoop:
             with _lazy_on_cluster(process._lazy), drain.interruptible():
                 process._unit_computation(*args, **kwargs)
             check_number(process, block.n_positions)
+            if self._whole is not None:  # now, since lazy data are read while they are computed
+                self._whole.check()
             last = not process._lazyproc_batches
             with self._guards.batch(files_of(process), written_by(process), block, self._n_positions, last):
                 with drain.interruptible():
@@ -236,6 +240,13 @@ class HookLoop:
 
     def _sync(self) -> None:
         sync_files(files_of(self._process))
+
+
+def whole_main(process: HookContract) -> Whole | None:
+    """Return the files that the main dataset lies in; None where there is none on disk."""
+    main = process.h5_main
+    path = real_path(main.file)
+    return None if path is None else Whole.of(h5py.Dataset(main.id), path)
 
 
 @contextmanager

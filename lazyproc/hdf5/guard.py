@@ -61,8 +61,8 @@ def guarded(
     n_rows : int
         See `rows`.
     own : iterable of str
-        Paths in the files of groups that are made or changed, which carry no id of a run: the journal tells of them, and
-        so nobody takes them for the work of another program. Those of `results` need not be named.
+        Paths in the files of groups that are made or changed, which carry no id of a run: the journal tells of them,
+        so that nobody takes them for the work of another program. Those of `results` need not be named.
 
     Raises
     ------

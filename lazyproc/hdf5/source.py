@@ -27,6 +27,7 @@ from lazyproc.hdf5.chunks import ChunkSource
 from lazyproc.hdf5.damage import H5_ERRORS
 from lazyproc.hdf5.extents import Extent, find_extent, real_path, using
 from lazyproc.hdf5.file_id import FileId
+from lazyproc.hdf5.whole import Whole
 
 Spans = Iterable[tuple[int, int]]
 _READ_PER_SECOND = 4e9
@@ -84,6 +85,8 @@ class FileSource:
         Positions in a storage chunk; 1 where there are none.
     chunk_bytes : int
         Decoded bytes of the storage chunks that hold one position: they are in memory while it is read.
+    whole : Whole
+        The files that it lies in, which must not become shorter.
     many_files : bool
         Parts lie in other files (virtual dataset, external storage).
     """
@@ -95,6 +98,7 @@ class FileSource:
     dtype: np.dtype[Any]
     chunk_rows: int
     chunk_bytes: int
+    whole: Whole
     many_files: bool = False
     travels = True
     read_seconds = 0.0  # threads take turns
@@ -102,7 +106,9 @@ class FileSource:
     def rows(self, runs: Spans) -> NDArray[Any]:
         """Read runs of positions into one new array `(n_positions, n_spectral)`. Threads take turns inside HDF5."""
         with _opened_unlocked(self) as file:
-            return _read_slices(file[self.name], runs)
+            rows = _read_slices(file[self.name], runs)
+        self.whole.check()
+        return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +153,11 @@ def source_of(dataset: h5py.Dataset, path: str | None = None) -> Source:
     Notes
     -----
     What the caller's own handle has not flushed yet is not seen by other processes: flush the file before a run.
+
+    Raises
+    ------
+    FileChangedError
+        If a virtual dataset refers to a file that is not there.
     """
     extent = find_extent(dataset, path)
     if extent is not None:
@@ -159,7 +170,8 @@ def source_of(dataset: h5py.Dataset, path: str | None = None) -> Source:
     shape = int(dataset.shape[0]), int(dataset.shape[1])
     inode = FileId.of(status)
     many = dataset.is_virtual or bool(dataset.external)
-    return FileSource(path, str(dataset.name), inode, shape, dataset.dtype, chunk_rows, chunk_bytes, many)
+    whole = Whole.of(dataset, path)
+    return FileSource(path, str(dataset.name), inode, shape, dataset.dtype, chunk_rows, chunk_bytes, whole, many)
 
 
 def write_out(dataset: h5py.Dataset, source: Source) -> None:

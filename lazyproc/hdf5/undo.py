@@ -29,7 +29,7 @@ from lazyproc.hdf5.undo_journal import UndoJournal, drop_undo, kept_fresh, load_
 _LATEST = 1_000_000_000
 """Nanoseconds: a file so much younger than its journal has been open for writing since."""
 _ALIKE = 0.25
-"""Share of what a journal holds that a file must have in the same places, to be a copy of the one it was written for."""
+"""Share of what a journal holds that a file must have in the same places, to be a copy of the one it is for."""
 
 
 def _check(path: str, journal: UndoJournal, *, force: bool = False) -> None:
