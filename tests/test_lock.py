@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import h5py
 import pytest
 
 from lazyproc.core.errors import FileBusyError, ReadOnlyFileError
@@ -151,6 +152,32 @@ def test_a_link_is_the_same_file(path: Path, tmp_path: Path) -> None:
     with pytest.raises(FileBusyError):
         RunLock(str(link), "second").acquire()
     lock.release()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="locks of open files on byte ranges are Linux's")
+def test_a_hard_link_is_the_same_file(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with h5py.File(path, "w") as file:
+        file["values"] = 1
+    link = tmp_path / "link.h5"
+    os.link(path, link)
+    lock = RunLock(str(path), "first")
+    lock.acquire()
+    assert "several names" in caplog.text
+    with pytest.raises(FileBusyError, match=r"link\.h5: another run.*hard links"):
+        RunLock(str(link), "second").acquire()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".link.h5")]
+    with h5py.File(link, "r") as file:  # nobody else is kept away
+        assert file["values"][()] == 1
+    lock.release()
+    for name in (link, path):
+        again = RunLock(str(name), "third")
+        again.acquire()
+        again.release()
+    link.unlink()
+    caplog.clear()
+    lock.acquire()
+    lock.release()
+    assert not caplog.text
 
 
 def test_other_files_are_free(path: Path) -> None:

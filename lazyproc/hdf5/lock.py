@@ -37,7 +37,7 @@ from lazyproc.hdf5.holder import TIME, is_alive, is_held, is_locked, read_holder
 from lazyproc.hdf5.holder import holder as holder
 from lazyproc.hdf5.holder import open_sidecar as open_sidecar
 from lazyproc.hdf5.holder import sidecar as sidecar
-from lazyproc.hdf5.locking import FLOCK, KINDS, NONE, lock, locking, unlock
+from lazyproc.hdf5.locking import FLOCK, KINDS, NONE, lock, lock_inode, locking, unlock
 from lazyproc.hdf5.room import full_code, no_room
 
 _CALLING = "calling"
@@ -126,6 +126,7 @@ class RunLock:
     def __init__(self, path: str, run_id: str) -> None:
         self._path = path
         self._descriptor: int | None = None
+        self._inode: int | None = None
         self._calling = threading.Lock()
         self._n_calls = self._place_of_calls = 0
         self._is_suspect = False
@@ -149,6 +150,7 @@ class RunLock:
         """
         try:
             self._descriptor = self._lock_owner_file() if self.fence.holds_workers else self._make_owner_file()
+            self._lock_all_names()
             self.died_calling = self.died_calling or _was_calling(read_holder(self.fence.lock_path))
             about = self._about()
             self._place_of_calls = len(about.encode()) - 2
@@ -220,6 +222,22 @@ class RunLock:
             if not taken:
                 time.sleep(0.01)
         raise self._busy()
+
+    def _lock_all_names(self) -> None:
+        """Keep away a run that uses another name of the same file: it would look for other files beside it."""
+        if not self.fence.holds_workers or not os.path.exists(self._path) or os.stat(self._path).st_nlink < 2:
+            return
+        self._inode = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        if not lock_inode(self._inode):
+            raise FileBusyError(
+                f"{self._path}: another run is computing into this file by another of its names: it has hard links. "
+                "Wait for it, or stop it; its finished blocks are kept. Always use the same name."
+            )
+        log.warning(
+            "%s: the file has several names (hard links). Always use this one: what a killed run leaves to be "
+            "recovered from lies beside it, and is not found by another name",
+            self._path,
+        )
 
     def _refuse_other_kind(self) -> None:
         """Raise if a run holds the file by a lock of another kind, which does not keep ours away."""
@@ -294,6 +312,9 @@ class RunLock:
             with self._calling:  # a thread that was not waited for may still tell something
                 os.close(self._descriptor)
                 self._descriptor = None
+            if self._inode is not None:
+                os.close(self._inode)
+                self._inode = None
 
 
 def _was_calling(about: dict[str, Any] | None) -> bool:

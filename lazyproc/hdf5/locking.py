@@ -21,6 +21,7 @@ from lazyproc.core.errors import ArgumentValueError, LockingError
 LOCKING_NAME = "LAZYPROC_LOCKING"
 FLOCK, LOCKF, NONE = KINDS = ("flock", "lockf", "none")
 
+_FAR = 2**62
 _HELD_ELSEWHERE = (errno.EAGAIN, errno.EACCES)
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
@@ -78,6 +79,30 @@ def lock(descriptor: int, path: str, kind: str, *, exclusive: bool, wait: bool =
         if error.errno in _NOT_SUPPORTED:
             raise LockingError(_advice(path, kind, error)) from error
         raise
+    return True
+
+
+def lock_inode(descriptor: int) -> bool:
+    """Lock a file of several names (hard links) alone, whatever name it was opened by; it does not keep readers away.
+
+    One byte is locked, far beyond the end of any file, for as long as the file is open. HDF5 never looks at it.
+
+    Parameters
+    ----------
+    descriptor : int
+        The file, open for writing.
+
+    Returns
+    -------
+    bool
+        False if somebody else has it. True where the system, or the file system, has no such locks.
+    """
+    if not hasattr(fcntl, "F_OFD_SETLK"):
+        return True
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, _FAR, 1, 0))
+    except OSError as error:
+        return error.errno not in _HELD_ELSEWHERE
     return True
 
 
