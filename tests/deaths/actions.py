@@ -82,7 +82,7 @@ def mask_first(layout: Layout, folder: str, interval: float) -> None:
 
 def plain_creation(layout: Layout, folder: str, interval: float) -> None:
     """Compute, but create the group with plain h5py, without a journal."""
-    place.transaction = lambda path: h5py.File(path, "r+")  # type: ignore[assignment]
+    place.transaction = lambda path, same=None: h5py.File(path, "r+")  # type: ignore[assignment]
     compute(layout, folder, interval)
 
 
