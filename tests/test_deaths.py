@@ -100,7 +100,7 @@ def test_wrong_ways_are_noticed(stage: Stage, action: str, phase: str, what: str
     scene = Scene(stage, "path, contiguous, 3 siblings", action)
     tally = try_phase(scene, phase, 16, random.Random(SEED))
     assert tally.failed, f"{tally.tried} points, and nothing was noticed"
-    assert not tally.missed, "the process did not live until its point"
+    assert tally.missed * 4 <= tally.tried, "most must live until their point"
     assert any(re.search(what, problem) for problem in tally.problems), tally.problems
 
 
