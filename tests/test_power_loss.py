@@ -64,6 +64,20 @@ def test_power_is_cut_during_a_run(stage: Stage, name: str) -> None:
     assert not tally.failed, report(tally)
 
 
+def test_power_is_cut_while_worker_processes_write(library: Path, tmp_path: Path) -> None:
+    """Results come from one process, the mask that tells of them from another."""
+    with Stage(tmp_path, library, pause=0.05) as stage:
+        for number in range(10 if EXHAUSTIVE else 1):  # each run has its writes in another order
+            scene = Scene(stage, "path, contiguous, two workers")
+            events = list(shim.read_record(stage.ask("record", steps=[{}])["record"]))
+            assert len({event.pid for event in events if event.kind != shim.NOTE}) > 2, "no worker wrote"
+            seed = f"{SEED} workers {number}"
+            chance = random.Random(seed)
+            n_cuts = len(events) if EXHAUSTIVE else 10
+            tally = scene.cut_all([chance.randint(1, len(events)) for _ in range(n_cuts)], chance, seed)
+            assert not tally.failed, report(tally)
+
+
 @pytest.mark.parametrize(
     "name", ["path, contiguous, 3 siblings", "path, gzip, new file", "handle, chunked, 20 siblings"]
 )
