@@ -245,7 +245,7 @@ class HookLoop:
 def whole_main(process: HookContract) -> Whole | None:
     """Return the files that the main dataset lies in; None where there is none on disk."""
     main = process.h5_main
-    path = real_path(main.file)
+    path = real_path(main.file) or process._main_path
     return None if path is None else Whole.of(h5py.Dataset(main.id), path)
 
 

@@ -95,6 +95,7 @@ class HookContract:
     _lazyproc_asked: int | None = None
     _max_pos_per_read: Any
     _client: Any
+    _main_path: str | None
     _verify: str
     _lazy: bool
     _progress: Listener
