@@ -114,8 +114,8 @@ def prepare(path: str, name: str, compute: Callable[[str, str], None]) -> None:
     compute(path, name)
     workload = WORKLOADS[name]
     with h5py.File(path, "r+") as file:
-        masks = [item["completed_positions"] for item in file[MAIN].parent.values() if "completed_positions" in item]
-        (mask,) = masks
+        groups = [item for item in file[MAIN].parent.values() if isinstance(item, h5py.Group)]
+        (mask,) = [group["completed_positions"] for group in groups if "completed_positions" in group]
         mask[int(workload.n_positions * workload.done) :] = 0
 
 
