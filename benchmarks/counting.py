@@ -23,14 +23,15 @@ class Counts:
     ----------
     tasks : int
         Keys of Dask graphs, and calls of joblib.
-    blocks : int
-        Blocks of lazyproc, wherever they are done.
+    blocks : int or None
+        Blocks of lazyproc, wherever they are done, without what was computed when the function was tried; None: it has
+        not run.
     graph_bytes : int or None
         Of the graphs, pickled, and of lazyproc's function as it is sent to each worker process; None: there is none.
     """
 
     tasks: int = 0
-    blocks: int = 0
+    blocks: int | None = None
     graph_bytes: int | None = None
 
     def note_graph(self, graph: Any) -> None:
@@ -45,11 +46,15 @@ class Counts:
 
     def note_event(self, event: Any) -> None:
         """Count a block: what lazyproc tells of a run."""
-        self.blocks += type(event).__name__ == "BlockDone"
+        kind = type(event).__name__
+        if kind == "Started":
+            self.blocks, self.graph_bytes = 0, self.graph_bytes or 0
+        elif kind == "BlockDone" and self.blocks is not None:
+            self.blocks += 1
 
     def told(self) -> dict[str, int | None]:
         """Return what is printed."""
-        return {"tasks": self.blocks or self.tasks or None, "graph_bytes": self.graph_bytes}
+        return {"tasks": (self.tasks or None) if self.blocks is None else self.blocks, "graph_bytes": self.graph_bytes}
 
 
 def pickled_size(graph: Any) -> int:
