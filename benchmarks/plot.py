@@ -43,7 +43,7 @@ def main(source: str, target: str) -> None:
     memory.set_ylabel("peak private memory, MiB")
     memory.set_yscale("log")
     for axes in (times, memory):
-        axes.legend(ncols=5, frameon=False)
+        axes.legend(ncols=6, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(target, dpi=110)
 
 
