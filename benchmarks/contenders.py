@@ -1,9 +1,10 @@
 """What is compared: lazyproc, and what a person would write instead. Each is run in a fresh process, start-up included.
 
-    python benchmarks/contenders.py CONTENDER WORKLOAD FILE
+    python benchmarks/contenders.py CONTENDER WORKLOAD FILE            compute
+    python benchmarks/contenders.py CONTENDER WORKLOAD FILE --count    and print tasks and bytes of graphs as JSON
+    python benchmarks/contenders.py CONTENDER WORKLOAD FILE --prepare  do the share that is to be done beforehand
 
-Each leaves the results in a file, as a person would want them. What a contender knows of itself (tasks, bytes of its
-graph) it prints as JSON; nothing is counted in a run that is timed unless it is free.
+Each leaves the results in a file, as a person would want them. Nothing is counted in a run that is timed.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from counting import start_counting
 from workloads import MAIN, WORKLOADS, Workload
 
 _BLOCK_BYTES = 8 * 2**20
@@ -70,6 +73,19 @@ def limit(path: str, name: str) -> None:
     os.unlink(result)
 
 
+def h5py_alone(path: str, name: str) -> None:
+    """h5py in one process: what a person writes first, and what reading a filtered source through HDF5 costs."""
+    import h5py
+
+    workload = WORKLOADS[name]
+    rows = block_rows(workload)
+    with h5py.File(path, "r") as source, h5py.File(path + ".h5py", "w") as file:
+        result = file.create_dataset("Result", (workload.n_positions, workload.width), "f4")
+        for start in range(int(workload.n_positions * workload.done), workload.n_positions, rows):
+            result[start : start + rows] = compute_block(workload, source[MAIN][start : start + rows])
+    os.unlink(path + ".h5py")
+
+
 def lazyproc(path: str, name: str, cores: int = 2) -> None:
     """lazyproc, everything on: probe, fingerprint, results beside the data, status mask, commits."""
     import lazyproc as package
@@ -86,17 +102,21 @@ def lazyproc(path: str, name: str, cores: int = 2) -> None:
     )
 
 
-def prepare_lazyproc(path: str, name: str) -> None:
-    """Leave a file in which a share of the work is done, as a run that was killed leaves it."""
+def lazyproc_1(path: str, name: str) -> None:
+    """lazyproc on one core."""
+    lazyproc(path, name, cores=1)
+
+
+def prepare(path: str, name: str, compute: Callable[[str, str], None]) -> None:
+    """Leave a file in which a share of the work is done, as a run that was killed leaves it: less of it is marked."""
     import h5py
 
-    lazyproc(path, name)
+    compute(path, name)
     workload = WORKLOADS[name]
     with h5py.File(path, "r+") as file:
-        parent = file[MAIN].parent
-        for item in parent.values():
-            if isinstance(item, h5py.Group) and "completed_positions" in item:
-                item["completed_positions"][int(workload.n_positions * workload.done) :] = 0
+        groups = [item for item in file[MAIN].parent.values() if isinstance(item, h5py.Group)]
+        (mask,) = [group["completed_positions"] for group in groups if "completed_positions" in group]
+        mask[int(workload.n_positions * workload.done) :] = 0
 
 
 def joblib(path: str, name: str) -> None:
@@ -115,7 +135,6 @@ def joblib(path: str, name: str) -> None:
         for start, out in zip(starts, blocks, strict=True):
             target[start : start + len(out)] = out
     os.unlink(path + ".joblib")
-    _tell(tasks=len(starts))
 
 
 def _joblib_block(path: str, name: str, start: int, stop: int) -> Any:
@@ -140,7 +159,6 @@ def dask(path: str, name: str) -> None:
         )
         target = file.create_dataset("Result", result.shape, "f4")
         da.store(result, target, num_workers=2)
-        _tell(tasks=len(result.__dask_graph__()))
     os.unlink(path + ".dask")
 
 
@@ -168,7 +186,6 @@ def xarray(path: str, name: str) -> None:
             dask_gufunc_kwargs={"output_sizes": {"value": workload.width}},
         )
         result.to_dataset(name="Result").to_zarr(path + ".zarr", mode="w")
-        _tell(tasks=len(result.__dask_graph__()))
     shutil.rmtree(path + ".zarr")
 
 
@@ -181,7 +198,8 @@ def hyperspy(path: str, name: str) -> None:
 
     workload = WORKLOADS[name]
     with h5py.File(path, "r") as source, h5py.File(path + ".hyperspy", "w") as file:
-        lazy = Signal1D(da.from_array(source[MAIN], chunks=(block_rows(workload), -1))).as_lazy()
+        array = da.from_array(source[MAIN], chunks=(block_rows(workload), -1))
+        lazy = Signal1D(array[int(workload.n_positions * workload.done) :]).as_lazy()
 
         size = (workload.width,) if workload.width > 1 else ()  # (1,) ends in an IndexError with HyperSpy 2.5
 
@@ -192,7 +210,7 @@ def hyperspy(path: str, name: str) -> None:
             one, inplace=False, lazy_output=True, output_signal_size=size, output_dtype="f4", ragged=False
         )
         values = np.asarray(result.data.compute(num_workers=2))
-        file["Result"] = values.reshape(workload.n_positions, workload.width)
+        file["Result"] = values.reshape(len(array) - int(workload.n_positions * workload.done), workload.width)
     os.unlink(path + ".hyperspy")
 
 
@@ -221,7 +239,7 @@ def sidpy(path: str, name: str) -> None:
 
 
 def pyusid(path: str, name: str, cores: int = 2) -> None:
-    """pyUSID.Process, a subclass as its documentation teaches."""
+    """pyUSID.Process, a subclass as its documentation teaches, which can resume."""
     import h5py
     import numpy as np
 
@@ -242,6 +260,9 @@ def pyusid(path: str, name: str, cores: int = 2) -> None:
                 h5_pos_inds=self.h5_main.h5_pos_inds, h5_pos_vals=self.h5_main.h5_pos_vals,
             )  # fmt: skip
 
+        def _get_existing_datasets(self) -> None:
+            self.h5_results = self.h5_results_grp["Result"]
+
         def _write_results_chunk(self) -> None:
             values = np.asarray(self._results, "f4").reshape(-1, workload.width)
             self.h5_results[self._get_pixels_in_current_batch(), :] = values
@@ -249,7 +270,7 @@ def pyusid(path: str, name: str, cores: int = 2) -> None:
         _map_function = staticmethod(functools.partial(_pyusid_map, name))  # which joblib can pickle
 
     with h5py.File(path, "r+") as file:
-        Benchmark(file[MAIN], "Benchmark", cores=cores).compute(override=True)
+        Benchmark(file[MAIN], "Benchmark", cores=cores).compute(override=not workload.done)
 
 
 def _pyusid_map(name: str, spectrum: Any) -> Any:
@@ -262,13 +283,11 @@ def pyusid_1(path: str, name: str) -> None:
     pyusid(path, name, cores=1)
 
 
-def _tell(**numbers: int) -> None:
-    sys.stdout.write(json.dumps(numbers) + "\n")
-
-
 CONTENDERS = {
     "limit": limit,
     "lazyproc": lazyproc,
+    "lazyproc-1": lazyproc_1,
+    "h5py": h5py_alone,
     "joblib": joblib,
     "dask": dask,
     "xarray": xarray,
@@ -277,9 +296,21 @@ CONTENDERS = {
     "pyusid": pyusid,
     "pyusid-1": pyusid_1,
 }
-PREPARE = {"lazyproc": prepare_lazyproc}
-"""What has to be done before the clock starts, where a share of the work is to be done already."""
+RESUMES = ["lazyproc", "lazyproc-1", "pyusid", "pyusid-1"]
+"""Those that find what is done already in the file, by their status masks; to others only the rest is given."""
+
+
+def main() -> None:
+    """Run a contender."""
+    name, workload, path, *how = sys.argv[1:]
+    counts = start_counting() if "--count" in how else None
+    if "--prepare" in how:
+        prepare(path, workload, CONTENDERS[name])
+    else:
+        CONTENDERS[name](path, workload)
+    if counts is not None:
+        sys.stdout.write(json.dumps(counts.told()) + "\n")
+
 
 if __name__ == "__main__":
-    what = PREPARE if "--prepare" in sys.argv else CONTENDERS
-    what[sys.argv[1]](sys.argv[3], sys.argv[2])
+    main()

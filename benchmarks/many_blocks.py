@@ -2,10 +2,14 @@
 
     python benchmarks/many_blocks.py                               up to 10**5 blocks, 10**8 positions
     python benchmarks/many_blocks.py --blocks 1000 1000000         10**9 positions: some minutes and 3 GB of disk
+    python benchmarks/many_blocks.py --scheduler processes         Dask graphs, done by two worker processes
+    python benchmarks/many_blocks.py --scheduler cluster           the same on a local Dask cluster of two workers
 
 Each line is a fresh process and a fresh file: positions of one byte, never written, so that the file is nearly all
 holes; a function of a block that does nothing; blocks of 1,000 positions, far smaller than the planner would choose,
-done one after the other in the driver. What is left is what lazyproc does: plan, read, check, write, collect, commit.
+done one after the other in the driver, or where `--scheduler` says, which no job so short would choose. What is left is
+what lazyproc does: plan, read, check, write, collect, commit. Memory is that of the driver, with the scheduler of the
+cluster, which is started before, not that of worker processes, whose start counts in the time a block.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 MAIN = "/Measurement_000/Channel_000/Raw_Data"
@@ -54,7 +60,23 @@ def nothing(block: Any) -> Any:
     return block[:, 0]
 
 
-def measure(path: str, rows: int, interval: float) -> dict[str, float]:
+@contextmanager
+def workers(kind: str, cores: int) -> Iterator[dict[str, Any]]:
+    """Have blocks done where it is said, whatever lazyproc would choose; return the arguments of the process."""
+    import lazyproc
+    import lazyproc.declared
+    from lazyproc.engine.choose import Scheduler
+
+    if kind == "cluster":
+        with lazyproc.cluster(cores) as client:
+            yield {"cores": cores, "client": client}
+        return
+    n_workers = 1 if kind == "serial" else cores
+    lazyproc.declared.choose_local = lambda kernel, probe, n, most, apart: Scheduler(kind, n_workers)
+    yield {"cores": n_workers}
+
+
+def measure(path: str, rows: int, interval: float, options: dict[str, Any]) -> dict[str, float]:
     """Plan and compute once in this process, and tell what it took."""
     import psutil
 
@@ -65,7 +87,7 @@ def measure(path: str, rows: int, interval: float) -> dict[str, float]:
     outputs = {"Same": lazyproc.Output("u1")}
     cls = type("Nothing", (lazyproc.Process,), {"outputs": outputs, "_block_function": staticmethod(nothing)})
     address = f"{path}::{MAIN}"
-    cls(address, cores=1).close()  # all is imported now
+    cls(address, **options).close()  # all is imported now
     own = psutil.Process()
     base, peak, done = own.memory_full_info().uss, [0], threading.Event()
 
@@ -83,7 +105,7 @@ def measure(path: str, rows: int, interval: float) -> dict[str, float]:
         times[type(event).__name__] = [first, now, count + 1]
 
     begin = time.perf_counter()
-    with cls(address, cores=1, checkpoint_interval=interval) as process:
+    with cls(address, checkpoint_interval=interval, **options) as process:
         n_blocks = process.plan().n_blocks
         planned = time.perf_counter()
         process._progress = note
@@ -106,11 +128,15 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", type=int, default=[1_000, 10_000, 100_000])
     parser.add_argument("--rows", type=int, default=1_000, help="positions a block")
     parser.add_argument("--interval", type=float, default=10.0, help="seconds between commits")
+    parser.add_argument("--scheduler", choices=["serial", "threads", "processes", "cluster"], default="serial")
+    parser.add_argument("--cores", type=int, default=2, help="worker processes or threads, if not serial")
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one, options.rows, options.interval)))
+        with workers(options.scheduler, options.cores) as how:
+            found = measure(options.one, options.rows, options.interval, how)
+        print(json.dumps(found))
         return
     print("   blocks      positions    plan s  before s  us a block  after s  commits  memory MiB")
     for n_blocks in options.blocks:
@@ -119,7 +145,9 @@ def main() -> None:
             make_file(path, n_blocks * options.rows)
             command = [sys.executable, os.path.abspath(__file__), "--one", path, "--rows", str(options.rows)]
             command += ["--interval", str(options.interval)]
-            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            command += ["--scheduler", options.scheduler, "--cores", str(options.cores)]
+            told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found = json.loads(told.splitlines()[-1])  # a cluster says where its dashboard is
         print(
             f"{found['blocks']:9,d} {n_blocks * options.rows:14,d} {found['plan']:9.3f} {found['before']:9.3f} "
             f"{1e6 * found['block']:11.1f} {found['after']:8.2f} {found['commits']:8d} {found['peak'] / 2**20:11.1f}",

@@ -1,4 +1,4 @@
-"""Draw what `compare.py --save` measured: wall time as a ratio to the limit, and memory.
+"""Draw what `compare.py --save` measured: wall time as a ratio to the limit (or whatever it is to), and memory.
 
 python benchmarks/plot.py results.json comparison.png
 """
@@ -17,10 +17,15 @@ import matplotlib.pyplot as plt
 _COLOURS = {
     "limit": "#c4c4c4",
     "lazyproc": "#1b6ca8",
+    "lazyproc-1": "#8ab8d8",
+    "h5py": "#5b4a8a",
     "joblib": "#e08e0b",
     "dask": "#b23a48",
     "xarray": "#6a994e",
+    "hyperspy": "#3f8f8b",
+    "sidpy": "#c77dbb",
     "pyusid": "#7d7d7d",
+    "pyusid-1": "#4d4d4d",
 }
 
 
@@ -30,14 +35,15 @@ def main(source: str, target: str) -> None:
         measured: dict[str, dict[str, dict[str, Any]]] = json.load(file)
     figure, (times, memory) = plt.subplots(2, 1, figsize=(10, 7), layout="constrained")
     names = list(dict.fromkeys(name for rows in measured.values() for name in rows))
-    draw(times, measured, [name for name in names if name != "limit"], "ratio")
+    references = {row.get("ratio_to", "limit") for rows in measured.values() for row in rows.values()}
+    draw(times, measured, [name for name in names if {name} != references], "ratio")
     times.axhline(1, color="black", linewidth=1)
-    times.set_ylabel("wall time / limit")
+    times.set_ylabel(f"wall time / {' or '.join(sorted(references))}")
     draw(memory, measured, names, "memory")
     memory.set_ylabel("peak private memory, MiB")
     memory.set_yscale("log")
     for axes in (times, memory):
-        axes.legend(ncols=5, frameon=False)
+        axes.legend(ncols=6, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(target, dpi=110)
 
 

@@ -60,7 +60,8 @@ class Workload:
     about : str
         What it stands for.
     done : float
-        Share of the positions that is done before the clock starts (lazyproc and pyUSID only).
+        Share of the positions that is done before the clock starts. lazyproc and pyUSID get results of all positions,
+        of which so many are marked as done, and find out themselves what is left; the others are given only the rest.
     """
 
     n_positions: int

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
+from lazyproc.core import sizing
 from lazyproc.core.errors import ResultsError
-from lazyproc.hdf5.chunks import chunked_source
+from lazyproc.core.events import Started
+from lazyproc.hdf5 import chunks
+from lazyproc.hdf5.chunks import ChunkSource, chunked_source
 
 SEEN: list[type] = []
 
@@ -179,13 +182,70 @@ def test_run_uses_it(tmp_path: Path, by_handle: bool, monkeypatch: pytest.Monkey
             group = process(total, main, {"Sum": lazyproc.Output("f8")}, vectorized=True)
             assert (group["Sum"][:, 0] == data.sum(axis=1)).all()
             return
-    reads = []
-    from lazyproc.hdf5 import chunks
-
-    monkeypatch.setattr(chunks, "_read", lambda *a, read=chunks._read: reads.append(a) or read(*a))
+    decoded = Decoded(monkeypatch)
     group = lazyproc.map_positions(total, address, {"Sum": lazyproc.Output("f8")}, vectorized=True)
     assert (group["Sum"][:, 0] == data.sum(axis=1)).all()
-    assert len(reads) >= 60 // 8
+    decoded.check(60, 8)
+
+
+class Decoded:
+    """Notes which rows are asked for, and how many chunks are read and decoded for that; each is done for real."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[list[tuple[int, int]], list[int]]] = []
+        rows, read = ChunkSource.rows, chunks._read
+
+        def noted_rows(source: ChunkSource, runs: Any) -> Any:
+            spans = list(runs)
+            self.calls.append((spans, []))
+            return rows(source, spans)
+
+        def noted_read(descriptor: int, offset: int, size: int) -> bytes:
+            self.calls[-1][1].append(offset)
+            return read(descriptor, offset, size)
+
+        monkeypatch.setattr(ChunkSource, "rows", noted_rows)
+        monkeypatch.setattr(chunks, "_read", noted_read)
+
+    def check(self, n_positions: int, high: int) -> None:
+        """Each position is read once, and each chunk once for each run that it has positions of, and no more often.
+
+        Before that three chunks are compared with what HDF5 reads, of one position each.
+        """
+        compared, used = self.calls[:3], self.calls[3:]
+        assert [len(offsets) for _, offsets in compared] == [1, 1, 1]
+        asked = np.concatenate([np.arange(*span) for spans, _ in used for span in spans])
+        assert sorted(asked) == list(range(n_positions)), "no position is read twice"
+        chunk_of: dict[int, int] = {}
+        for spans, offsets in used:
+            wanted = [down for start, stop in spans for down in range(start // high, -(-stop // high))]
+            assert len(offsets) == len(wanted), "a chunk is decoded once for a run of positions"
+            for down, offset in zip(wanted, offsets, strict=True):
+                assert chunk_of.setdefault(down, offset) == offset
+        assert len(set(chunk_of.values())) == len(chunk_of) == -(-n_positions // high)
+
+
+def test_no_chunk_is_decoded_for_two_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks end where chunks end, so that what the function is not tried on costs one decoding a chunk."""
+    n_positions, high = 20_000, 250
+    path = tmp_path / "scan.h5"
+    data = np.random.default_rng(4).standard_normal((n_positions, 4))
+    make_usid_file(path, n_rows=200, n_cols=100, n_spectral=4, data=data, chunks=(high, 4), compression="gzip")
+    monkeypatch.setattr(sizing, "positions_per_block", lambda **_: 4 * high)
+    decoded = Decoded(monkeypatch)
+    begun: list[int] = []
+
+    class Sum(lazyproc.Process):
+        outputs = {"Sum": lazyproc.Output("f8")}
+        _block_function = staticmethod(total)
+
+    with Sum(f"{path}::{CHANNEL}/Raw_Data", cores=1) as process:
+        process._progress = lambda event: begun.append(len(decoded.calls)) if isinstance(event, Started) else None
+        assert (process.compute()["Sum"][:, 0] == data.sum(axis=1)).all()
+    decoded.check(n_positions, high)
+    blocks = [set(offsets) for _, offsets in decoded.calls[begun[0] :]]
+    assert len(blocks) > 10
+    assert sum(map(len, blocks)) == len(set().union(*blocks)), "no two blocks share a chunk"
 
 
 def test_chunks_that_move_before_the_run_are_found_again(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,11 @@ import pytest
 from usid_files import CHANNEL, make_usid_file, random_data
 
 import lazyproc
+from lazyproc.core import sizing
 from lazyproc.core.errors import FileBusyError, FunctionError, OutputError
 from lazyproc.core.events import Committed
+from lazyproc.engine import local
+from lazyproc.engine.kernel import Kernel
 from lazyproc.hdf5.files import Files
 from lazyproc.status import file_status
 
@@ -677,3 +682,131 @@ def test_a_writer_keeps_a_run_away(tmp_path: Path) -> None:
             work.compute()
         assert Path(path).read_bytes() == before
     assert {*os.listdir(tmp_path)} == {"scan.h5", "calls"}
+
+
+# -- counts: calls of the system, and copies -------------------------------------------------------------------------
+
+
+class Copying(lazyproc.Process):
+    """Returns a result as large as the source, and a narrow one."""
+
+    outputs = {"Twice": lazyproc.Output("f8", shape_from_main=True), "First": lazyproc.Output("f8")}
+
+    @staticmethod
+    def _block_function(block):
+        return {"Twice": 2 * block, "First": block[:, 0]}
+
+
+@dataclass
+class BlockNotes:
+    """What was noted of a block.
+
+    Attributes
+    ----------
+    n_runs, n_positions : int
+        Of the block.
+    calls : Counter
+        Calls of the system, by name and file.
+    read, written : list of ndarray
+        The memory that `preadv` was to fill, and that `pwrite` took for the results.
+    data : ndarray
+        What the function got.
+    results : tuple of ndarray
+        What it returned, checked.
+    peak : int
+        Bytes that Python and NumPy took at most.
+    """
+
+    n_runs: int
+    n_positions: int
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    read: list[np.ndarray] = field(default_factory=list)
+    written: list[np.ndarray] = field(default_factory=list)
+    data: np.ndarray = field(default_factory=lambda: np.empty(0))
+    results: tuple[np.ndarray, ...] = ()
+    peak: int = 0
+
+
+class BlockWatch:
+    """Notes what is done for each block in this process; each call is made for real."""
+
+    def __init__(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.notes: list[BlockNotes] = []
+        self._path = os.path.realpath(path)
+        self._now: BlockNotes | None = None
+        for name in ("open", "pread", "preadv", "pwrite", "fdatasync", "ftruncate"):
+            monkeypatch.setattr(os, name, self._call(name, getattr(os, name)))
+        monkeypatch.setattr(local, "run_block", self._block(local.run_block))
+        monkeypatch.setattr(Kernel, "compute", self._compute(Kernel.compute))
+
+    def _call(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(where: Any, *args: Any) -> Any:
+            if (now := self._now) is not None:
+                file = os.path.realpath(where) if name == "open" else os.readlink(f"/proc/self/fd/{where}")
+                if os.path.dirname(file) == os.path.dirname(self._path):
+                    now.calls[name, os.path.basename(file)] += 1
+                if file == self._path and name == "preadv":
+                    now.read += [np.frombuffer(buffer, np.uint8) for buffer in args[0]]
+                if file == self._path and name == "pwrite":
+                    now.written.append(np.frombuffer(args[0], np.uint8))
+            return real(where, *args)
+
+        return call
+
+    def _block(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def run_block(kernel: Any, block: Any) -> Any:
+            self._now = BlockNotes(len(block.starts), block.n_positions)
+            tracemalloc.start()
+            try:
+                return real(kernel, block)
+            finally:
+                self._now.peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                self.notes.append(self._now)
+                self._now = None
+
+        return run_block
+
+    def _compute(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def compute(kernel: Any, data: np.ndarray, *args: Any) -> Any:
+            results = real(kernel, data, *args)
+            if self._now is not None:
+                self._now.data, self._now.results = data, results
+            return results
+
+        return compute
+
+
+@pytest.mark.parametrize("how", ["path", "handle"])
+def test_calls_and_copies_of_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """The file is opened once to read and once to write; what is returned is copied once, to be checked; no more."""
+    n_positions, n_spectral, size = 12_000, 64, 1_000
+    data = numbered(n_positions, n_spectral)
+    path = make_file(tmp_path / "scan.h5", data)
+    monkeypatch.setattr(sizing, "positions_per_block", lambda **_: size)
+    watch = BlockWatch(path, monkeypatch)
+    with ExitStack() as stack:
+        main = f"{path}::{MAIN}" if how == "path" else stack.enter_context(h5py.File(path, "r+"))[MAIN]
+        with Copying(main, cores=1, checkpoint_interval=3600.0) as process:
+            group = process.compute()
+            assert (group["Twice"][:] == 2 * data).all()
+            assert (group["First"][:, 0] == data[:, 0]).all()
+    assert len(watch.notes) > 5
+    for block in watch.notes:
+        assert block.calls == {
+            ("open", "scan.h5"): 2,
+            ("preadv", "scan.h5"): block.n_runs,
+            ("pwrite", "scan.h5"): 2 * block.n_runs,
+            ("open", ".scan.h5.lazyproc-fence"): 1,
+            ("pread", ".scan.h5.lazyproc-fence"): 1,
+            ("open", ".scan.h5.lazyproc-lock"): 1,
+            ("pwrite", ".scan.h5.lazyproc-lock"): 2,  # that the function is being called, and that it is no more
+        }
+        assert sum(part.nbytes for part in block.read) == block.data.nbytes == 8 * n_spectral * block.n_positions
+        assert all(np.shares_memory(part, block.data) for part in block.read), "the function gets what was read into"
+        assert sum(part.nbytes for part in block.written) == sum(array.nbytes for array in block.results)
+        twice, first = block.results
+        for part in block.written:
+            assert np.shares_memory(part, twice) or np.shares_memory(part, first), "what was checked is written"
+        if block.n_positions == size:  # what was read, what the function returned, what was checked
+            assert 3 <= block.peak / block.data.nbytes < 3.5

@@ -10,11 +10,14 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import dask.local
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -350,3 +353,107 @@ def test_handlers_of_errors_stay_here_and_are_not_missed_elsewhere() -> None:
         there = [one for one in run_processes(kernel, BlockPlan(REMAINING, 500), 1, never) if one]
     assert kernel.errors == {"over": "warn", "under": "raise", "invalid": "warn"}
     assert all(one.failure is None for one in [*here, *there])
+
+
+# -- counts: what is sent, and how often -----------------------------------------------------------------------------
+
+
+class NotesItsTravels:
+    """A function that notes, in a file, each time that it is pickled, and where it is loaded."""
+
+    def __init__(self, path: Path, n_bytes: int) -> None:
+        self.path = str(path)
+        self.ballast = os.urandom(n_bytes)
+
+    def __call__(self, spectrum: NDArray[Any]) -> Any:
+        return 2 * spectrum[0]
+
+    def note(self, what: str) -> None:
+        with open(self.path, "a", encoding="ascii") as file:
+            file.write(f"{what}\n")
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.note("pickled")
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.note(str(os.getpid()))
+
+
+def check_travels(path: Path, receipts: list[Receipt]) -> None:
+    """The kernel was pickled once, and loaded once by each process that has done blocks, however many these were."""
+    np.testing.assert_array_equal(collect(iter(receipts)), EXPECTED)
+    workers = {receipt.worker.split(":")[1] for receipt in receipts}
+    assert len(receipts) > 2 * len(workers)
+    assert sorted(path.read_text().split()) == sorted(["pickled", *workers])
+
+
+class Sent:
+    """Notes what goes through the sockets of this process and which graphs Dask gets; each is sent and run for real."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.block_bytes: list[int] = []
+        self.graphs: list[int] = []
+        for name in ("send", "send_bytes", "recv_bytes"):
+            monkeypatch.setattr(Connection, name, self._noting(name, getattr(Connection, name)))
+        real = dask.local.get_async
+
+        def get_async(submit: Any, n_workers: int, graph: Any, *args: Any, **kwargs: Any) -> Any:
+            self.graphs.append(len(graph))
+            return real(submit, n_workers, graph, *args, **kwargs)
+
+        monkeypatch.setattr(dask.local, "get_async", get_async)
+
+    def _noting(self, name: str, real: Any) -> Any:
+        def call(connection: Connection, *args: Any) -> Any:
+            self.kinds[name if name == "recv_bytes" else type(args[0]).__name__] += 1
+            if name == "send" and isinstance(args[0], Block):
+                self.block_bytes.append(len(pickle.dumps(args[0])))
+            return real(connection, *args)
+
+        return call
+
+
+def test_a_block_is_one_task_and_one_message_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function goes to each process once, and no graph holds more than eight blocks a worker."""
+    plan = BlockPlan(REMAINING, 20)
+    n_blocks = plan.count()
+    sent = Sent(monkeypatch)
+    kernel = kernel_of(NotesItsTravels(tmp_path / "travels", 10**6))
+    receipts = [one for one in run_processes(kernel, plan, 2, never) if one is not None]
+    check_travels(tmp_path / "travels", receipts)
+    assert len(receipts) == n_blocks == sum(sent.graphs)
+    assert len(sent.graphs) == -(-n_blocks // 16)
+    n_started = sent.kinds["bytes"]  # a second process may come when all is done already
+    assert len({one.worker for one in receipts}) <= n_started <= 2
+    assert sent.kinds == {"bytes": n_started, "Block": n_blocks, "recv_bytes": 2 * n_started + n_blocks}
+    assert max(sent.block_bytes) < 200
+
+
+@pytest.mark.parametrize("n_bytes", [100, 10**5], ids=["small", "large"])
+def test_the_function_goes_to_each_worker_of_a_cluster_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_bytes: int
+) -> None:
+    """A large one is one task of its own, which the workers get it from; a small one is known again when it comes."""
+    from distributed import Client, LocalCluster
+
+    tasks: Counter[bool] = Counter()
+    real = Client._graph_to_futures
+
+    def graph_to_futures(client: Any, expr: Any, *args: Any, **kwargs: Any) -> Any:
+        tasks.update(str(key).startswith("('kernel-") for key in dict(expr.__dask_graph__()))
+        return real(client, expr, *args, **kwargs)
+
+    monkeypatch.setattr(Client, "_graph_to_futures", graph_to_futures)
+    plan = BlockPlan(REMAINING, 20)
+    kernel = kernel_of(NotesItsTravels(tmp_path / "travels", n_bytes))
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        scheduler = Scheduler.on_cluster(client)
+        receipts = [one for one in scheduler.run(kernel, plan, never, "travels") if one is not None]
+    check_travels(tmp_path / "travels", receipts)
+    assert tasks == {False: plan.count()} | ({True: 1} if n_bytes > 10**4 else {})
