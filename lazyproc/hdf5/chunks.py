@@ -8,8 +8,9 @@ returns None where anything is unusual: then HDF5 does it.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,25 +109,31 @@ class ChunkSource:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             check_same_file(descriptor, self.path, self.inode, self.name)
-            place = 0
-            for start, stop in spans:
-                self._read_run(descriptor, start, stop, rows[place : place + stop - start])
-                place += stop - start
+            for down, parts in itertools.groupby(self._parts(spans), key=lambda part: part[0] // self.chunks[0]):
+                self._read_parts(descriptor, down, list(parts), rows)
         finally:
             os.close(descriptor)
         return rows
 
-    def _read_run(self, descriptor: int, start: int, stop: int, out: NDArray[Any]) -> None:
+    def _parts(self, spans: Spans) -> Iterator[tuple[int, int, int]]:
+        """Cut runs where chunks end: first and last position, and where its rows go."""
+        high, place = self.chunks[0], 0
+        for start, stop in spans:
+            while start < stop:
+                end = min(stop, (start // high + 1) * high)
+                yield start, end, place
+                place += end - start
+                start = end
+
+    def _read_parts(self, descriptor: int, down: int, parts: list[tuple[int, int, int]], rows: NDArray[Any]) -> None:
+        """Read what is wanted of a row of chunks; each is decoded once, however scattered the positions are."""
         high, wide = self.chunks
-        for down in range(start // high, -(-stop // high)):
-            first, last = max(start, down * high), min(stop, (down + 1) * high)
-            for across in range(self.offsets.shape[1]):
-                left, right = across * wide, min((across + 1) * wide, self.shape[1])
-                part = out[first - start : last - start, left:right]
-                chunk = self._chunk(descriptor, down, across)
-                if chunk.ndim:
-                    chunk = chunk[first - down * high : last - down * high, : right - left]
-                part[...] = chunk
+        for across in range(self.offsets.shape[1]):
+            left, right = across * wide, min((across + 1) * wide, self.shape[1])
+            chunk = self._chunk(descriptor, down, across)
+            for start, stop, place in parts:
+                piece = chunk[start - down * high : stop - down * high, : right - left] if chunk.ndim else chunk
+                rows[place : place + stop - start, left:right] = piece
 
     def _chunk(self, descriptor: int, down: int, across: int) -> NDArray[Any]:
         """Read and decode one chunk `(rows, columns)`; the fill value, a scalar, where none was written."""
