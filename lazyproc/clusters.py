@@ -32,8 +32,8 @@ def cluster(
     """Give a Dask client for as long as the context lasts; what it is connected to depends on how the script was begun.
 
     - Launched by MPI (``mpiexec -n 64 python script.py``, ``srun --mpi=…``): the ranks of the job. Rank 0 goes on with
-      the script; in all others this call never returns: they serve as workers, one core each, and leave with the
-      script's exit code. A single rank gets one worker process.
+      the script; in all others this call never returns: they serve as workers, one core each, until it ends. A single
+      rank gets one worker process.
     - Else the client that is active already; else the scheduler that Dask's configuration names (``scheduler-address``,
       or the variable ``DASK_SCHEDULER_ADDRESS``); else worker processes of this machine. Neither needs
       ``if __name__ == "__main__"``.
