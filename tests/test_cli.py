@@ -248,16 +248,24 @@ def test_sigterm_stops_as_ctrl_c_does(folder):
     assert done.returncode == 0, done.stderr
 
 
-def test_ctrl_c_before_the_run_begins_exits_with_75_too(folder):
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (signal.SIGINT, "Stopped: run again."),
+        (signal.SIGTERM, "stopped while no blocks were computed; what was finished before is kept. Run again."),
+        (signal.SIGUSR1, "stopped while no blocks were computed; what was finished before is kept. Run again."),
+    ],
+)
+def test_a_signal_before_the_run_begins_exits_with_75_too(folder, number, says):
     (folder / "slow.py").write_text("open('importing', 'w').close()\nimport time\ntime.sleep(60)\n")
     with subprocess.Popen(
         [*COMMAND, "run", "slow.py:Peaks", ADDRESS], cwd=folder, stderr=subprocess.PIPE, text=True
     ) as running:
         wait_for((folder / "importing").exists, running)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         _, err = running.communicate(timeout=60)
     assert running.returncode == 75, err
-    assert err.strip() == "Stopped: run again."
+    assert err.strip() == says
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
