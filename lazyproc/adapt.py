@@ -11,7 +11,7 @@ from lazyproc.core.blocks import BlockPlan
 from lazyproc.core.errors import MemoryLimitError, WorkerError
 from lazyproc.core.feed import BlockFeed
 from lazyproc.core.learn import MemoryLearner, Room
-from lazyproc.core.memory import MEBIBYTE
+from lazyproc.core.memory import MEBIBYTE, MemoryModel
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.declared import BlockSizes, Declared
@@ -37,7 +37,7 @@ class Adapting:
     sizes : BlockSizes
         The division to begin with.
     scheduler : Scheduler
-        Where; of a cluster nothing is known but its time, since it belongs to others, too.
+        Where.
     probe : Probe
         What the division was reckoned from.
 
@@ -45,8 +45,8 @@ class Adapting:
     ----------
     feed : BlockFeed
         The blocks.
-    room : Room or None
-        What memory allows at the moment; None on a cluster.
+    room : Room
+        What memory allows at the moment; on the machine of a cluster that has the most threads.
     """
 
     def __init__(self, declared: Declared, sizes: BlockSizes, scheduler: Scheduler, probe: Probe) -> None:
@@ -56,21 +56,23 @@ class Adapting:
         self._driver_writes = sizes.driver_writes
         self._division = self._first_division = sizes.division
         self._limit = sizes.limit
-        self._learner: MemoryLearner | None = None
-        self.room: Room | None = None
-        most = sizes.most_positions
-        if scheduler.kind != "client":
-            self.room = Room(most, scheduler.n_workers)
-            self._learner = MemoryLearner(
-                sizes.memory,
-                sizes.limit,
-                scheduler.n_workers,
-                most,
-                vectorized=declared.vectorized,
-                driver_writes=sizes.driver_writes,
-                together=not scheduler.n_processes,
-            )
+        self.room, self._learner = self._learning(sizes, sizes.memory)
+        self._n_threads = scheduler.n_workers
         self.feed = BlockFeed(sizes.plan, probe.seconds_per_position, self._divide, scheduler.n_workers)
+
+    def _learning(self, sizes: BlockSizes, memory: MemoryModel) -> tuple[Room, MemoryLearner]:
+        """Return what memory allows to begin with, and what corrects that."""
+        scheduler, most = self._scheduler, sizes.most_positions
+        learner = MemoryLearner(
+            memory,
+            sizes.limit,
+            scheduler.n_on_machine,
+            most,
+            vectorized=self._declared.vectorized,
+            driver_writes=sizes.driver_writes,
+            together=scheduler.kind != "client" and not scheduler.n_processes,
+        )
+        return Room(most, scheduler.n_on_machine), learner
 
     def _divide(self, rest: Runs, seconds: float | None) -> BlockPlan:
         return self._division.plan(rest, seconds)
@@ -86,9 +88,9 @@ class Adapting:
         int or None
             How many blocks may be under way at once, for the sake of memory; None: as many as the cluster can do.
         """
-        planned = self._scheduler.n_workers
-        if n_threads < planned * _LARGER:
-            return self._scheduler.most
+        planned, before, self._n_threads = self._scheduler.n_workers, self._n_threads, n_threads
+        if n_threads == before or n_threads < planned * _LARGER:
+            return self._most()
         try:
             scheduler = self._scheduler.resized(n_threads)
             sizes = self._declared.blocks(
@@ -96,14 +98,23 @@ class Adapting:
             )
         except (MemoryLimitError, WorkerError) as error:  # the connection may break just now; it may come back
             log.debug("%s: blocks stay as they are: %s", self._declared.process_name, error)
-            return self._scheduler.most
+            return self._most()
         self._scheduler = scheduler.with_workers(sizes.n_workers)
-        self._division = sizes.division
-        self.feed.share(sizes.n_workers, sizes.division.largest)
+        self.room, self._learner = self._learning(sizes, self._learner.model)
+        self._first_division = sizes.division
+        self._division = sizes.division.within(self._learner.rows, self._learner.careful_rows)
+        self.room.rows, self.room.n_workers = self._division.largest, self._learner.n_workers
+        self.feed.share(sizes.n_workers, self._division.largest)
         log.info(
             "%s: the cluster has %d threads by now, %d before: what is left is divided anew",
             self._declared.process_name, n_threads, planned,
         )  # fmt: skip
+        return self._most()
+
+    def _most(self) -> int | None:
+        """Return how many blocks a cluster may have, which decides itself where they are computed."""
+        if self.room.n_workers < self._scheduler.n_on_machine:
+            return self.room.n_workers
         return self._scheduler.most
 
     def noting(self, receipts: Receipts) -> Receipts:
@@ -127,7 +138,7 @@ class Adapting:
 
     def _learn(self, receipt: Receipt) -> None:
         learner, room = self._learner, self.room
-        if learner is None or room is None or not receipt.taken:
+        if not receipt.taken:
             return
         before, n_positions = learner.projected, receipt.block.n_positions
         reckoned = learner.model.worker_peak(n_positions)
@@ -154,8 +165,6 @@ class Adapting:
         self.feed.resize(size)
 
     def _check(self, receipt: Receipt) -> None:
-        if self._learner is None:
-            return
         block = receipt.block
         needed = self._learner.too_much(block.n_positions, receipt.taken)
         if needed is not None:

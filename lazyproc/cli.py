@@ -17,9 +17,9 @@ from typing import Any
 import click
 
 from lazyproc import __version__
-from lazyproc.clusters import cluster
+from lazyproc.clusters import cluster, configured_scheduler
 from lazyproc.core.errors import ArgumentValueError, FunctionError, Interrupted, LazyprocError, MissingFileError
-from lazyproc.drain import EXIT_STOPPED
+from lazyproc.drain import EXIT_STOPPED, Leave, stoppable
 from lazyproc.engine.launch import detect
 
 log = logging.getLogger("lazyproc")
@@ -59,6 +59,8 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
     def wrapper(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except Leave:  # of `stoppable`
+            raise
         except KeyboardInterrupt as error:
             # Another one than Interrupted comes before a run has begun, or after it has ended: nothing is lost.
             click.echo(str(error) if isinstance(error, Interrupted) else "Stopped: run again.", err=True)
@@ -72,22 +74,34 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _of_all_ranks(command: Callable[..., None]) -> Callable[..., None]:
-    """Run a command once for all processes that mpiexec or srun launched: the others serve as its workers."""
+def _on_cluster(*, ranks: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a command on the Dask cluster that is named, if one is; leave with 75 by the signals of batch systems.
+
+    With `ranks` the processes that mpiexec or srun launched are a cluster: this one goes on for all, the others serve.
+    """
     import functools
 
-    @functools.wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        if detect() is None:
-            command(*args, **kwargs)
-            return
-        say = log.info if kwargs.get("as_json") else click.echo
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # what functions print shall be seen
-        with ExitStack() as ranks:
-            _reported(lambda: ranks.enter_context(cluster(say=say)))()
-            command(*args, **kwargs)
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapper(*args: Any, scheduler: str | None, **kwargs: Any) -> None:
+            launched = detect() is not None
+            say = click.echo if ranks and not kwargs.get("as_json") else log.info
+            if launched and ranks:
+                sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # what functions print shall be seen
 
-    return wrapper
+            def connect() -> None:
+                if ranks if launched else configured_scheduler(scheduler) is not None:
+                    opened.enter_context(cluster(scheduler=scheduler, say=say))
+
+            with ExitStack() as opened:
+                if not launched:  # else all processes get the signal, which ends them until they are a cluster
+                    opened.enter_context(stoppable())
+                _reported(connect)()
+                command(*args, **kwargs)
+
+        return wrapper
+
+    return wrap
 
 
 def _show_cause(error: BaseException) -> None:
@@ -129,6 +143,11 @@ def _work_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Stop at the first position that fails, or give it the fill value and record its error.",
         ),
         click.option("--max-failures", type=_AT_LEAST_1, help="With --on-error record: so many may fail."),
+        click.option(
+            "--scheduler",
+            metavar="ADDRESS",
+            help="A Dask cluster's scheduler, or the file that it has written. Default: Dask's configuration.",
+        ),
         click.option("--verbose", is_flag=True, help="Say what is done."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     ]
@@ -205,12 +224,13 @@ def _parameters(pairs: tuple[str, ...]) -> dict[str, Any]:
 @main.command()
 @_work_options
 @click.option("--override", is_flag=True, help="Compute afresh, whatever there is.")
-@_of_all_ranks
+@_on_cluster(ranks=True)
 @_reported
 def run(as_json: bool, override: bool, **options: Any) -> None:
     """Compute PROCESS (module:Class, path/to/file.py:Class or a registered name) over a main dataset.
 
-    Finished results of the same work are returned, partial ones resumed. The same under mpiexec and srun.
+    Finished results of the same work are returned, partial ones resumed. The same under mpiexec and srun, and on the
+    Dask cluster that --scheduler names, or DASK_SCHEDULER_ADDRESS, or Dask's configuration.
     """
     from lazyproc.core.specs import STATUS_MASK
     from lazyproc.hdf5.failures import count_failed
@@ -227,6 +247,7 @@ def run(as_json: bool, override: bool, **options: Any) -> None:
 
 @main.command()
 @_work_options
+@_on_cluster(ranks=False)
 @_reported
 def plan(as_json: bool, **options: Any) -> None:
     """Show what `run` would do, without doing it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lazyproc.arguments import check_cores, check_memory
+from lazyproc.core.errors import ArgumentValueError
+from lazyproc.drain import stoppable
 from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.cluster import active_client
 from lazyproc.engine.launch import Launch, detect
@@ -24,6 +28,7 @@ def cluster(
     cores: int | None = None,
     *,
     max_mem_mb: int | None = None,
+    scheduler: str | None = None,
     dashboard_address: str = _DASHBOARD,
     interface: str | None = None,
     timeout: float | None = None,
@@ -32,8 +37,8 @@ def cluster(
     """Give a Dask client for as long as the context lasts; what it is connected to depends on how the script was begun.
 
     - Launched by MPI (``mpiexec -n 64 python script.py``, ``srun --mpi=…``): the ranks of the job. Rank 0 goes on with
-      the script; in all others this call never returns: they serve as workers, one core each, and leave with the
-      script's exit code. A single rank gets one worker process.
+      the script; in all others this call never returns: they serve as workers, one core each, until it ends. A single
+      rank gets one worker process.
     - Else the client that is active already; else the scheduler that Dask's configuration names (``scheduler-address``,
       or the variable ``DASK_SCHEDULER_ADDRESS``); else worker processes of this machine. Neither needs
       ``if __name__ == "__main__"``.
@@ -46,6 +51,9 @@ def cluster(
     max_mem_mb : int, optional
         MiB at which Dask lets the workers of a machine, all together, pause. Default: what the machine has. What a run
         may take is bounded by `Process`.
+    scheduler : str, optional
+        The address of a Dask scheduler, such as ``"tcp://10.0.0.1:8786"``, or the file that it has written
+        (``dask scheduler --scheduler-file``). Default: as said above. Not under MPI, nor where a client is active.
     dashboard_address : str
         Where the dashboard listens. By default only on the driver's machine, at a free port.
     interface : str, optional
@@ -64,6 +72,11 @@ def cluster(
     ------
     LaunchError
         If the launcher and the MPI library do not belong together.
+    ArgumentValueError
+        If a scheduler is given where there is a client already, or MPI; or the file says nothing of one.
+    SystemExit
+        With code 75, if SIGTERM or SIGUSR1 comes while no run is under way in the context: a job is to end, and what
+        is open in the context is closed before. A run itself finishes its blocks first.
     TimeoutError, OSError
         If the workers do not join, or the scheduler cannot be reached.
 
@@ -82,19 +95,24 @@ def cluster(
     n_workers = min(wanted, available_cores()) if wanted else default_cores()
     memory = check_memory(max_mem_mb)
     client, launch = active_client(), detect()
-    if client is not None:
-        yield client
-        return
+    if scheduler is not None and (client is not None or launch is not None):
+        what = "there is an active client" if client is not None else "this was launched by mpiexec or srun"
+        raise ArgumentValueError(f"scheduler: {scheduler} came, but {what}, which is used; expected one of both.")
     if say is None:
         say = _to_standard_output
     with ExitStack() as opened:
-        if launch is not None and launch.size != 1:
-            yield from _of_mpi(opened, launch, dashboard_address, interface, memory, timeout, say)
+        if client is not None:
+            pass
+        elif launch is not None and launch.size != 1:
+            client = _of_mpi(opened, launch, dashboard_address, interface, memory, timeout, say)
         else:
-            if launch is None:
-                client = _of_configuration(opened, timeout)
-            client = client or _of_this_machine(opened, launch, n_workers, memory, dashboard_address, timeout)
+            address = configured_scheduler(scheduler) if launch is None else None
+            if address is not None:
+                client = _connect(opened, address, timeout)
+            else:
+                client = _of_this_machine(opened, launch, n_workers, memory, dashboard_address, timeout)
             say(f"lazyproc: {_dashboard(client, dashboard_address)}")
+        with stoppable():
             yield client
 
 
@@ -106,7 +124,7 @@ def _of_mpi(
     memory: int | None,
     timeout: float | None,
     say: Callable[[str], None],
-) -> Iterator[Any]:
+) -> Any:
     from lazyproc.engine import mpi
 
     job = mpi.join(launch, dashboard_address=dashboard_address, interface=interface, memory=memory, limit=timeout)
@@ -115,15 +133,31 @@ def _of_mpi(
     job.wait_for_workers(client)
     machines = "1 machine" if job.n_machines == 1 else f"{job.n_machines} machines"
     say(f"lazyproc: {job.size} MPI ranks on {machines}, {_dashboard(client, dashboard_address)}")
-    yield client
+    return client
 
 
-def _of_configuration(opened: ExitStack, timeout: float | None) -> Any | None:
-    """Connect to the scheduler that Dask's configuration names, if it does."""
-    import dask
+def configured_scheduler(wanted: str | None = None) -> str | None:
+    """Return the address of the scheduler that is wanted, or else the one that Dask's configuration names, if any.
 
-    address = dask.config.get("scheduler-address", None)
-    return _connect(opened, address, timeout) if address else None
+    Raises
+    ------
+    ArgumentValueError
+        If what is wanted is a file that names none.
+    """
+    if wanted is None:
+        import dask
+
+        return dask.config.get("scheduler-address", None) or None
+    if not os.path.isfile(wanted):
+        return wanted
+    try:
+        with open(wanted, encoding="utf-8") as file:
+            return str(json.load(file)["address"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArgumentValueError(
+            f"scheduler: {wanted} is a file that names no address ({type(error).__name__}: {error}); expected one that "
+            "`dask scheduler --scheduler-file` has written, or an address such as tcp://10.0.0.1:8786."
+        ) from error
 
 
 def _of_this_machine(

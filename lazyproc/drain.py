@@ -4,6 +4,7 @@
 
     first Ctrl-C, SIGTERM or SIGUSR1    nothing new is started, what is under way is finished and committed
     second one, or the grace is over    what is under way is dropped, what is finished is committed
+    SIGTERM, SIGUSR1 between two runs   the script is left, with the same code (`stoppable`)
 
 Handlers raise nothing, except in places marked as `Drain.interruptible`: the function in this process, a look at it,
 hooks. So no commit and no change of a file's structure is ever cut through.
@@ -16,7 +17,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -32,7 +33,8 @@ GRACE_SECONDS = 20.0
 GRACE_NAME = "LAZYPROC_GRACE_SECONDS"
 """The environment variable that says it."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_OF_BATCH_SYSTEMS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, *_OF_BATCH_SYSTEMS)
 _PROTECTED, _AT_SECOND, _AT_FIRST = range(3)
 """Where the main thread is: not to be interrupted, or by the second signal, or by the first."""
 
@@ -85,6 +87,7 @@ class Drain:
         self._told = False
         self._left = False
         self._level = _PROTECTED
+        self._watch: Watch | None = None
 
     def requested(self) -> bool:
         """Tell whether nothing new shall be started."""
@@ -134,8 +137,13 @@ class Drain:
                 raise Leave
 
     @contextmanager
-    def on_signals(self) -> Iterator[None]:
+    def on_signals(self, numbers: Sequence[int] = _SIGNALS) -> Iterator[None]:
         """Turn signals into the wish to stop, for as long as the context lasts; in the end leave, if one came.
+
+        Parameters
+        ----------
+        numbers : sequence of int
+            The signals.
 
         Raises
         ------
@@ -148,20 +156,23 @@ class Drain:
         Notes
         -----
         Only in the main thread, and only signals that would otherwise end the process (or raise KeyboardInterrupt):
-        handlers of the caller's own are left alone. All are restored in the end.
+        handlers of the caller's own are left alone. All are restored in the end, but for those that were replaced
+        meanwhile.
         """
-        watched = self._free(_SIGNALS) if threading.current_thread() is threading.main_thread() else []
+        watched = self._free(numbers) if threading.current_thread() is threading.main_thread() else []
         if not watched:
             yield
             return
-        watch = Watch(self, watched)
+        owners = [getattr(signal.getsignal(number), "__self__", None) for number in watched]
+        outer = next((one for one in owners if isinstance(one, Drain)), None)
+        watch = self._watch = Watch(self, watched)
         before: dict[int, Any] = {}
         try:
             for number in watched:
                 before[number] = signal.signal(number, self._handle)
             for number in self._free([NUDGE]):
                 before[number] = signal.signal(number, self._handle_nudge)
-            watch.start()
+            watch.start(None if outer is None else outer._watch)
             yield
         except BaseException:
             if not self._left:  # else it is a Leave, or what others have made of it
@@ -169,7 +180,8 @@ class Drain:
         finally:
             watch.end()
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if getattr(signal.getsignal(number), "__self__", None) is self:
+                    signal.signal(number, handler)
         if self.signal is not None:
             self._leave(self.signal)
 
@@ -215,6 +227,27 @@ class Drain:
     def drop(self) -> None:
         """Let what is under way be dropped."""
         self._dropping = True
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Leave by SIGTERM and SIGUSR1 also where no run is under way: between two runs, before the first, after the last.
+
+    A run takes them over for as long as it lasts. Ctrl-C is none of them: it raises KeyboardInterrupt, as ever.
+
+    Raises
+    ------
+    SystemExit
+        At the end, with code 75, after such a signal. The code inside is left at once, by a KeyboardInterrupt, wherever
+        it is: its own ``with`` and ``finally`` close what it has open.
+
+    Notes
+    -----
+    Only in the main thread, and only signals that would otherwise end the process.
+    """
+    drain = Drain("stopped while no blocks were computed; what was finished before is kept. Run again.")
+    with drain.on_signals(_OF_BATCH_SYSTEMS), drain.interruptible(at_first=True):
+        yield
 
 
 def nothing_yet(name: str) -> str:

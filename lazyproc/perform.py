@@ -288,13 +288,12 @@ def _loop(
     give_back()
     with drain.interruptible(at_first=True):  # a cluster may take its time to answer
         scheduler = declared.scheduler(kernel, probe, remaining.n_positions)
+        watched = scheduler.tells_memory()
         in_place = declared.in_place_everywhere(scheduler, target.sink)
     sizes = declared.blocks(remaining, scheduler, probe, driver_writes=not in_place)
     scheduler = scheduler.with_workers(sizes.n_workers)
     crew.reduce(scheduler.n_processes)
-    kernel = kernel.for_run(
-        target.sink if in_place else None, scheduler.native_threads, watched=scheduler.kind != "client"
-    )
+    kernel = kernel.for_run(target.sink if in_place else None, scheduler.native_threads, watched=watched)
     listener(Started(declared.process_name, declared.n_positions, committer.n_all, str(scheduler)))
     log.info(
         "%s: %d positions in %d blocks of up to %d, in %s; %.0f MiB of memory projected",

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from lazyproc.core.errors import ArgumentValueError
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-_LAUNCHERS = {"srun": "srun --mpi=pmi2", "mpiexec": "mpiexec", "none": ""}
+_CORES = "${SLURM_CPUS_PER_TASK:-1}"
+_LAUNCHERS = {"srun": f"SRUN_CPUS_PER_TASK={_CORES} srun --mpi=pmi2", "mpiexec": "mpiexec", "none": ""}
+"""What starts the ranks. Since 22.05 srun gives a rank the cores that the job has for it only if told so once more; not
+for mpiexec, which starts one process a machine by srun."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ class SlurmJob:
         Notes
         -----
         Slurm sends USR1 to the script's shell (``--signal=B:``), which hands it on to the command; lazyproc then
-        finishes the blocks under way, commits and leaves with code 75, and the script submits itself again. With any
-        other code it ends with that code. A job whose node fails is queued again by Slurm itself.
+        finishes the blocks under way, commits and leaves with code 75, and the script submits itself again. So it does
+        if the command was ended by that signal, which came before lazyproc was there to take it. With any other code it
+        ends with that code. A job whose node fails is queued again by Slurm itself.
         """
         launch = _LAUNCHERS[self.launcher] if self.ntasks > 1 else ""
         command = f"{launch} {shlex.join(self.command)}".strip()
@@ -83,12 +87,13 @@ class SlurmJob:
             "--open-mode=append",
             *self.options,
         ]
-        threads = "\n".join(f"export {name}=${{SLURM_CPUS_PER_TASK:-1}}" for name in _THREAD_VARIABLES)
+        threads = "\n".join(f"export {name}={_CORES}" for name in _THREAD_VARIABLES)
         return _TEMPLATE.format(
             directives="\n".join(f"#SBATCH {one}" for one in directives),
             threads=threads,
             grace=max(1, self.drain_seconds * 2 // 3),
             command=command,
+            ended="yes138|yes10" if launch == "mpiexec" else "yes138",  # mpiexec does not add 128
             path=shlex.quote(self.path),
             max_jobs=self.max_jobs,
         )
@@ -108,15 +113,19 @@ echo "job $SLURM_JOB_ID, number $job in a row, on $SLURM_JOB_NODELIST"
 {command} &
 child=$!
 # Before the wall time Slurm signals this shell; the run finishes its blocks, commits and leaves with code 75.
-trap 'signalled=yes; kill -USR1 "$child" 2>/dev/null' USR1
+trap 'signalled=yes; drained=yes; kill -USR1 "$child" 2>/dev/null' USR1
 trap 'signalled=yes; kill -TERM "$child" 2>/dev/null' TERM
+drained=
+code=127
 while
     signalled=
     wait "$child"
     status=$?
-    [ "$status" -eq 127 ] || code=$status  # 127: it had ended before the last signal came
+    [ "$status" -eq 127 ] || code=$status  # 127: it had ended before the last signal came, or was not found
     [ -n "$signalled" ]
 do :; done
+# Ended by USR1 itself: no run was there to take it, and so nothing was under way.
+case "$drained$code" in {ended}) code=75 ;; esac
 
 if [ "$code" -eq 75 ]; then
     if [ "$job" -lt {max_jobs} ]; then

@@ -59,19 +59,20 @@ class Watch:
         os.set_blocking(self._write, False)
         self._thread = threading.Thread(target=self._work, name="lazyproc-drain", daemon=True)
         self._hears = False
+        self._before = -1
 
-    def start(self) -> None:
-        """Begin; called by the main thread, as is `end`."""
-        before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._hears = before == -1
-        if not self._hears:  # somebody else hears of signals in this way: asyncio, or an outer run
-            signal.set_wakeup_fd(before)
+    def start(self, outer: Watch | None = None) -> None:
+        """Begin; called by the main thread, as is `end`. The watch of an outer run hears nothing until then."""
+        self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._hears = self._before == -1 or (outer is not None and outer._hears)
+        if not self._hears:  # somebody else hears of signals in this way: asyncio
+            signal.set_wakeup_fd(self._before)
         self._thread.start()
 
     def end(self) -> None:
         """End the thread; a signal that it has sent is taken by its handler before this returns."""
         if self._hears:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self._before, warn_on_full_buffer=False)
         os.close(self._write)
         if self._thread.ident is not None:
             self._thread.join()

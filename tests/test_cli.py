@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -247,19 +248,109 @@ def test_sigterm_stops_as_ctrl_c_does(folder):
     assert done.returncode == 0, done.stderr
 
 
-def test_ctrl_c_before_the_run_begins_exits_with_75_too(folder):
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (signal.SIGINT, "Stopped: run again."),
+        (signal.SIGTERM, "stopped while no blocks were computed; what was finished before is kept. Run again."),
+        (signal.SIGUSR1, "stopped while no blocks were computed; what was finished before is kept. Run again."),
+    ],
+)
+def test_a_signal_before_the_run_begins_exits_with_75_too(folder, number, says):
     (folder / "slow.py").write_text("open('importing', 'w').close()\nimport time\ntime.sleep(60)\n")
     with subprocess.Popen(
         [*COMMAND, "run", "slow.py:Peaks", ADDRESS], cwd=folder, stderr=subprocess.PIPE, text=True
     ) as running:
         wait_for((folder / "importing").exists, running)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         _, err = running.communicate(timeout=60)
     assert running.returncode == 75, err
-    assert err.strip() == "Stopped: run again."
+    assert err.strip() == says
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+WHO = """
+    import os
+
+    import lazyproc
+
+
+    class Who(lazyproc.Process):
+        outputs = {"Mean": lazyproc.Output("f8"), "Pid": lazyproc.Output("i8")}
+
+        @staticmethod
+        def _map_function(spectrum):
+            return spectrum.mean(), os.getpid()
+"""
+
+EXISTING = """
+    import os, sys, time
+
+    import distributed
+
+    if __name__ == "__main__":
+        options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0"}
+        with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+            client.write_scheduler_file("scheduler.json")
+            print(cluster.scheduler_address, *client.run(os.getpid).values(), flush=True)
+            time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def existing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, set[int]]]:
+    """Give the address and the file of a scheduler in another folder, and its workers' process ids."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "existing.py").write_text(textwrap.dedent(EXISTING))
+    with subprocess.Popen(
+        [sys.executable, "existing.py"], cwd=elsewhere, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            address, *pids = process.stdout.readline().split()
+            yield address, elsewhere / "scheduler.json", set(map(int, pids))
+            assert process.poll() is None, "it is left alone"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", ["variable", "address", "file"])
+def test_a_cluster_that_exists_is_used(folder: Path, existing: Any, how: str) -> None:
+    address, file, pids = existing
+    (folder / "who.py").write_text(textwrap.dedent(WHO))
+    environ = {"DASK_SCHEDULER_ADDRESS": address} if how == "variable" else {}
+    words = {"variable": [], "address": ["--scheduler", address], "file": ["--scheduler", file]}[how]
+    command = ["who.py:Who", ADDRESS, *words, "--override"]
+    done = lazyproc_command("plan", *command[:-1], "--json", cwd=folder, env=environ)
+    assert json.loads(done.stdout)["scheduler"] == "Dask cluster, 2 threads", done.stderr
+    done = lazyproc_command("run", *command, cwd=folder, env=environ)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    dashboard, results = done.stdout.splitlines()
+    assert dashboard.startswith("lazyproc: dashboard at ")
+    path, _, group = results.partition("::")
+    with h5py.File(path) as opened:
+        np.testing.assert_allclose(opened[group]["Mean"][:, 0], opened[f"{CHANNEL}/Raw_Data"][()].mean(axis=1))
+        assert pids >= set(opened[group]["Pid"][:, 0].tolist()), "all was done by its workers"
+    done = lazyproc_command("run", *command[:-1], "--json", cwd=folder, env=environ)
+    assert json.loads(done.stdout)["results"] == results, "nothing but JSON"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "environ", "message"),
+    [
+        ("nonsense.json", {}, "is a file that names no address"),
+        ("tcp://127.0.0.1:1", {"PMI_SIZE": "1", "PMI_RANK": "0"}, "this was launched by mpiexec or srun"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_is_named(folder: Path, scheduler: str, environ: Any, message: str) -> None:
+    (folder / "nonsense.json").write_text("{}")
+    done = lazyproc_command("run", PROCESS, ADDRESS, "--scheduler", scheduler, cwd=folder, env=environ)
+    assert done.returncode == 1, done
+    assert done.stderr.startswith(f"Error: scheduler: {scheduler} ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_failing_function_shows_its_own_traceback_and_the_positions(folder):

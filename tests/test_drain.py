@@ -28,7 +28,7 @@ from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
 from lazyproc.core.events import Started
-from lazyproc.drain import GRACE_SECONDS, grace_seconds
+from lazyproc.drain import GRACE_SECONDS, grace_seconds, stoppable
 from lazyproc.hdf5.lock import holder
 from lazyproc.status import file_status
 
@@ -748,6 +748,39 @@ def test_a_run_within_a_run(scan: str, number: int) -> None:
         assert 0 < inner.n_done < N_POSITIONS
         assert not file[f"{CHANNEL}/Raw_Data-Outer_000/completed_positions"][:].any()
     assert holder(path) is None
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_where_no_run_is_under_way(number: int) -> None:
+    """It leaves at once, and with the same code if that was swallowed."""
+    seen: list[str] = []
+
+    def swallow_it() -> None:
+        try:
+            signal.raise_signal(number)
+            seen.append("went on")
+        except KeyboardInterrupt:
+            seen.append("swallowed")
+
+    with pytest.raises(SystemExit) as left, stoppable():
+        swallow_it()
+    assert (left.value.code, seen) == (75, ["swallowed"])
+    assert signal.getsignal(number) is signal.SIG_DFL
+    with pytest.raises(KeyboardInterrupt) as interrupted, stoppable():
+        signal.raise_signal(signal.SIGINT)
+    assert type(interrupted.value) is KeyboardInterrupt, "Ctrl-C is what it is elsewhere"
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_handler_that_is_installed_meanwhile_stays() -> None:
+    def mine(*_: object) -> None:
+        pass
+
+    with stoppable():
+        signal.signal(signal.SIGTERM, mine)
+    assert signal.getsignal(signal.SIGTERM) is mine
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
 def test_a_process_that_the_function_forks_can_be_ended(scan: str) -> None:

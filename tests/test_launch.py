@@ -113,6 +113,33 @@ def test_the_driver_notices_who_is_killed():
     assert cut == [2]  # what ends after the end was meant to
 
 
+def test_the_driver_waits_until_all_have_ended_and_not_for_ever():
+    board = Switchboard("127.0.0.1", lambda rank: None)
+    callers = [caller(board, 1), caller(board, 2)]
+    board.close()
+    ended = threading.Event()
+
+    def wait():
+        board.wait_until_cut(60)
+        ended.set()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    for one in callers:
+        assert not ended.wait(0.5)
+        one.kill()
+        one.wait()
+    assert ended.wait(30)
+    waiting.join()
+    slow = Switchboard("127.0.0.1", lambda rank: None)
+    one = caller(slow, 1)
+    slow.close()
+    slow.wait_until_cut(0.1)
+    assert one.poll() is None
+    one.kill()
+    one.wait()
+
+
 def test_the_others_notice_that_the_driver_is_killed(tmp_path):
     code = (
         "import sys, time\nfrom lazyproc.engine.line import Switchboard\n"

@@ -56,7 +56,7 @@ with lazyproc.cluster(timeout=asked.get("timeout")) as client:
     ranks = client.run(lambda: os.environ.get("PMI_RANK", ""))
     limits = [one["memory_limit"] for one in client.scheduler_info(n_workers=-1)["workers"].values()]
     threads = client.run(lambda: os.environ.get("OMP_NUM_THREADS", ""))
-    found |= {"ranks": sorted(ranks.values()), "memory": sum(limits), "threads": sorted(threads.values())}
+    found |= {"ranks": sorted(ranks.values()), "memory": limits, "threads": sorted(threads.values())}
 print(json.dumps(found))
 if "exit_after" in asked:
     sys.exit(asked["exit_after"])
@@ -134,7 +134,7 @@ def test_any_number_of_ranks_gives_the_results_of_a_serial_loop(folder, start, r
     assert set(done_by) >= {1, ranks - 1}
     from distributed.system import MEMORY_LIMIT
 
-    assert found["memory"] <= MEMORY_LIMIT
+    assert found["memory"] == [MEMORY_LIMIT // ranks] * (ranks - 1)
     assert found["threads"] == [str(max(1, len(os.sched_getaffinity(0)) // ranks))] * (ranks - 1)
 
 
@@ -192,6 +192,56 @@ def test_the_exit_code_is_the_drivers(start, ranks, asked, code, last):
     assert last in text, ended
     assert text.count("Traceback (most recent call last)") <= 2, ended  # the script's, and its cause
     assert bool(ended.err) == bool(last), ended
+
+
+@pytest.mark.parametrize(("last", "code"), [("", 0), ("sys.exit(4)", 4)])
+def test_an_exit_that_the_script_catches_is_not_that_of_the_job(folder, start, last, code):
+    (folder / "caught.py").write_text(
+        "import sys, lazyproc\n"
+        "try:\n"
+        "    with lazyproc.cluster() as client:\n"
+        "        sys.exit(3)\n"
+        "except SystemExit:\n"
+        "    print('caught', flush=True)\n"
+        f"{last}\n"
+    )
+    ended = start(3, sys.executable, "caught.py").end()
+    assert (ended.code, ended.out[1:], ended.err) == (code, ["caught"], []), ended
+    assert not ended.left, ended
+
+
+def test_the_others_have_ended_when_the_driver_does(folder, start):
+    """Some launchers end whoever is left once a process has ended with another code than 0."""
+    (folder / "last.py").write_text(
+        "import atexit, os, sys, time, lazyproc, psutil\n"
+        "def look():\n"
+        "    print([pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != 'zombie'])\n"
+        "atexit.register(look)  # runs last, as it was registered first\n"
+        "with lazyproc.cluster() as client:\n"
+        "    pids = list(client.run(os.getpid).values())\n"
+        "    sys.exit(75)\n"
+    )
+    ended = start(4, sys.executable, "last.py").end()
+    assert (ended.code, ended.out[1:], ended.err) == (75, ["[]"], []), ended
+
+
+def test_memory_is_kept_as_without_mpi(folder, start):
+    (folder / "hungry.py").write_text(
+        "import lazyproc, time\n"
+        "import numpy as np\n"
+        "class Hungry(lazyproc.Process):\n"
+        "    outputs = {'Mean': lazyproc.Output('f8')}\n"
+        "    @staticmethod\n"
+        "    def _map_function(row):\n"
+        "        time.sleep(0.02)\n"
+        "        np.ones((300 if 140 < row[0] < 190 else 0) * 2**17)  # MiB, where the probe does not look\n"
+        "        return row.mean()\n"
+    )
+    command = [BIN / "lazyproc", "run", "hungry.py:Hungry", f"scan.h5::{CHANNEL}/Raw_Data", "--max-mem-mb", 128]
+    ended = start(3, *command).end()
+    assert ended.code == 1, ended
+    assert "where 6 were reckoned" in ended.err[0], ended
+    assert "128 MiB are allowed, but Hungry was found to take" in ended.err[-1], ended
 
 
 def test_functions_that_are_still_computing_do_not_hold_up_the_end(folder, start):

@@ -36,14 +36,17 @@ class Shell:
 
     folder: Path
 
-    def start(self, command: list[str], **options: object) -> subprocess.Popen[str]:
+    def start(
+        self, command: list[str], environ: dict[str, str] | None = None, **options: object
+    ) -> subprocess.Popen[str]:
         script = self.folder / "job.sh"
         script.write_text(SlurmJob(tuple(command), str(script), **options).script())  # type: ignore[arg-type]
         sbatch = self.folder / "bin" / "sbatch"
-        sbatch.parent.mkdir()
+        sbatch.parent.mkdir(exist_ok=True)
         sbatch.write_text(f'#!/bin/sh\necho "$LAZYPROC_JOB $@" >> {self.folder}/submitted\n')
         sbatch.chmod(0o755)
         environment = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+        environment |= environ or {}
         pipe = subprocess.PIPE
         return subprocess.Popen(["bash", str(script)], env=environment, stdout=pipe, stderr=pipe, text=True)
 
@@ -73,6 +76,99 @@ def test_number_of_jobs_is_limited(tmp_path: Path) -> None:
     assert not shell.submitted()
 
 
+def test_a_command_that_is_not_there_ends_with_127(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    _, errors = (process := shell.start(["no_such_command"])).communicate(timeout=60)
+    assert process.returncode == 127
+    assert len(errors.splitlines()) == 1, errors
+    assert "no_such_command" in errors
+    assert not shell.submitted()
+
+
+def wait_for_line(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdout is not None
+    while line not in (read := process.stdout.readline()):
+        assert read or process.poll() is None
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 143)])
+def test_a_command_that_the_signal_ends_is_submitted_again(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """Before lazyproc is there to take it, nothing is under way. SIGTERM is that of `scancel`, though."""
+    shell = Shell(tmp_path)
+    process = shell.start([sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(60)"])
+    wait_for_line(process, "ready")
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert len(shell.submitted()) == (code == 0)
+
+
+def test_a_command_that_ends_itself_so_is_not(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    process = shell.start(["sh", "-c", "kill -USR1 $$"])
+    process.communicate(timeout=60)
+    assert process.returncode == 138
+    assert not shell.submitted()
+
+
+GAP = """
+import sys, time
+import lazyproc
+with lazyproc.cluster(1) as client:
+    sys.path.insert(0, sys.argv[2])
+    from slow import Slow
+    with Slow(sys.argv[1], parms_dict={"seconds": 0.0}) as process:
+        process.compute()
+    try:
+        print("between", flush=True)
+        time.sleep(60)
+    finally:
+        print("closed", flush=True)
+print("not to be seen", flush=True)
+"""
+
+
+def test_a_signal_between_two_runs_leaves_the_script_in_order(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    address, data = make_scan(tmp_path)
+    (tmp_path / "gap.py").write_text(GAP)
+    process = shell.start([sys.executable, str(tmp_path / "gap.py"), address, str(tmp_path)])
+    wait_for_line(process, "between")
+    process.send_signal(signal.SIGUSR1)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert out.splitlines() == ["closed"], "what is open is closed, and nothing else is done"
+    assert errors.splitlines() == [
+        "stopped while no blocks were computed; what was finished before is kept. Run again."
+    ]
+    assert len(shell.submitted()) == 1
+    check(tmp_path, data)
+
+
+@pytest.mark.parametrize(("given", "cores"), [({}, "1"), ({"SLURM_CPUS_PER_TASK": "6"}, "6")])
+def test_threads_are_the_cores_of_a_rank(tmp_path: Path, given: dict[str, str], cores: str) -> None:
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+    environ = {**dict.fromkeys(names, "99"), **given}
+    shell = Shell(tmp_path)
+    process = shell.start(["sh", "-c", "echo threads " + " ".join(f"${name}" for name in names)], environ)
+    out, errors = process.communicate(timeout=60)
+    assert out.splitlines()[-1] == f"threads {cores} {cores} {cores} {cores}", errors
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpiexec"])
+def test_srun_is_told_once_more_how_many_cores_a_rank_has(tmp_path: Path, launcher: str) -> None:
+    """As srun wants it since 22.05; mpiexec starts one process a machine by srun, which is to have all of its cores."""
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / launcher
+    stand_in.write_text('#!/bin/sh\necho "started with ${SRUN_CPUS_PER_TASK:-nothing}: $*"\n')
+    stand_in.chmod(0o755)
+    shell = Shell(tmp_path)
+    process = shell.start(["true"], {"SLURM_CPUS_PER_TASK": "6"}, ntasks=4, cpus_per_task=6, launcher=launcher)
+    out, errors = process.communicate(timeout=60)
+    started = {"srun": "started with 6: --mpi=pmi2 true", "mpiexec": "started with nothing: true"}
+    assert out.splitlines()[-1] == started[launcher], errors
+
+
 PATIENT = """
 import signal, sys, time
 signal.signal(signal.SIGUSR1, lambda *a: (time.sleep(0.5), sys.exit(75)))
@@ -85,9 +181,7 @@ def test_signal_is_handed_on_and_the_end_waited_for(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     (tmp_path / "patient.py").write_text(PATIENT)
     process = shell.start([sys.executable, str(tmp_path / "patient.py")])
-    assert process.stdout is not None
-    while "ready" not in process.stdout.readline():
-        assert process.poll() is None
+    wait_for_line(process, "ready")
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=60)
     assert process.returncode == 0
@@ -106,6 +200,28 @@ def test_command_line_writes_it(tmp_path: Path) -> None:
     assert "srun --mpi=pmi2 lazyproc run a.py:B 'my file.h5::/data' &" in text
     assert os.access(path, os.X_OK)
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+
+
+def test_the_recipe_for_lsf_ends_with_the_code_of_the_command(tmp_path: Path) -> None:
+    """LSF signals all processes of the job, and so the shell, too."""
+    text = (Path(__file__).parents[1] / "docs" / "clusters.md").read_text()
+    (recipe,) = (part for part in text.split("```bash\n") if "#BSUB" in part)
+    (tmp_path / "job.sh").write_text(recipe.partition("```")[0])
+    (tmp_path / "patient.py").write_text(PATIENT)
+    mpiexec = tmp_path / "mpiexec"
+    mpiexec.write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path / 'patient.py'}\n")
+    mpiexec.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(
+        ["bash", str(tmp_path / "job.sh")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        wait_for_line(process, "ready")
+        os.killpg(process.pid, signal.SIGUSR1)
+        assert process.wait(60) == 75
 
 
 @pytest.mark.parametrize(

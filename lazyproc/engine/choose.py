@@ -12,7 +12,7 @@ from typing import Any
 from lazyproc.core.blocks import Block
 from lazyproc.core.learn import Room
 from lazyproc.core.probe import Probe
-from lazyproc.engine.cluster import count_threads, most_on_machine, threads_now
+from lazyproc.engine.cluster import count_threads, most_on_machine, tells_memory, threads_now
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.distant import run_client
 from lazyproc.engine.kernel import Kernel, pack
@@ -99,6 +99,10 @@ class Scheduler:
         }
         return names[self.kind]
 
+    def tells_memory(self) -> bool:
+        """Tell whether it is found out what blocks take; of a cluster, whether it can be."""
+        return self.client is None or tells_memory(self.client)
+
     @property
     def native_threads(self) -> int | None:
         """How many threads BLAS and OpenMP get in a worker; None where that is not for the worker to say."""
@@ -142,7 +146,7 @@ class Scheduler:
         crew : Crew, optional
             Worker processes that were started beforehand.
         on_workers : callable, optional
-            Is told of how many threads a cluster has whenever that changes; returns how many blocks may be under way.
+            Is told, again and again, how many threads a cluster has; returns how many blocks may be under way.
         """
         if self.kind == "client":
             return run_client(self.client, kernel, blocks, stopping, name, dropping, self.most, on_workers)

@@ -15,11 +15,14 @@ from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import ArgumentValueError, WorkerError
-from lazyproc.engine.kernel import run_packed
+from lazyproc.engine.kernel import run_task
 from lazyproc.engine.pulse import PATIENCE_SECONDS, answer, are_coming
 
 _LOOK_SECONDS = 0.25
 """How often to look for workers where there are none."""
+_FEW_THREADS = 16
+"""More of them in a worker process are not found to take memory: its mark would say little of a block, and be read all
+the time."""
 _TELL_SECONDS = 5.0
 """After so long without workers the user is told what is waited for."""
 
@@ -150,6 +153,14 @@ def most_on_machine(client: Any) -> int:
     return max(threads.values(), default=1)
 
 
+def tells_memory(client: Any) -> bool:
+    """Tell whether workers can find out what their blocks take: in processes of their own, of a few threads each."""
+    if str(client.scheduler.address).startswith("inproc:"):
+        return False
+    threads = answer(client, client.scheduler.ncores(), "how many threads has a worker?")
+    return max(threads.values(), default=1) <= _FEW_THREADS
+
+
 def block_graph(name: str, numbers: Iterator[int], blocks: list[Block], packed: Any) -> Any:
     """Build a graph of blocks: one layer, one task a block, whose result is its receipt.
 
@@ -172,5 +183,5 @@ def block_graph(name: str, numbers: Iterator[int], blocks: list[Block], packed: 
     """
     from dask.highlevelgraph import HighLevelGraph
 
-    layer = {(name, next(numbers)): (run_packed, packed, block) for block in blocks}
+    layer = {(name, next(numbers)): (run_task, packed, block) for block in blocks}
     return HighLevelGraph({name: layer}, {name: set()})

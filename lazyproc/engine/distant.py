@@ -73,7 +73,7 @@ def run_client(
 ) -> Receipts:
     """Do the blocks on a cluster, of which `most` blocks at most are given at a time.
 
-    `on_workers` is told of the number of threads whenever it has changed, and returns `most` as it is then.
+    `on_workers` is told the number of threads before blocks are given, and returns `most` as it is then.
 
     Raises
     ------
@@ -169,9 +169,9 @@ class _ClusterRun:
                 yield self._try_again(block, error) if sent_away else self._lost(block, error)
 
     def _look_for_workers(self) -> None:
-        """Tell of workers that have come or gone."""
-        if self._on_workers is not None and self._pulse.n_all not in (0, self._n_threads):
-            self._n_threads = self._pulse.n_all
+        """Tell how many workers there are, and ask how many blocks they may have: memory may allow fewer by now."""
+        if self._on_workers is not None:
+            self._n_threads = self._pulse.n_all or self._n_threads
             self._most = self._on_workers(self._n_threads)
 
     def _room(self) -> int:

@@ -109,7 +109,7 @@ class Kernel:
     claims : BlockClaims or None
         Tells attempts at a block apart, where a block can be under way twice.
     watched : bool
-        Whether it is found out what memory blocks take: in processes that have nothing else to do.
+        Whether it is found out what memory blocks take: in processes that have little else to do.
     around : callable or None
         Returns a context for each call of the function in the driver's process; stays there.
     errors : dict or None
@@ -357,9 +357,20 @@ def unpack(packed: bytes) -> Kernel:
     return kernel
 
 
-def run_packed(packed: bytes, block: Block) -> Receipt:
-    """Do one block with a kernel that was packed, in a process that does not end because a function wants to exit."""
+def run_packed(packed: bytes, block: Block, *, anew: bool = False) -> Receipt:
+    """Do one block with a kernel that was packed, in a process that does not end because a function wants to exit.
+
+    With `anew`, what it takes of memory is over what its process has now, unless another block is under way there.
+    """
     try:
-        return run_block(unpack(packed), block)
+        kernel = unpack(packed)
+        if anew and kernel.watched:
+            high_water.forget()
+        return run_block(kernel, block)
     except (Exception, SystemExit) as error:  # of loading it; `run_block` raises no Exception
         return Receipt(block, failure=Failure.of_worker(error, block))
+
+
+def run_task(packed: bytes, block: Block) -> Receipt:
+    """Do one block as a task of a cluster, whose workers keep data of others, too, and grow as long as they live."""
+    return run_packed(packed, block, anew=True)

@@ -51,7 +51,7 @@ class Switchboard:
 
     def __init__(self, host: str, on_cut: Callable[[int], None]) -> None:
         self._on_cut = on_cut
-        self._closed = threading.Event()
+        self._closed, self._all_cut, self._over = threading.Event(), threading.Event(), threading.Event()
         self._listener = socket.create_server((host, 0), backlog=_BACKLOG)
         self._listener.setblocking(False)
         self.address = LineAddress(host, self._listener.getsockname()[1], os.urandom(_TOKEN_BYTES))
@@ -61,11 +61,18 @@ class Switchboard:
         """Take no further notice: what is cut from now on was meant to be. The lines stand until the process ends."""
         self._closed.set()
 
+    def wait_until_cut(self, limit: float) -> None:
+        """Wait until all others have ended, for so many seconds at most; after `close`."""
+        self._all_cut.wait(limit)
+        self._over.set()
+
     def _watch(self) -> None:
         ranks: dict[socket.socket, int] = {}
         with selectors.DefaultSelector() as ready, self._listener:
             ready.register(self._listener, selectors.EVENT_READ)
-            while not self._closed.is_set():
+            while not self._over.is_set():
+                if self._closed.is_set() and not ranks:
+                    self._all_cut.set()
                 for key, _ in ready.select(_TURN_SECONDS):
                     line = key.fileobj
                     assert isinstance(line, socket.socket)

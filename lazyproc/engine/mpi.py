@@ -7,8 +7,9 @@
     scheduler, lines
     orders to each       --------->    orders: where the scheduler is, its share of memory and threads
     client, the script                 a Dask worker, until it is told to leave, or the line to the driver is cut
-    the script ends      --------->    end, with the exit code; the worker closes
-    meets all            <-------->    meets all; MPI is finalised, and the process ends
+    the script ends      --------->    end; the worker closes
+    meets all            <-------->    meets all; MPI is finalised, and the process ends with 0
+    ends when all lines are cut: its exit code is the job's
 
 MPI carries these few messages; everything else is Dask's. dask-mpi's own functions are not used: they take the main
 thread, where signals are handled, from the script, wait without a limit, need three ranks, and lose the exit code. A
@@ -28,6 +29,9 @@ from lazyproc.engine.launch import Launch
 from lazyproc.engine.line import Switchboard
 from lazyproc.engine.messages import END, HELLO, ORDERS, Hello, Orders
 from lazyproc.engine.world import LOST, World, code_of, flush, ignore_signals
+
+_LAST_SECONDS = 5.0
+"""How long the others may take to end once all have met."""
 
 
 class Job:
@@ -114,14 +118,14 @@ class Job:
         self._joined = True
 
     def leaves_with(self, error: BaseException | None) -> None:
-        """Note what comes out of the part of the script that uses the job."""
+        """Note what comes out of the part of the script that uses the job: the script may still catch it."""
         self._code = code_of(error) if isinstance(error, SystemExit) else 0
 
     def end(self) -> None:
-        """Let the others go, with the exit code that this process will have, as far as it can be known here.
+        """Let the others go, with 0: so the job has the exit code of this process, which cannot be known for sure here.
 
-        What is raised last is known, and `SystemExit` if it came out of the part of the script that uses the job. For
-        another one the others leave with 0, and the job has the code of this process all the same.
+        What is raised last is known, and `SystemExit` if it came out of the part of the script that uses the job; it
+        may have been caught since. That counts only if not all come to the end, and the job is aborted.
         """
         if os.getpid() != self._process:
             return  # in a fork of the driver
@@ -136,6 +140,8 @@ class Job:
             self._world.send(code, rank, END)
         self._world.end(code)
         stop_scheduler(self.cluster)
+        if self.size > 1:
+            self._switchboard.wait_until_cut(_LAST_SECONDS)  # some launchers kill whoever is left after a code like 75
 
     def _lost(self, rank: int) -> None:
         """End the job since a rank is gone: in the thread of the switchboard."""

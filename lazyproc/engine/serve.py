@@ -21,8 +21,6 @@ _PATIENCE_SECONDS = 2.0
 """How long after the line was cut the driver's last word may take to arrive."""
 _CLOSE_SECONDS = 10.0
 _JOIN_SECONDS = 30.0
-_LAST_SECONDS = 5.0
-"""How long the driver may take to end once all have met."""
 _LEAST_BYTES = 256 * 2**20
 """What a worker gets at least, over what it takes when idle: with less, Dask would never give it work."""
 
@@ -30,7 +28,7 @@ log = logging.getLogger("lazyproc")
 
 
 def serve(world: World, hello: Hello) -> NoReturn:
-    """Serve as a worker until the script in rank 0 ends; then leave with its exit code."""
+    """Serve as a worker until the script in rank 0 ends; then leave."""
     from lazyproc.engine.scheduler import quiet
 
     try:
@@ -41,7 +39,7 @@ def serve(world: World, hello: Hello) -> NoReturn:
         line = Line(told.line, world.rank, world.limit)
         loop = asyncio.new_event_loop()  # never closed: that would wait for functions that are still computing
         code = loop.run_until_complete(_serve(world, told, line))
-        _leave(world, code, line)
+        _leave(world, code)
     except BaseException as error:
         world.abort(LOST, f"{type(error).__name__}: {error}")
 
@@ -109,7 +107,7 @@ async def _live(world: World, told: Orders, workers: list[Any]) -> None:
 
 
 def _last_word(world: World, line: Line) -> int | None:
-    """Return the exit code if this is the end. A driver that is gone without a word takes this process with it."""
+    """Return the driver's likely code if this is the end; one that is gone without a word takes this process along."""
     code: int | None = world.receive(0, END)
     if code is not None or not line.is_cut():
         return code
@@ -120,18 +118,15 @@ def _last_word(world: World, line: Line) -> int | None:
     return code
 
 
-def _leave(world: World, code: int, line: Line) -> NoReturn:
-    """End this process, together with all others of the job.
+def _leave(world: World, code: int) -> NoReturn:
+    """End this process, together with all others of the job; with `code` only if not all come to the end.
 
     Notes
     -----
     By C's ``exit``, with Python's lock held: MPICH takes a process for failed that ends by ``_exit``, even after it
-    was finalised; and a normal end of Python would run what belongs to the script, and wait for its threads. With an
-    exit code other than 0 not before the driver has ended: some launchers then kill whatever is left.
+    was finalised; and a normal end of Python would run what belongs to the script, and wait for its threads.
     """
     flush()
     world.end(code)
-    if code:
-        world.wait_for(lambda: line.is_cut() or None, _LAST_SECONDS)
-    ctypes.PyDLL(None).exit(code)
-    os._exit(code)
+    ctypes.PyDLL(None).exit(0)
+    os._exit(0)
