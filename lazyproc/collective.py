@@ -36,7 +36,7 @@ from lazyproc.hdf5.search import Found, Work, remaining_positions
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.source import source_of
 from lazyproc.hdf5.target import InPlaceTarget
-from lazyproc.hook_ranks import locked_by_first, ranks_of
+from lazyproc.hook_ranks import counter_of, locked_by_first, ranks_of
 from lazyproc.perform import warn_of
 from lazyproc.probing import probe_function
 from lazyproc.progress import quiet
@@ -200,7 +200,7 @@ def _run(
     sizes = ranks.once(lambda: declared.blocks(remaining, scheduler, probe, driver_writes=False))
     kernel = kernel.for_run(target.sink, 1)
     tell(Started(declared.process_name, work.n_positions, n_before, f"{ranks.size} ranks"))
-    counter = ranks.counter()
+    counter = counter_of(os.path.abspath(declared.place.path), ranks, fence)
     try:
         receipts = run_shared(kernel, sizes.plan, counter, drain.requested, lambda n: tell(BlockDone(n)))
         outcome = run_loop(receipts, committer, drain)

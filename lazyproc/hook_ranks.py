@@ -7,6 +7,7 @@ then marks them; nothing in the loop is collective.
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,12 +23,16 @@ from lazyproc.core.events import BlockDone, Finished, Started
 from lazyproc.core.runs import Runs
 from lazyproc.drain import Drain, how_far
 from lazyproc.engine.ranks import Counter, Ranks
-from lazyproc.hdf5.lock import RunLock
+from lazyproc.hdf5.counter import FileCounter
+from lazyproc.hdf5.holder import is_locked
+from lazyproc.hdf5.lock import Fence, RunLock
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hook_loop import Batches, check_number
 
 if TYPE_CHECKING:
     from lazyproc.hooks import HookContract
+
+log = logging.getLogger("lazyproc")
 
 
 class SharedBatches(Batches):
@@ -81,7 +86,7 @@ class RankedLoop:
         self._status_name = str(mask.name).rpartition("/")[2]
         self._path = os.path.abspath(self._group.file.filename)
 
-    def go(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], drain: Drain) -> None:
+    def go(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], drain: Drain, counter: Counter) -> None:
         """Run this rank's batches, then note together how far all are."""
         process, ranks = self._process, self._ranks
         process._cores = 1  # the ranks are the cores
@@ -90,7 +95,6 @@ class RankedLoop:
         n_before = self._n_positions - remaining.n_positions
         size = min(ranks.gather(int(min(process._max_pos_per_read, self._n_positions))))
         size = max(1, min(size, -(-remaining.n_positions // (4 * ranks.size))))
-        counter = ranks.counter()
         if ranks.rank == 0:
             process._progress(Started(str(process.process_name), self._n_positions, n_before, f"{ranks.size} ranks"))
         error = self._batches(SharedBatches(remaining, size, counter), args, kwargs, drain, counter)
@@ -176,6 +180,31 @@ def opened_together(dataset: h5py.Dataset) -> bool:
 def ranks_of(file: h5py.File) -> Ranks:
     """Return the ranks that have opened a file; collective."""
     return Ranks(file.id.get_access_plist().get_fapl_mpio()[0])
+
+
+def counter_of(path: str, ranks: Ranks, fence: Fence) -> Counter:
+    """Return what hands out the blocks of a run, on all of its ranks; collective.
+
+    Parameters
+    ----------
+    path : str
+        The file with the results.
+    ranks : Ranks
+        All ranks.
+    fence : Fence
+        Of the run, whose lock rank 0 holds.
+
+    Notes
+    -----
+    A number in a file, where all ranks see each other's locks. Elsewhere one in the memory of rank 0.
+    """
+    if all(ranks.gather(fence.holds_workers and is_locked(fence.lock_path, fence.locking))):
+        counter = FileCounter(path, fence)
+        ranks.once(counter.begin)
+        return counter
+    if ranks.rank == 0:
+        log.info("%s: not all ranks see the lock of rank 0; blocks are handed out by MPI, between its blocks", path)
+    return ranks.counter()
 
 
 @contextmanager

@@ -46,6 +46,19 @@ path, main, mode = sys.argv[1:4]
 os.environ["MODE"] = mode  # no parameter: the work stays the same
 
 
+def wait_for_rank_1():
+    "In rank 0, stay in this position until rank 1 has done most of them."
+    if MPI.COMM_WORLD.Get_rank() == 1:
+        with open(path + ".by_1", "a") as counted:
+            counted.write(".")
+        return
+    deadline = time.monotonic() + 60
+    while not os.path.exists(path + ".by_1") or os.path.getsize(path + ".by_1") < MOST:
+        if time.monotonic() > deadline:
+            raise TimeoutError("rank 1 does not get on while rank 0 computes")
+        time.sleep(0.01)
+
+
 class Together(lazyproc.Process):
     outputs = {
         "Mean": lazyproc.Output("f8"),
@@ -57,6 +70,12 @@ class Together(lazyproc.Process):
         mode = os.environ["MODE"]
         if mode == "raise" and row[0] == 77:
             raise ValueError("seventy-seven")
+        if mode == "early":
+            time.sleep(0.02)
+            if row[0] == 19:
+                raise ValueError("nineteen")
+        if mode == "busy":
+            wait_for_rank_1()
         if mode in ("slow", "die"):
             time.sleep(0.1 if mode == "slow" else 0.02)
         if mode == "die" and row[0] == 60:
@@ -129,9 +148,13 @@ def raw_data() -> np.ndarray:
     return data
 
 
+MOST = 70
+"""Positions that rank 1 can only do if it gets on while rank 0 is busy: more than half of all."""
+
+
 def make_scan(folder: Path) -> Path:
     make_usid_file(folder / "scan.h5", n_rows=12, n_cols=10, n_spectral=8, data=raw_data())
-    (folder / "script.py").write_text(SCRIPT)
+    (folder / "script.py").write_text(SCRIPT.replace("MOST", str(MOST)))
     return folder / "scan.h5"
 
 
@@ -176,6 +199,30 @@ def test_all_ranks_compute(python: str, tmp_path: Path, ranks: int) -> None:
     assert not list(tmp_path.glob(".*lazyproc*"))
     code, output, errors = run(python, ranks, path)  # the finished group is returned
     assert (code, output) == (0, f"done 120 {ranks}\n"), errors
+    check(path)
+
+
+@pytest.mark.parametrize("kind", ["declared", "old"])
+def test_who_is_free_takes_the_next_block_while_rank_0_is_busy(python: str, tmp_path: Path, kind: str) -> None:
+    path = make_scan(tmp_path)
+    if kind == "declared":  # so that nothing is tried any more: rank 0 calls the function for its blocks only
+        assert run(python, 1, path, "early")[0] != 0
+        check(path, complete=False)
+    code, output, errors = run(python, 2, path, "busy", kind)
+    assert (code, output) == (0, "done 120 2\n"), errors
+    assert (tmp_path / "scan.h5.by_1").stat().st_size >= MOST
+    check(path)
+    assert not list(tmp_path.glob(".*lazyproc*"))
+
+
+@pytest.mark.parametrize("kind", ["declared", "old"])
+def test_blocks_are_handed_out_by_mpi_where_files_are_not_locked(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("LAZYPROC_LOCKING", "none")
+    path = make_scan(tmp_path)
+    code, output, errors = run(python, 3, path, "calm", kind)
+    assert (code, output) == (0, "done 120 3\n"), errors
     check(path)
 
 

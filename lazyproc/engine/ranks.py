@@ -1,8 +1,7 @@
 """Ranks that have opened one file together (`driver="mpio"`): agreement, and blocks handed out by a shared counter.
 
 The ranks run the same script. What only one may do (the lock, the search, the probe) rank 0 does, and tells the others
-what came of it, errors too. Blocks are taken from a counter in rank 0's memory, which all ranks raise by one-sided
-communication: whoever is free takes the next one.
+what came of it, errors too. Blocks are taken from a counter that all ranks raise: whoever is free takes the next one.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import Interrupted, LazyprocError
 from lazyproc.engine.kernel import Kernel, Receipt, run_block
 
-_STOP = 2**60
-"""Raises the counter beyond all blocks."""
+_STOP = 2**40
+"""Raises the counter beyond all blocks; millions of ranks may do so, and more than once, before it overflows."""
 
 T = TypeVar("T")
 log = logging.getLogger("lazyproc")
@@ -102,13 +101,31 @@ class Ranks:
         self._agreed = error
         raise error
 
-    def counter(self) -> Counter:
-        """Return a counter that all ranks share, at 0."""
-        return Counter(self._comm)
+    def counter(self) -> WindowCounter:
+        """Return a counter in the memory of rank 0, at 0; collective."""
+        return WindowCounter(self._comm)
 
 
-class Counter:
-    """A number in rank 0's memory that any rank may raise at any time. Made and freed by all ranks together."""
+class Counter(Protocol):
+    """A number that all ranks share, at 0 in the beginning. Any of them may raise it at any time."""
+
+    def next(self) -> int:
+        """Raise it by one, and return what it was before."""
+
+    def stop(self) -> None:
+        """Let no rank take anything more."""
+
+    def free(self) -> None:
+        """Give back what it takes; on all ranks, when none uses it any more."""
+
+
+class WindowCounter:
+    """A number in rank 0's memory, raised by one-sided communication. Made and freed by all ranks together.
+
+    Notes
+    -----
+    While rank 0 computes a block, the others may have to wait: MPI libraries answer for it only when it calls them.
+    """
 
     def __init__(self, comm: Any) -> None:
         import numpy as np
