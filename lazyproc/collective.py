@@ -36,7 +36,7 @@ from lazyproc.hdf5.search import Found, Work, remaining_positions
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.source import source_of
 from lazyproc.hdf5.target import InPlaceTarget
-from lazyproc.hook_ranks import locked_by_first, ranks_of
+from lazyproc.hook_ranks import agree_on_signal, counter_of, locked_by_first, ranks_of
 from lazyproc.perform import warn_of
 from lazyproc.probing import probe_function
 from lazyproc.progress import quiet
@@ -85,6 +85,7 @@ def perform_together(
             found = ranks.first(declared.found(work))
             duplicates = [one for one in found if one.is_complete]
             if duplicates and not override:
+                agree_on_signal(drain, ranks)
                 return duplicates[-1].name
             name, remaining, probe = _begin(declared, work, kernel, ranks, found, override, chosen)
             _run(declared, work, kernel, name, lock.fence, remaining, probe, ranks, drain, listener)
@@ -200,20 +201,20 @@ def _run(
     sizes = ranks.once(lambda: declared.blocks(remaining, scheduler, probe, driver_writes=False))
     kernel = kernel.for_run(target.sink, 1)
     tell(Started(declared.process_name, work.n_positions, n_before, f"{ranks.size} ranks"))
-    counter = ranks.counter()
+    counter = counter_of(os.path.abspath(declared.place.path), ranks, fence)
     try:
         receipts = run_shared(kernel, sizes.plan, counter, drain.requested, lambda n: tell(BlockDone(n)))
         outcome = run_loop(receipts, committer, drain)
     finally:
         target.close()
-    ends: list[tuple[bytes, int, int, int | None]] = ranks.gather(
-        (pickle.dumps(outcome.failures), committer.n_done, outcome.n_blocks, drain.signal)
+    ends: list[tuple[bytes, int, int]] = ranks.gather(
+        (pickle.dumps(outcome.failures), committer.n_done, outcome.n_blocks)
     )
     counter.free()
     n_done = n_before + sum(end[1] for end in ends)
     tell(Finished(n_done))
     drain.message = how_far(declared.process_name, n_done, work.n_positions, declared.place.path)
-    drain.signal = drain.signal or next((end[3] for end in ends if end[3] is not None), None)
+    agree_on_signal(drain, ranks)
     failures = [failure for end in ends for failure in pickle.loads(end[0])]
     if n_done == work.n_positions:
         _note_end(declared, work, name, ranks, sum(end[2] for end in ends))

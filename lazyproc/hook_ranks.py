@@ -7,11 +7,13 @@ then marks them; nothing in the loop is collective.
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import h5py
 import numpy as np
@@ -22,12 +24,17 @@ from lazyproc.core.events import BlockDone, Finished, Started
 from lazyproc.core.runs import Runs
 from lazyproc.drain import Drain, how_far
 from lazyproc.engine.ranks import Counter, Ranks
-from lazyproc.hdf5.lock import RunLock
+from lazyproc.hdf5.counter import FileCounter
+from lazyproc.hdf5.holder import is_locked
+from lazyproc.hdf5.lock import Fence, RunLock
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hook_loop import Batches, check_number
 
 if TYPE_CHECKING:
     from lazyproc.hooks import HookContract
+
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
+log = logging.getLogger("lazyproc")
 
 
 class SharedBatches(Batches):
@@ -81,7 +88,7 @@ class RankedLoop:
         self._status_name = str(mask.name).rpartition("/")[2]
         self._path = os.path.abspath(self._group.file.filename)
 
-    def go(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], drain: Drain) -> None:
+    def go(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], drain: Drain, counter: Counter) -> None:
         """Run this rank's batches, then note together how far all are."""
         process, ranks = self._process, self._ranks
         process._cores = 1  # the ranks are the cores
@@ -90,7 +97,6 @@ class RankedLoop:
         n_before = self._n_positions - remaining.n_positions
         size = min(ranks.gather(int(min(process._max_pos_per_read, self._n_positions))))
         size = max(1, min(size, -(-remaining.n_positions // (4 * ranks.size))))
-        counter = ranks.counter()
         if ranks.rank == 0:
             process._progress(Started(str(process.process_name), self._n_positions, n_before, f"{ranks.size} ranks"))
         error = self._batches(SharedBatches(remaining, size, counter), args, kwargs, drain, counter)
@@ -103,7 +109,7 @@ class RankedLoop:
         if ranks.rank == 0:
             process._progress(Finished(n_done))
         drain.message = how_far(str(process.process_name), n_done, self._n_positions, self._path)
-        drain.signal = drain.signal or next((one for one in ranks.gather(drain.signal) if one is not None), None)
+        agree_on_signal(drain, ranks)
         if errors:
             with ranks.agreeing():
                 raise LazyprocError(f"{process.process_name}: a hook failed on a rank: {errors[0]}. {drain.message}")
@@ -168,14 +174,76 @@ class RankedLoop:
             os.close(descriptor)
 
 
-def opened_together(dataset: h5py.Dataset) -> bool:
-    """Tell whether a dataset's file was opened by several ranks together; to be asked on all of them."""
-    return bool(dataset) and dataset.file.driver == "mpio"
+def opened_together(dataset: Any) -> bool:
+    """Tell whether this is a dataset of a file that several ranks opened together; to be asked on all of them."""
+    return isinstance(dataset, h5py.Dataset) and bool(dataset) and dataset.file.driver == "mpio"
 
 
 def ranks_of(file: h5py.File) -> Ranks:
     """Return the ranks that have opened a file; collective."""
-    return Ranks(file.id.get_access_plist().get_fapl_mpio()[0])
+    comm, info = file.id.get_access_plist().get_fapl_mpio()  # both are duplicates, and ours to free
+    if info:
+        info.Free()
+    return Ranks(comm)
+
+
+def counter_of(path: str, ranks: Ranks, fence: Fence) -> Counter:
+    """Return what hands out the blocks of a run, on all of its ranks; collective.
+
+    Parameters
+    ----------
+    path : str
+        The file with the results.
+    ranks : Ranks
+        All ranks.
+    fence : Fence
+        Of the run, whose lock rank 0 holds.
+
+    Notes
+    -----
+    A number in a file, where all ranks see each other's locks. Elsewhere one in the memory of rank 0.
+    """
+    if all(ranks.gather(fence.holds_workers and is_locked(fence.lock_path, fence.locking))):
+        counter = FileCounter(path, fence)
+        ranks.once(counter.begin)
+        return counter
+    if ranks.rank == 0:
+        log.info("%s: not all ranks see the lock of rank 0; blocks are handed out by MPI, between its blocks", path)
+    return ranks.counter()
+
+
+@contextmanager
+def leaving_alike(dataset: Any) -> Iterator[None]:
+    """Let all ranks leave the context alike, with an error or without one, or end all of them.
+
+    Parameters
+    ----------
+    dataset : h5py.Dataset
+        Of a file that several ranks have opened together: all of them enter this context. With anything else this
+        process leaves by itself.
+    """
+    if not opened_together(dataset):
+        yield
+        return
+    with ranks_of(dataset.file).leaving_alike():
+        yield
+
+
+def made_alike(constructor: Constructor) -> Constructor:
+    """Let a constructor, whose first argument is the main dataset, fail on all ranks alike, or end all of them."""
+
+    @functools.wraps(constructor)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        with leaving_alike(args[0] if args else kwargs.get("h5_main")):
+            constructor(self, *args, **kwargs)
+
+    return cast(Constructor, construct)
+
+
+def agree_on_signal(drain: Drain, ranks: Ranks) -> None:
+    """Let a signal that any rank got count for all of them."""
+    came = [one for one in ranks.gather(drain.signal) if one is not None]
+    drain.signal = drain.signal or next(iter(came), None)
 
 
 @contextmanager

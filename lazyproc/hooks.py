@@ -47,7 +47,7 @@ from lazyproc.hdf5.hook_record import (
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.source import source_of, write_out
 from lazyproc.hook_loop import Batches, HookLoop, allocate_results, check_group, files_of, locked, settle_end
-from lazyproc.hook_ranks import RankedLoop, locked_by_first, opened_together, ranks_of
+from lazyproc.hook_ranks import RankedLoop, counter_of, locked_by_first, opened_together, ranks_of
 
 if TYPE_CHECKING:
     from lazyproc.process import Process
@@ -324,7 +324,7 @@ class HookContract:
         """Do the same on all ranks of a file that they have opened together."""
         ranks = ranks_of(self.h5_main.file)
         path = os.path.abspath(self._h5_target_group.file.filename)
-        with ranks.ending_all(), drain.on_signals(), locked_by_first(path, ranks):
+        with ranks.ending_all(), drain.on_signals(), locked_by_first(path, ranks) as lock:
             if self.h5_results_grp is None:
                 self._create_results_datasets()
                 check_group(self)
@@ -335,7 +335,7 @@ class HookContract:
             work = replace(self._hook_work(), parameters=work.parameters, searched=work.searched)
             mask = ensure_status_mask(self.h5_results_grp, work, arguments, afresh=afresh)
             allocate_results(self)
-            RankedLoop(self, mask, ranks).go(args, kwargs, drain)
+            RankedLoop(self, mask, ranks).go(args, kwargs, drain, counter_of(path, ranks, lock.fence))
         return self.h5_results_grp
 
     def _take_partial(self, work: HookWork, arguments: str) -> None:

@@ -41,7 +41,7 @@ from lazyproc.hdf5.place import place_of
 from lazyproc.hdf5.search import Found, examine
 from lazyproc.hdf5.source import ExtentSource, source_of
 from lazyproc.holding import flush_for_views
-from lazyproc.hook_ranks import opened_together
+from lazyproc.hook_ranks import leaving_alike, made_alike, opened_together
 from lazyproc.hooks import HookContract
 from lazyproc.main_handle import MainDatasetHandle
 from lazyproc.opening import open_main, stamp_of, target_handle
@@ -134,6 +134,7 @@ class Process(HookContract):
         if cls.outputs is not None:
             check_definition(cls)
 
+    @made_alike
     def __init__(
         self,
         h5_main: h5py.Dataset | str,
@@ -379,14 +380,15 @@ class Process(HookContract):
         Safe to kill at any instant: positions marked done hold right values, and the same call goes on from there. At
         most the blocks under way and those of the last `checkpoint_interval` are computed again.
         """
-        check_flag(override, "override")
-        if not self._declares:
-            with self._logging():
-                return self._compute_hooks(bool(override), args, kwargs)
-        run = perform_together if opened_together(self.h5_main) else perform
-        return self._settle(
-            partial(run, override=bool(override), chosen=self._chosen, listener=self._progress), args, kwargs
-        )
+        with leaving_alike(self.h5_main):
+            check_flag(override, "override")
+            if not self._declares:
+                with self._logging():
+                    return self._compute_hooks(bool(override), args, kwargs)
+            run = perform_together if opened_together(self.h5_main) else perform
+            return self._settle(
+                partial(run, override=bool(override), chosen=self._chosen, listener=self._progress), args, kwargs
+            )
 
     def retry_failed(self, *args: Any, **kwargs: Any) -> h5py.Group:
         """Compute again the positions that failed and were recorded, and only these.
@@ -561,10 +563,13 @@ class Process(HookContract):
         self._files.close()
 
     def __enter__(self) -> Process:
+        self._left_alike = contextlib.ExitStack()
+        self._left_alike.enter_context(leaving_alike(self.h5_main))
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.close()
+        self._left_alike.__exit__(kind, error, trace)
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -46,6 +47,19 @@ path, main, mode = sys.argv[1:4]
 os.environ["MODE"] = mode  # no parameter: the work stays the same
 
 
+def wait_for_rank_1():
+    "In rank 0, stay in this position until rank 1 has done most of them."
+    if MPI.COMM_WORLD.Get_rank() == 1:
+        with open(path + ".by_1", "a") as counted:
+            counted.write(".")
+        return
+    deadline = time.monotonic() + 60
+    while not os.path.exists(path + ".by_1") or os.path.getsize(path + ".by_1") < MOST:
+        if time.monotonic() > deadline:
+            raise TimeoutError("rank 1 does not get on while rank 0 computes")
+        time.sleep(0.01)
+
+
 class Together(lazyproc.Process):
     outputs = {
         "Mean": lazyproc.Output("f8"),
@@ -57,6 +71,12 @@ class Together(lazyproc.Process):
         mode = os.environ["MODE"]
         if mode == "raise" and row[0] == 77:
             raise ValueError("seventy-seven")
+        if mode == "early":
+            time.sleep(0.02)
+            if row[0] == 19:
+                raise ValueError("nineteen")
+        if mode == "busy":
+            wait_for_rank_1()
         if mode in ("slow", "die"):
             time.sleep(0.1 if mode == "slow" else 0.02)
         if mode == "die" and row[0] == 60:
@@ -97,6 +117,83 @@ if MPI.COMM_WORLD.Get_rank() == 0:
     print("done", done, MPI.COMM_WORLD.Get_size(), flush=True)
 """
 
+ALONE = """
+import os, signal, sys, threading, time
+from mpi4py import MPI
+import h5py
+import lazyproc
+
+path, main, mode = sys.argv[1:4]
+rank = MPI.COMM_WORLD.Get_rank()
+alone = rank == 1
+
+
+class Mean(lazyproc.Process):
+    outputs = {"Mean": lazyproc.Output("f8")}
+
+    @staticmethod
+    def _map_function(row):
+        return row.mean()
+
+
+class Old(lazyproc.Process):
+    "As subclasses for pyUSID are written."
+
+    def _create_results_datasets(self):
+        if alone:
+            raise ValueError("only here")
+        self.h5_results_grp = self.h5_main.parent.create_group("Raw_Data-Old_000")
+
+    _map_function, _write_results_chunk = Mean._map_function, None
+
+
+def signal_this_rank():
+    "Send a signal as soon as somebody waits for one."
+    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        time.sleep(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+file = h5py.File(path, "r+", driver="mpio", comm=MPI.COMM_WORLD)
+if mode == "outside":  # no `with`: it would wait for the others, to close the file
+    group = Mean(file[main]).compute()
+    if alone:
+        raise ValueError("only here")
+    group.attrs["all"] = "of us"
+with file:
+    if mode == "constructor":
+        Mean(file[main], checkpoint_interval=-1.0 if alone else 1.0).compute()
+    elif mode == "parameter":
+        Mean(file[main], parms_dict={"only": print if alone else 1}).compute()
+    elif mode == "all":
+        try:
+            Mean(file[main], checkpoint_interval=-1.0)
+        except lazyproc.ArgumentValueError:
+            Mean(file[main]).compute()
+    elif mode == "compute":
+        Mean(file[main]).compute("here" if alone else False)
+    elif mode == "hook":
+        Old(file[main]).compute()
+    elif mode == "inside":
+        with Mean(file[main]) as process:
+            process.compute()
+            if alone:
+                raise ValueError("only here")
+    elif mode == "exit":
+        with Mean(file[main]) as process:
+            process.compute()
+            if alone:
+                sys.exit()
+    elif mode == "signal":
+        process = Mean(file[main])
+        process.compute()
+        if alone:
+            threading.Thread(target=signal_this_rank, daemon=True).start()
+        while True:
+            process.compute()
+print("through", flush=True)
+"""
+
 
 def build(folder: Path) -> str:
     """Make an environment with an h5py of its own, and return its Python."""
@@ -129,21 +226,29 @@ def raw_data() -> np.ndarray:
     return data
 
 
-def make_scan(folder: Path) -> Path:
+MOST = 70
+"""Positions that rank 1 can only do if it gets on while rank 0 is busy: more than half of all."""
+
+
+def make_scan(folder: Path, script: str = SCRIPT) -> Path:
     make_usid_file(folder / "scan.h5", n_rows=12, n_cols=10, n_spectral=8, data=raw_data())
-    (folder / "script.py").write_text(SCRIPT)
+    (folder / "script.py").write_text(script.replace("MOST", str(MOST)))
     return folder / "scan.h5"
 
 
-def start(python: str, ranks: int, path: Path, mode: str, kind: str = "declared") -> subprocess.Popen[str]:
+def start(
+    python: str, ranks: int, path: Path, mode: str, kind: str = "declared", options: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     mpiexec = shutil.which("mpiexec.mpich") or "mpiexec"
-    command = [mpiexec, "-n", str(ranks), python, str(path.parent / "script.py"), str(path), MAIN, mode, kind]
+    command = [mpiexec, "-n", str(ranks), python, *options, str(path.parent / "script.py"), str(path), MAIN, mode, kind]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-def run(python: str, ranks: int, path: Path, mode: str = "calm", kind: str = "declared") -> tuple[int, str, str]:
-    process = start(python, ranks, path, mode, kind)
+def run(
+    python: str, ranks: int, path: Path, mode: str = "calm", kind: str = "declared", options: Sequence[str] = ()
+) -> tuple[int, str, str]:
+    process = start(python, ranks, path, mode, kind, options)
     try:
         output, errors = process.communicate(timeout=180)
     finally:
@@ -176,6 +281,30 @@ def test_all_ranks_compute(python: str, tmp_path: Path, ranks: int) -> None:
     assert not list(tmp_path.glob(".*lazyproc*"))
     code, output, errors = run(python, ranks, path)  # the finished group is returned
     assert (code, output) == (0, f"done 120 {ranks}\n"), errors
+    check(path)
+
+
+@pytest.mark.parametrize("kind", ["declared", "old"])
+def test_who_is_free_takes_the_next_block_while_rank_0_is_busy(python: str, tmp_path: Path, kind: str) -> None:
+    path = make_scan(tmp_path)
+    if kind == "declared":  # so that nothing is tried any more: rank 0 calls the function for its blocks only
+        assert run(python, 1, path, "early")[0] != 0
+        check(path, complete=False)
+    code, output, errors = run(python, 2, path, "busy", kind)
+    assert (code, output) == (0, "done 120 2\n"), errors
+    assert (tmp_path / "scan.h5.by_1").stat().st_size >= MOST
+    check(path)
+    assert not list(tmp_path.glob(".*lazyproc*"))
+
+
+@pytest.mark.parametrize("kind", ["declared", "old"])
+def test_blocks_are_handed_out_by_mpi_where_files_are_not_locked(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("LAZYPROC_LOCKING", "none")
+    path = make_scan(tmp_path)
+    code, output, errors = run(python, 3, path, "calm", kind)
+    assert (code, output) == (0, "done 120 3\n"), errors
     check(path)
 
 
@@ -217,9 +346,52 @@ def test_class_with_the_old_hooks(python: str, tmp_path: Path, ranks: int) -> No
     check(path)
 
 
-def test_signal_drains_all_ranks(python: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("constructor", "checkpoint_interval"),
+        ("parameter", "Parameter 'only'"),
+        ("compute", "override"),
+        ("hook", "ValueError: only here"),
+        ("inside", "ValueError: only here"),
+        ("exit", "SystemExit"),
+    ],
+)
+def test_error_of_one_rank_ends_all(python: str, tmp_path: Path, mode: str, message: str) -> None:
+    path = make_scan(tmp_path, ALONE)
+    code, output, errors = run(python, 3, path, mode)
+    assert code != 0, errors
+    assert "through" not in output  # of mpiexec there may be something
+    assert "rank 1 of 3: it alone has failed, which ends all" in errors
+    assert message in errors
+    assert "Traceback" in errors
+
+
+def test_error_of_the_script_itself_ends_all_where_mpi4py_watches(python: str, tmp_path: Path) -> None:
+    path = make_scan(tmp_path, ALONE)
+    code, output, errors = run(python, 3, path, "outside", options=["-m", "mpi4py"])
+    assert code == 1, errors
+    assert "through" not in output
+    assert "ValueError: only here" in errors
+
+
+def test_error_of_all_ranks_can_be_caught(python: str, tmp_path: Path) -> None:
+    path = make_scan(tmp_path, ALONE)
+    code, output, errors = run(python, 3, path, "all")
+    assert (code, output.count("through")) == (0, 3), errors
+
+
+def test_signal_to_one_rank_ends_all_though_nothing_is_left_to_do(python: str, tmp_path: Path) -> None:
+    path = make_scan(tmp_path, ALONE)
+    code, output, errors = run(python, 3, path, "signal")
+    assert code == 75, errors
+    assert "through" not in output
+
+
+@pytest.mark.parametrize(("kind", "told"), [("declared", "01"), ("declared", "1"), ("old", "1")])
+def test_signal_drains_all_ranks(python: str, tmp_path: Path, kind: str, told: str) -> None:
     path = make_scan(tmp_path)
-    process = start(python, 2, path, "slow")
+    process = start(python, 2, path, "slow", kind)
     deadline = time.monotonic() + 120
     while not committed(path):
         assert time.monotonic() < deadline
@@ -228,12 +400,13 @@ def test_signal_drains_all_ranks(python: str, tmp_path: Path) -> None:
     # To the ranks, as Slurm does it. Debian's mpiexec (MPICH 4.0.2) sends on what it gets itself, but then ends with 0
     # now and then, though all ranks have ended with 75.
     for rank in psutil.Process(process.pid).children(recursive=True):
-        if "script.py" in " ".join(rank.cmdline()):
+        if "PMI_RANK" in (environ := rank.environ()) and environ["PMI_RANK"] in told:
             rank.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
+    assert "which ends all" not in errors
     check(path, complete=False)
-    code, output, errors = run(python, 4, path)
+    code, output, errors = run(python, 4, path, "calm", kind)
     assert (code, output) == (0, "done 120 4\n"), errors
     check(path)
 

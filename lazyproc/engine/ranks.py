@@ -1,25 +1,30 @@
 """Ranks that have opened one file together (`driver="mpio"`): agreement, and blocks handed out by a shared counter.
 
 The ranks run the same script. What only one may do (the lock, the search, the probe) rank 0 does, and tells the others
-what came of it, errors too. Blocks are taken from a counter in rank 0's memory, which all ranks raise by one-sided
-communication: whoever is free takes the next one.
+what came of it, errors too. Blocks are taken from a counter that all ranks raise: whoever is free takes the next one.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import math
 import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import Interrupted, LazyprocError
 from lazyproc.engine.kernel import Kernel, Receipt, run_block
+from lazyproc.engine.world import LOST, code_of, flush
 
-_STOP = 2**60
-"""Raises the counter beyond all blocks."""
+_STOP = 2**40
+"""Raises the counter beyond all blocks; millions of ranks may do so, and more than once, before it overflows."""
+
+_PATIENCE_SECONDS = 10.0
+"""How long a rank that leaves with an error waits for the others to leave, too."""
+_FIRST_PAUSE, _LAST_PAUSE = 1e-4, 0.05
 
 T = TypeVar("T")
 log = logging.getLogger("lazyproc")
@@ -31,31 +36,72 @@ class Ranks:
     Parameters
     ----------
     comm : mpi4py.MPI.Comm
-        A communicator of our own: no message of the script's can be mistaken for one of ours.
+        A communicator of our own: no message of the script's can be mistaken for one of ours. Freed in the end.
     """
 
     def __init__(self, comm: Any) -> None:
         from mpi4py import MPI
 
-        self._comm = MPI.Intracomm(comm).Dup()
+        self._comm = MPI.Intracomm(comm)
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
         self._agreed: BaseException | None = None
 
     @contextmanager
     def ending_all(self) -> Iterator[None]:
-        """End all ranks if this one fails on its own: the others would wait for it for ever."""
+        """End all ranks at once if this one fails on its own, else leave alike."""
+        with self.leaving_alike():
+            try:
+                yield
+            except BaseException as error:
+                if error is not self._agreed and not isinstance(error, Interrupted | SystemExit):
+                    self._end_all(error)
+                raise
+
+    @contextmanager
+    def leaving_alike(self) -> Iterator[None]:
+        """Let all ranks leave the context alike: each with an error of its own, or all without one.
+
+        Notes
+        -----
+        A rank that leaves with an error waits a few seconds for the others, which may be about to leave with the same
+        one, and ends all ranks if they do not. One without an error waits for as long as the others take.
+        """
+        failed: BaseException | None = None
         try:
             yield
         except BaseException as error:
-            if error is self._agreed or isinstance(error, Interrupted | SystemExit):
-                raise
-            log.critical("rank %d of %d failed, which ends all", self.rank, self.size, exc_info=error)
-            leave = _without_farewell()  # kept here: the C library calls it at exit
-            self._comm.Abort(1)
-            del leave
+            failed = error
+            raise
         finally:
+            self._meet(failed)
             self._comm.Free()
+
+    def _meet(self, error: BaseException | None) -> None:
+        """Wait for all ranks, and end them if only some have an error."""
+        import numpy as np
+
+        mine, failed = np.array([error is not None], np.int8), np.zeros(self.size, np.int8)
+        meeting = self._comm.Iallgather(mine, failed)
+        deadline, pause = math.inf if error is None else time.monotonic() + _PATIENCE_SECONDS, _FIRST_PAUSE
+        while not meeting.Test():
+            if error is not None and time.monotonic() > deadline:
+                self._end_all(error)
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_PAUSE)
+        if failed.any() and not failed.all():
+            if error is None:
+                time.sleep(_PATIENCE_SECONDS)  # those that failed say why, and end this rank, too
+            self._end_all(error)
+
+    def _end_all(self, error: BaseException | None) -> None:
+        """End all ranks, this one too, in the middle of whatever they do."""
+        what = "other ranks have" if error is None else "it alone has"
+        log.critical("rank %d of %d: %s failed, which ends all", self.rank, self.size, what, exc_info=error)
+        flush()
+        code = code_of(error) or LOST
+        _without_farewell(code)
+        self._comm.Abort(code)
 
     def once(self, action: Callable[[], T]) -> T:
         """Do something in rank 0 only, and return on all ranks what came of it.
@@ -102,13 +148,31 @@ class Ranks:
         self._agreed = error
         raise error
 
-    def counter(self) -> Counter:
-        """Return a counter that all ranks share, at 0."""
-        return Counter(self._comm)
+    def counter(self) -> WindowCounter:
+        """Return a counter in the memory of rank 0, at 0; collective."""
+        return WindowCounter(self._comm)
 
 
-class Counter:
-    """A number in rank 0's memory that any rank may raise at any time. Made and freed by all ranks together."""
+class Counter(Protocol):
+    """A number that all ranks share, at 0 in the beginning. Any of them may raise it at any time."""
+
+    def next(self) -> int:
+        """Raise it by one, and return what it was before."""
+
+    def stop(self) -> None:
+        """Let no rank take anything more."""
+
+    def free(self) -> None:
+        """Give back what it takes; on all ranks, when none uses it any more."""
+
+
+class WindowCounter:
+    """A number in rank 0's memory, raised by one-sided communication. Made and freed by all ranks together.
+
+    Notes
+    -----
+    While rank 0 computes a block, the others may have to wait: MPI libraries answer for it only when it calls them.
+    """
 
     def __init__(self, comm: Any) -> None:
         import numpy as np
@@ -182,13 +246,14 @@ def run_shared(
             counter.stop()
 
 
-def _without_farewell() -> Any:
+def _without_farewell(code: int) -> None:
     """Let the process end without closing files: HDF5 would do so at exit, together with ranks that do not come."""
     import ctypes
 
-    leave = ctypes.CFUNCTYPE(None)(lambda: os._exit(1))
-    ctypes.CDLL(None).atexit(leave)
-    return leave
+    library = ctypes.CDLL(None)
+    leave = ctypes.cast(library._exit, ctypes.c_void_p)
+    at_exit = getattr(library, "__cxa_atexit")  # not atexit, which programs are linked with, and need not export
+    at_exit(leave, ctypes.c_void_p(code), None)
 
 
 def _dumps(error: BaseException) -> bytes:
