@@ -28,6 +28,7 @@ from lazyproc.hdf5.counter import FileCounter
 from lazyproc.hdf5.holder import is_locked
 from lazyproc.hdf5.lock import Fence, RunLock
 from lazyproc.hdf5.search import remaining_positions
+from lazyproc.hdf5.whole import Whole
 from lazyproc.hook_loop import Batches, check_number
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class RankedLoop:
         self._n_positions = int(mask.shape[0])
         self._status_name = str(mask.name).rpartition("/")[2]
         self._path = os.path.abspath(self._group.file.filename)
+        main = process.h5_main
+        self._whole = Whole.of(h5py.Dataset(main.id), os.path.abspath(main.file.filename))
 
     def go(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], drain: Drain, counter: Counter) -> None:
         """Run this rank's batches, then note together how far all are."""
@@ -158,6 +161,7 @@ class RankedLoop:
         process._lazyproc_rows = None
         process._unit_computation(*args, **kwargs)
         check_number(process, block.n_positions)
+        self._whole.check()
         process._write_results_chunk()
         self._sync()
         for start, stop in block:
