@@ -56,6 +56,7 @@ class Adapting:
         self._driver_writes = sizes.driver_writes
         self._division = self._first_division = sizes.division
         self._limit = sizes.limit
+        self._books = sizes.memory.driver_bytes
         self._learner: MemoryLearner | None = None
         self.room: Room | None = None
         most = sizes.most_positions
@@ -92,8 +93,9 @@ class Adapting:
         try:
             scheduler = self._scheduler.resized(n_threads)
             sizes = self._declared.blocks(
-                self.feed.rest(), scheduler, self._probe, driver_writes=self._driver_writes, limit=self._limit
-            )
+                self.feed.rest(), scheduler, self._probe, driver_writes=self._driver_writes, limit=self._limit,
+                books_bytes=self._books,
+            )  # fmt: skip
         except (MemoryLimitError, WorkerError) as error:  # the connection may break just now; it may come back
             log.debug("%s: blocks stay as they are: %s", self._declared.process_name, error)
             return self._scheduler.most
@@ -141,12 +143,13 @@ class Adapting:
             return
         self._division = self._first_division.within(learner.rows, learner.careful_rows)
         size = self._division.largest
+        taken = learner.by_block(receipt.taken)
         level = logging.WARNING if size < _NOTABLE * room.rows or learner.n_workers < room.n_workers else logging.INFO
         log.log(
             level,
             "%s: the block of positions %d to %d took %.0f MiB of memory, where %.0f were reckoned; blocks have now up "
             "to %d positions instead of %d, %d at a time; %.0f MiB projected for all (%.0f before), %.0f allowed",
-            self._declared.process_name, receipt.block.start, receipt.block.stop - 1, receipt.taken / MEBIBYTE,
+            self._declared.process_name, receipt.block.start, receipt.block.stop - 1, taken / MEBIBYTE,
             reckoned / MEBIBYTE, size, room.rows, learner.n_workers, learner.projected / MEBIBYTE, before / MEBIBYTE,
             self._limit / MEBIBYTE, extra={"projected_bytes": learner.projected},
         )  # fmt: skip
@@ -161,7 +164,7 @@ class Adapting:
         if needed is not None:
             raise MemoryLimitError(
                 f"max_mem_mb: {self._limit // MEBIBYTE} MiB are allowed, but {self._declared.process_name} was found "
-                f"to take {receipt.taken / MEBIBYTE:.0f} MiB at positions {block.start} to {block.stop - 1} of "
+                f"to take {self._learner.by_block(receipt.taken) / MEBIBYTE:.0f} MiB at positions {block.start} to {block.stop - 1} of "
                 f"{self._declared.label}, with one block at a time that cannot be made smaller; expected no more than "
                 "the probe of a few positions had shown. What is finished is kept. Raise max_mem_mb to "
                 f"{needed} or more; the same call then goes on."
