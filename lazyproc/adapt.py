@@ -143,15 +143,17 @@ class Adapting:
             return
         self._division = self._first_division.within(learner.rows, learner.careful_rows)
         size = self._division.largest
-        taken = learner.by_block(receipt.taken)
+        taken, ahead = learner.by_block(receipt.taken), learner.ahead
         level = logging.WARNING if size < _NOTABLE * room.rows or learner.n_workers < room.n_workers else logging.INFO
         log.log(
             level,
             "%s: the block of positions %d to %d took %.0f MiB of memory, where %.0f were reckoned; blocks have now up "
-            "to %d positions instead of %d, %d at a time; %.0f MiB projected for all (%.0f before), %.0f allowed",
+            "to %d positions instead of %d, %d at a time; %.0f MiB projected from now on, up to %.0f until now (%.0f "
+            "before), %.0f allowed",
             self._declared.process_name, receipt.block.start, receipt.block.stop - 1, taken / MEBIBYTE,
-            reckoned / MEBIBYTE, size, room.rows, learner.n_workers, learner.projected / MEBIBYTE, before / MEBIBYTE,
-            self._limit / MEBIBYTE, extra={"projected_bytes": learner.projected},
+            reckoned / MEBIBYTE, size, room.rows, learner.n_workers, ahead / MEBIBYTE, learner.projected / MEBIBYTE,
+            before / MEBIBYTE, self._limit / MEBIBYTE,
+            extra={"projected_bytes": learner.projected, "ahead_bytes": ahead},
         )  # fmt: skip
         room.rows, room.n_workers = size, learner.n_workers
         self.feed.resize(size)

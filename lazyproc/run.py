@@ -183,6 +183,7 @@ class Committer:
             self._log.write(done, self._failed)
         self._target.commit(done)
         self._spans, self._failed, self._oldest = [], [], None
+        self._most_spans = _SPANS
         self.n_done += done.n_positions
         self._listener(Committed(self.n_all))
 

@@ -23,7 +23,7 @@ _STATUS, _CLEAR = "/proc/self/status", "/proc/self/clear_refs"
 _RESET = b"5"
 """What takes back the mark, and does nothing else."""
 _NAMES = (b"VmHWM:", b"RssAnon:", b"RssFile:", b"RssShmem:")
-_LOADING_BYTES, _MODULE_BYTES = 4 * 2**20, 96 * 1024
+_LOADING_BYTES, _MODULE_BYTES = 2 * 2**20, 96 * 1024
 """What modules take that are imported meanwhile, at most: all together, and each of them beside. Measured 60-90 KiB
 each of SciPy, pandas, Dask and scikit-learn, 120 of Matplotlib, up to 0.5 MiB of a single one."""
 

@@ -111,6 +111,11 @@ class MemoryLearner:
             self._most_workers = self.n_workers  # processes that have ended are not started again
         self.careful_rows = self.model.careful_rows(self._limit, self.n_workers, driver_writes=self._driver_writes)
 
+    @property
+    def ahead(self) -> int:
+        """Bytes to expect at most from now on; `projected` may be more, if more were computed at once until now."""
+        return self.model.peak(self.careful_rows, self.n_workers, driver_writes=self._driver_writes)
+
     def by_block(self, taken: int) -> int:
         """Return what a block took without what the driver kept before it: that is not the function's doing."""
         return max(0, taken - self._books)

@@ -233,7 +233,8 @@ class _Probing:
         if before is None or self._first is not None:
             return 0
         results = sum(array.nbytes for _, arrays in self._computed for array in arrays)
-        return max(0, before.now() - results - _NOISE_BYTES)
+        kept = before.now() - results
+        return kept if kept > _NOISE_BYTES else 0
 
     def traced(self, runs: Runs) -> int:
         """Compute these positions, and return the most bytes that Python's allocators had given out beside the rows."""
