@@ -1,6 +1,7 @@
 """Workloads for the measurement of memory, and one run of them in this process: started by `memory.py` and by tests.
 
     python hungry.py WORKLOAD FILE ENGINE MAX_MEM_MB     engine: serial, threads, processes; baseline-… for imports
+                                                 half-done: make results with a hole at every second position
 
 The file is made if it is not there. The last line printed is JSON: what was projected, the sizes of the blocks, how
 often positions were computed, and the error if there was one.
@@ -98,9 +99,37 @@ def later_one(spectrum: np.ndarray) -> Any:
     return spectrum.mean() + 0 * np.ones(size).sum()
 
 
+def _keep(mib: int) -> None:
+    import colorsys as module  # one that nobody has loaded yet
+
+    if not hasattr(module, "table"):
+        module.table = np.ones(mib * 2**17)
+
+
+def keeps(spectrum: np.ndarray) -> Any:
+    """Import a module, and keep a table of 12 MiB in it."""
+    _keep(12)
+    return spectrum[0]
+
+
+def keeps_much(block: np.ndarray) -> Any:
+    """Import a module, and keep a table of 200 MiB in it."""
+    _keep(200)
+    return block[:, 0]
+
+
+def first(block: np.ndarray) -> Any:
+    """Return the first column."""
+    return block[:, 0]
+
+
 @dataclass(frozen=True)
 class Hungry:
-    """A file's shape (float32), a function, whether it takes blocks, and whether its result is as large."""
+    """A file's shape (float32), a function, whether it takes blocks, and whether its result is as large.
+
+    And how the source and the results are compressed, whether every second position is done already, and how the
+    source is verified.
+    """
 
     n_positions: int
     n_spectral: int
@@ -108,6 +137,9 @@ class Hungry:
     vectorized: bool
     filters: bool = False
     compression: str | None = None
+    results: str | None = None
+    is_half_done: bool = False
+    verify: str = "none"
 
 
 HUNGRY = {
@@ -116,6 +148,12 @@ HUNGRY = {
     "filter": Hungry(4_096, 8_192, low_pass, True, filters=True),
     "fit": Hungry(512, 256, fit_one, False),
     "gzip": Hungry(50_000, 512, mean_of_block, True, compression="gzip"),
+    "compressed": Hungry(50_000, 512, low_pass, True, filters=True, results="gzip"),
+    "verified": Hungry(131_072, 512, mean_of_block, True, verify="sampled"),
+    "narrow": Hungry(10**7, 1, first, True),
+    "holes": Hungry(600_000, 1, first, True, is_half_done=True),
+    "keeps": Hungry(4_096, 512, keeps, False),
+    "keeps-much": Hungry(4_096, 512, keeps_much, True),
     "wide": Hungry(24, 2**21, mean_of_block, True),
     "native": Hungry(131_072, 512, native, True),
     "later": Hungry(131_072, 512, later, True),
@@ -124,7 +162,7 @@ HUNGRY = {
     "big-one": Hungry(200, 512, big_one, False),
     "huge-one": Hungry(200, 512, huge_one, False),
 }
-USUAL = [name for name in HUNGRY if name not in ("big-one", "huge-one")]
+USUAL = [name for name in HUNGRY if name not in ("big-one", "huge-one", "keeps-much")]
 """Those that are meant to fit into 64 MiB."""
 
 
@@ -203,30 +241,41 @@ def run(name: str, path: str, engine: str, max_mem_mb: int) -> dict[str, Any]:
     workload = HUNGRY[name]
     n_workers = 1 if engine == "serial" else N_WORKERS
     lazyproc.declared.choose_local = lambda kernel, probe, n, workers, apart: Scheduler(engine, min(workers, n_workers))
-    projected, sizes, answer, told = [], [], {"error": None}, []
+    projected, ahead, sizes, answer, told = [], [], [], {"error": None}, []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if hasattr(record, "projected_bytes"):
                 projected.append(record.projected_bytes)
+                ahead.append(getattr(record, "ahead_bytes", record.projected_bytes))
                 told.append(record.getMessage())
 
     log = logging.getLogger("lazyproc")
     log.addHandler(Keep())
     log.setLevel(logging.INFO)
     hook = "_block_function" if workload.vectorized else "_map_function"
-    output = lazyproc.Output("f4", shape_from_main=workload.filters)
+    output = lazyproc.Output("f4", shape_from_main=workload.filters, compression=workload.results)
     body = {"outputs": {"Out": output}, hook: staticmethod(workload.function), "process_name": name}
     process_class = type("Work", (lazyproc.Process,), body)
-    with process_class(f"{path}::/Raw_Data", cores=n_workers, max_mem_mb=max_mem_mb, verify="none") as process:
+    with process_class(f"{path}::/Raw_Data", cores=n_workers, max_mem_mb=max_mem_mb, verify=workload.verify) as process:
         process._progress = lambda event: sizes.append(event.n_positions) if isinstance(event, BlockDone) else None
         try:
-            group = process.compute(override=True)
+            group = process.compute(override=not workload.is_half_done)
             answer["is_done"] = bool(group["completed_positions"][()].all())
             answer["group"] = group.name
         except LazyprocError as error:
             answer["error"] = f"{type(error).__name__}: {error}"
-    return {**answer, "projected": max(projected, default=0), "sizes": sizes, "told": told}
+    found = {"projected": max(projected, default=0), "ahead": ahead[-1] if ahead else 0}
+    return {**answer, **found, "sizes": sizes, "told": told}
+
+
+def half_done(name: str, path: str) -> None:
+    """Take every second position back, of results that are complete."""
+    import h5py
+
+    answer = run(name, path, "serial", 1024)
+    with h5py.File(path, "r+") as file:
+        file[answer["group"]]["completed_positions"][::2] = 0
 
 
 if __name__ == "__main__":
@@ -236,6 +285,8 @@ if __name__ == "__main__":
     workload_name, file_path, engine_name, limit = sys.argv[1:5]
     if engine_name.startswith("baseline-"):
         hungry.baseline(workload_name, engine_name.partition("-")[2])
+    elif engine_name == "half-done":
+        hungry.half_done(workload_name, file_path)
     else:
         hungry.imports(workload_name, engine_name)
         print(json.dumps(hungry.run(workload_name, file_path, engine_name, int(limit))), flush=True)

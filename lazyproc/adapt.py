@@ -56,6 +56,7 @@ class Adapting:
         self._driver_writes = sizes.driver_writes
         self._division = self._first_division = sizes.division
         self._limit = sizes.limit
+        self._books = sizes.memory.driver_bytes
         self.room, self._learner = self._learning(sizes, sizes.memory)
         self._n_threads = scheduler.n_workers
         self.feed = BlockFeed(sizes.plan, probe.seconds_per_position, self._divide, scheduler.n_workers)
@@ -94,8 +95,9 @@ class Adapting:
         try:
             scheduler = self._scheduler.resized(n_threads)
             sizes = self._declared.blocks(
-                self.feed.rest(), scheduler, self._probe, driver_writes=self._driver_writes, limit=self._limit
-            )
+                self.feed.rest(), scheduler, self._probe, driver_writes=self._driver_writes, limit=self._limit,
+                books_bytes=self._books,
+            )  # fmt: skip
         except (MemoryLimitError, WorkerError) as error:  # the connection may break just now; it may come back
             log.debug("%s: blocks stay as they are: %s", self._declared.process_name, error)
             return self._most()
@@ -152,14 +154,17 @@ class Adapting:
             return
         self._division = self._first_division.within(learner.rows, learner.careful_rows)
         size = self._division.largest
+        taken, ahead = learner.by_block(receipt.taken), learner.ahead
         level = logging.WARNING if size < _NOTABLE * room.rows or learner.n_workers < room.n_workers else logging.INFO
         log.log(
             level,
             "%s: the block of positions %d to %d took %.0f MiB of memory, where %.0f were reckoned; blocks have now up "
-            "to %d positions instead of %d, %d at a time; %.0f MiB projected for all (%.0f before), %.0f allowed",
-            self._declared.process_name, receipt.block.start, receipt.block.stop - 1, receipt.taken / MEBIBYTE,
-            reckoned / MEBIBYTE, size, room.rows, learner.n_workers, learner.projected / MEBIBYTE, before / MEBIBYTE,
-            self._limit / MEBIBYTE, extra={"projected_bytes": learner.projected},
+            "to %d positions instead of %d, %d at a time; %.0f MiB projected from now on, up to %.0f until now (%.0f "
+            "before), %.0f allowed",
+            self._declared.process_name, receipt.block.start, receipt.block.stop - 1, taken / MEBIBYTE,
+            reckoned / MEBIBYTE, size, room.rows, learner.n_workers, ahead / MEBIBYTE, learner.projected / MEBIBYTE,
+            before / MEBIBYTE, self._limit / MEBIBYTE,
+            extra={"projected_bytes": learner.projected, "ahead_bytes": ahead},
         )  # fmt: skip
         room.rows, room.n_workers = size, learner.n_workers
         self.feed.resize(size)
@@ -170,8 +175,8 @@ class Adapting:
         if needed is not None:
             raise MemoryLimitError(
                 f"max_mem_mb: {self._limit // MEBIBYTE} MiB are allowed, but {self._declared.process_name} was found "
-                f"to take {receipt.taken / MEBIBYTE:.0f} MiB at positions {block.start} to {block.stop - 1} of "
-                f"{self._declared.label}, with one block at a time that cannot be made smaller; expected no more than "
+                f"to take {self._learner.by_block(receipt.taken) / MEBIBYTE:.0f} MiB at positions {block.start} to "
+                f"{block.stop - 1} of {self._declared.label}, with one block at a time that cannot be made smaller; expected no more than "
                 "the probe of a few positions had shown. What is finished is kept. Raise max_mem_mb to "
                 f"{needed} or more; the same call then goes on."
             )

@@ -36,7 +36,7 @@ from lazyproc.engine.handshake import why_not_in_place
 from lazyproc.engine.kernel import BlockSink, Kernel, pack, pack_for_cluster
 from lazyproc.engine.mpi import native_threads
 from lazyproc.engine.trial import Trial, try_in_process, try_on_cluster
-from lazyproc.hdf5.chunks import chunked_source
+from lazyproc.hdf5.chunks import ChunkSource, chunked_source
 from lazyproc.hdf5.damage import H5_ERRORS, attribute
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.fingerprint import fingerprint
@@ -228,14 +228,36 @@ class Declared:
             max_failures=self.max_failures,
         )
 
-    def memory(self, probe: Probe | None) -> MemoryModel:
-        """Return the memory model, with what the probe measured."""
+    def memory(
+        self, probe: Probe | None, scheduler: Scheduler | None = None, books_bytes: int | None = None
+    ) -> MemoryModel:
+        """Return the memory model, with what the probe measured.
+
+        Parameters
+        ----------
+        probe : Probe or None
+            What was measured.
+        scheduler : Scheduler, optional
+            Where blocks are computed: each process there keeps what the function keeps. Default: in this process.
+        books_bytes : int, optional
+            What the driver was found to keep, over the usual. Default: what is known without looking.
+        """
+        table = self.source.table_bytes if isinstance(self.source, ChunkSource) else 0
+        kept = (probe.kept_bytes if probe else 0) + table
+        fixed = (probe.fixed_bytes if probe else 0) + self.source.chunk_bytes
+        driver = kept if books_bytes is None else books_bytes
+        if scheduler is not None and scheduler.kind not in ("serial", "threads"):
+            fixed += kept  # of each worker
+            if scheduler.kind == "both":
+                driver -= kept  # the driver is one of them
+            driver += table if scheduler.n_processes else 0  # packed for the others
         return MemoryModel(
             source_bytes=self.source.shape[1] * self.source.dtype.itemsize,
             result_bytes=sum(output.row_bytes for output in self.outputs),
             multiplier=self.multiplier,
             temporary_bytes=probe.temporary_bytes if probe else 0.0,
-            fixed_bytes=(probe.fixed_bytes if probe else 0) + self.source.chunk_bytes,
+            fixed_bytes=fixed,
+            driver_bytes=max(0, driver),
         )
 
     def limit_bytes(self) -> int:
@@ -319,12 +341,14 @@ class Declared:
         *,
         driver_writes: bool,
         limit: int | None = None,
+        books_bytes: int | None = None,
     ) -> BlockSizes:
         """Divide what remains into blocks that fit into memory and last about a second, less toward the end.
 
         `limit` are the bytes allowed if that was found before: what is available becomes less by what the run takes.
+        `books_bytes`: see `memory`.
         """
-        memory = self.memory(probe)
+        memory = self.memory(probe, scheduler, books_bytes)
         limit = self.limit_bytes() if limit is None else limit
         beside, rows = memory.fit(limit, scheduler.n_on_machine, driver_writes=driver_writes)
         workers = beside

@@ -14,9 +14,9 @@ from lazyproc.adapt import Adapting
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.errors import LazyprocError
 from lazyproc.core.events import Finished, Listener, Started
-from lazyproc.core.highwater import give_back, high_water
+from lazyproc.core.highwater import can_measure, give_back, high_water
 from lazyproc.core.identity import function_name
-from lazyproc.core.memory import MEBIBYTE
+from lazyproc.core.memory import DRIVER_BYTES, MEBIBYTE
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.declared import Declared, stored_probe
@@ -52,6 +52,10 @@ _LONG_CALL = 0.03
 
 _FIRST_LOADED = ("threadpoolctl", "encodings.ascii")
 """What a worker's first block would load; then what that block takes of memory could not be told from it."""
+
+_MOST_RUNS = 2**17
+"""Of results with more holes only the first so many are looked at, and computed, before the next ones: what describes
+them, and is needed to divide them, is then some MiB however many there are."""
 
 log = logging.getLogger("lazyproc")
 
@@ -108,12 +112,21 @@ def perform(
         declared = declared.settled()
         kernel = replace(kernel, source=declared.source)
         with Crew([Sink.__module__, type(kernel.source).__module__, *_FIRST_LOADED]) as crew:
+            n_left = declared.n_positions
             if name is None:
                 name, remaining, probe = _start(declared, work, kernel, drain, crew)
             else:
-                remaining, probe = _resume(declared, work, kernel, name, drain, crew)
-            run_group(declared, work, kernel, name, lock, remaining, probe, listener, drain, crew=crew)
-        return name
+                n_left -= partial[name].n_done
+                remaining, probe = _resume(declared, work, kernel, name, n_left, drain, crew)
+            while True:
+                run_group(
+                    declared, work, kernel, name, lock, remaining, probe, listener, drain, crew=crew, n_left=n_left
+                )
+                n_left -= remaining.n_positions
+                if n_left <= 0 or drain.signal is not None:
+                    return name
+                remaining = _left(declared, work, name, int(remaining.stops[-1]))
+                probe = replace(probe, computed=[], failed=[], first=None)
 
 
 def warn_of(found: Found) -> None:
@@ -165,13 +178,21 @@ def _main_beside(declared: Declared, parent: h5py.Group) -> h5py.Dataset:
     return declared.main
 
 
-def _resume(declared: Declared, work: Work, kernel: Kernel, name: str, drain: Drain, crew: Crew) -> tuple[Runs, Probe]:
+def _left(declared: Declared, work: Work, name: str, start: int = 0) -> Runs:
+    """Return positions that are not done, from `start` on: all of them, or the first ones if there are many holes."""
+    group = declared.place.results(name)
+    return remaining_positions(group, work.n_positions, work.status_name, start=start, most_runs=_MOST_RUNS)
+
+
+def _resume(
+    declared: Declared, work: Work, kernel: Kernel, name: str, n_left: int, drain: Drain, crew: Crew
+) -> tuple[Runs, Probe]:
     """Find what remains; a measurement that was stored with the results is used again."""
     declared.flush_main()
     adopt(declared.place, name)
     group = declared.place.results(name)
-    remaining = remaining_positions(group, work.n_positions, work.status_name)
-    done = 1 - remaining.n_positions / work.n_positions
+    remaining = _left(declared, work, name)
+    done = 1 - n_left / work.n_positions
     log.info("%s: resuming %s, %.1f %% done", declared.process_name, name, 100 * done)
     probe = stored_probe(group)
     if work.status_name not in group:
@@ -179,7 +200,7 @@ def _resume(declared: Declared, work: Work, kernel: Kernel, name: str, drain: Dr
             ensure_mask(editable, name, work)
     if probe is None:
         with drain.interruptible(at_first=True):
-            begun = remaining.n_positions < work.n_positions
+            begun = n_left < work.n_positions
             probe = probe_function(declared, kernel, remaining, begun=begun, crew=crew)
     if declared.max_failures is not None and lacks_room(group, work, declared.max_failures):
         with declared.place.edit() as editable:
@@ -200,6 +221,7 @@ def run_group(
     *,
     undone: Runs | None = None,
     crew: Crew | None = None,
+    n_left: int | None = None,
 ) -> Outcome:
     """Write what the probe computed, then run the blocks, then note the end.
 
@@ -224,13 +246,15 @@ def run_group(
         `remaining` is all that is not done.
     crew : Crew, optional
         Worker processes that were started beforehand.
+    n_left : int, optional
+        How many positions are not done in all, if `remaining` are only the first of them.
     """
     same = declared.place.file_id()
     fence = None if lock is None else lock.fence
     target, failed = open_target(
         declared.place, name, declared.outputs, declared.status_name, fence, declared.max_failures
     )
-    n_before = work.n_positions - (undone or remaining).n_positions
+    n_before = work.n_positions - ((undone or remaining).n_positions if n_left is None else n_left)
     committer = Committer(target, declared.interval, n_before, listener, failed)
     try:
         if undone is not None and failed is not None:
@@ -290,7 +314,8 @@ def _loop(
         scheduler = declared.scheduler(kernel, probe, remaining.n_positions)
         watched = scheduler.tells_memory()
         in_place = declared.in_place_everywhere(scheduler, target.sink)
-    sizes = declared.blocks(remaining, scheduler, probe, driver_writes=not in_place)
+    books = max(0, high_water.kept() - DRIVER_BYTES) if can_measure() else None
+    sizes = declared.blocks(remaining, scheduler, probe, driver_writes=not in_place, books_bytes=books)
     scheduler = scheduler.with_workers(sizes.n_workers)
     crew.reduce(scheduler.n_processes)
     kernel = kernel.for_run(target.sink if in_place else None, scheduler.native_threads, watched=watched)

@@ -21,6 +21,8 @@ from lazyproc.hdf5.target import Target
 
 _SPANS = 1000
 """So many spans of positions are kept before neighbours are put together."""
+_MANY_SPANS = 2**14
+"""If so many are kept all the same, since there are holes between them, they are committed at once: some MiB."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +164,14 @@ class Committer:
             )
 
     def commit_if_due(self) -> None:
-        """Commit if a block has waited for the interval, or would until the next turn, which may take as long again."""
+        """Commit if a block has waited for the interval, or would until the next turn, which may take as long again.
+
+        Or if what waits would take much memory.
+        """
         now = time.monotonic()
         turn, self._last_turn = now - self._last_turn, now
-        if self._oldest is not None and now + turn - self._oldest >= self._interval:
+        is_due = self._oldest is not None and now + turn - self._oldest >= self._interval
+        if is_due or len(self._spans) >= _MANY_SPANS:
             self.commit()
 
     def commit(self) -> None:
@@ -177,6 +183,7 @@ class Committer:
             self._log.write(done, self._failed)
         self._target.commit(done)
         self._spans, self._failed, self._oldest = [], [], None
+        self._most_spans = _SPANS
         self.n_done += done.n_positions
         self._listener(Committed(self.n_all))
 

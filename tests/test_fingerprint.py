@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -275,7 +276,7 @@ def test_samples_lie_within_the_spans_in_order_and_are_as_many_bytes_as_promised
         patch.setattr(module, "_SAMPLE", sample)
         gap = 1000  # between spans, so that a sample beyond its span would show
         spans = [(number * gap, size) for number, size in enumerate(sizes)]
-        chosen = module._samples(spans)
+        chosen = list(module._samples(np.array(spans, np.int64).reshape(-1, 2)))
     total = sum(sizes)
     flat = []  # the samples, in bytes of all spans one after the other
     for offset, size in chosen:
@@ -293,6 +294,26 @@ def test_samples_lie_within_the_spans_in_order_and_are_as_many_bytes_as_promised
     if total and samples > 1:
         assert flat[0][0] == 0
         assert flat[-1][1] == total
+
+
+@pytest.mark.parametrize("verify", ["full", "sampled"])
+def test_many_small_chunks_take_some_dozen_bytes_each(tmp_path, monkeypatch, verify):
+    """And not a tuple of numbers each, which takes some hundreds: the driver's books count for the memory allowed."""
+    monkeypatch.setattr(module, "FULL_UP_TO", 1000)
+    n_chunks = 30_000
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        main = file.create_dataset("main", (n_chunks, 4), "f4", chunks=(1, 4))
+        for row in range(n_chunks):
+            main.id.write_direct_chunk((row, 0), bytes(16))
+    with h5py.File(tmp_path / "a.h5", "r") as file:
+        source = source_of(file["main"])
+        tracemalloc.start()
+        try:
+            assert fingerprint(file["main"], source, verify)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 100 * n_chunks, "bytes, with a MiB for what is read at a time"
 
 
 def test_comparing_contiguous_data_writes_out_nothing_else_of_the_caller(tmp_path):

@@ -277,3 +277,24 @@ def test_spread_does_not_lay_out_the_set_nor_overflow():
     chosen = Runs.full(10**15).spread(10**6)
     assert (chosen[0], chosen[-1], len(chosen)) == (0, 10**15 - 1, 10**6)
     assert np.diff(chosen).min() > 0
+
+
+@given(
+    mask=st.lists(st.integers(0, 1), min_size=1, max_size=300),
+    most_runs=st.integers(1, 20),
+    n_in_piece=st.integers(1, 70),
+)
+def test_a_mask_can_be_searched_for_a_few_runs_at_a_time(mask, most_runs, n_in_piece):
+    """The next ones are those after the last position found; a run may be cut where a part of the search ends."""
+    values, start, found = np.array(mask, np.uint8), 0, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lazyproc.core.runs._PART", 16)
+        while True:
+            pieces = (values[at : at + n_in_piece] for at in range(start, len(values), n_in_piece))
+            runs = Runs.from_mask_pieces(pieces, offset=start, most_runs=most_runs)
+            if not runs:
+                break
+            assert len(runs) < most_runs + 9, "a part of 16 has 8 runs at most"
+            found += runs.positions().tolist()
+            start = int(runs.stops[-1])
+    assert found == np.flatnonzero(values == 0).tolist()

@@ -17,12 +17,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _STATUS, _CLEAR = "/proc/self/status", "/proc/self/clear_refs"
 _RESET = b"5"
 """What takes back the mark, and does nothing else."""
 _NAMES = (b"VmHWM:", b"RssAnon:", b"RssFile:", b"RssShmem:")
+_LOADING_BYTES, _MODULE_BYTES = 2 * 2**20, 96 * 1024
+"""What modules take that are imported meanwhile, at most: all together, and each of them beside. Measured 60-90 KiB
+each of SciPy, pandas, Dask and scikit-learn, 120 of Matplotlib, up to 0.5 MiB of a single one."""
 
 
 @dataclass(eq=False)
@@ -37,14 +40,45 @@ class Taken:
         Bytes at most, so far: of the process over what it had at first, shared with blocks beside; 0 if not known.
     whole : int
         The same, not shared.
-    is_known : bool
-        False if what was loaded meanwhile cannot be told from what the block takes.
     """
 
     n_positions: int
     peak: int = 0
     whole: int = 0
-    is_known: bool = field(default=True, repr=False)
+
+
+class Kept:
+    """What this process has come to keep since this was made, beside the modules that it has imported meanwhile.
+
+    Modules are not counted, as by `max_mem_mb`, but no more is taken for them than modules usually take: a table that a
+    module makes and keeps is memory like any other.
+    """
+
+    def __init__(self) -> None:
+        give_back()
+        self.first = self.base = read()[1]
+        self._n_first = self._n_modules = len(sys.modules)
+
+    def base_now(self) -> int:
+        """Return bytes to count from: what there was at first, and what modules may have taken since."""
+        n_new = len(sys.modules) - self._n_modules
+        return self.base if n_new == 0 else max(self.base, self.first + self._for_modules())
+
+    def move(self) -> None:
+        """Count from what modules have really taken, if any were imported: while nothing else goes on."""
+        if len(sys.modules) != self._n_modules:
+            give_back()
+            self.base = min(read()[1], self.first + self._for_modules())
+            self._n_modules = len(sys.modules)
+
+    def _for_modules(self) -> int:
+        n_new = len(sys.modules) - self._n_first
+        return _LOADING_BYTES + n_new * _MODULE_BYTES if n_new > 0 else 0
+
+    def now(self) -> int:
+        """Return bytes kept."""
+        give_back()
+        return max(0, read()[1] - self.base_now())
 
 
 class HighWater:
@@ -54,21 +88,27 @@ class HighWater:
     -----
     The mark is read whenever a block begins or ends, so what it says is always of a known set of blocks; each gets a
     part of it by its positions, and in the end the largest of its parts. It is over what the process had before the
-    first block, which is found anew after modules were imported: those are not counted, as by `max_mem_mb`.
+    first block, and what modules have taken that were imported since: see `Kept`.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._blocks: list[Taken] = []
-        self._base: int | None = None
-        self._n_modules = 0
+        self._kept: Kept | None = None
         self._works = can_measure()
 
     def forget(self) -> None:
         """Count from what the process has now: another run begins."""
         with self._lock, self._while_it_works():
             if not self._blocks and self._works:
-                self._begin_anew()
+                self._kept = Kept()
+
+    def kept(self) -> int:
+        """Return bytes that the process keeps by now over what it had at first; 0 if not known. Between blocks."""
+        with self._lock, self._while_it_works():
+            if self._works and self._kept is not None:
+                return self._kept.now()
+        return 0
 
     @contextmanager
     def watch(self, n_positions: int) -> Iterator[Taken]:
@@ -80,8 +120,10 @@ class HighWater:
         with self._lock, self._while_it_works():
             if self._blocks:
                 self._share_out()
-            elif self._base is None or self._n_modules != len(sys.modules):
-                self._begin_anew()
+            elif self._kept is None:
+                self._kept = Kept()
+            else:
+                self._kept.move()
             self._blocks.append(taken)
             reset()
         try:
@@ -102,26 +144,17 @@ class HighWater:
         except OSError:
             self._works = False
             for block in self._blocks:
-                block.is_known, block.peak, block.whole = False, 0, 0
+                block.peak = block.whole = 0
             self._blocks.clear()
-
-    def _begin_anew(self) -> None:
-        give_back()
-        self._base = read()[1]
-        self._n_modules = len(sys.modules)
 
     def _share_out(self) -> None:
         """Give each block its part of what was taken since the last reset."""
-        taken = max(0, read()[0] - (self._base or 0))
+        assert self._kept is not None
+        taken = max(0, read()[0] - self._kept.base_now())
         whole = sum(block.n_positions for block in self._blocks)
-        loaded = self._n_modules != len(sys.modules)
         for block in self._blocks:
-            block.is_known = block.is_known and not loaded
-            if block.is_known:
-                block.peak = max(block.peak, taken * block.n_positions // whole)
-                block.whole = max(block.whole, taken)
-            else:
-                block.peak = block.whole = 0
+            block.peak = max(block.peak, taken * block.n_positions // whole)
+            block.whole = max(block.whole, taken)
 
 
 def can_measure() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lazyproc.core.errors import MemoryLimitError
-from lazyproc.core.memory import DRIVER_BYTES, FRAGMENTATION, MEBIBYTE, MemoryModel
+from lazyproc.core.memory import FRAGMENTATION, MEBIBYTE, MemoryModel
 
 _DRIVER_UNSEEN, _WORKER_UNSEEN = 14 * MEBIBYTE, 3 * MEBIBYTE
 """What they took before it was looked at, and pages of files that are their own: measured 4-12 and 2-3 MiB."""
@@ -93,7 +93,8 @@ class MemoryLearner:
         self._vectorized = vectorized
         self._driver_writes = driver_writes
         self._together = together
-        self._beside = DRIVER_BYTES // n_workers if together else 0
+        self._beside = model.driver_peak // n_workers if together else 0
+        self._books = model.driver_bytes // n_workers if together else 0
         self._largest: tuple[int, int] | None = None
         self._n_over = self._n_calm = 0
         self.projected = model.peak(rows, n_workers, driver_writes=driver_writes)
@@ -110,6 +111,15 @@ class MemoryLearner:
             self._most_workers = self.n_workers  # processes that have ended are not started again
         self.careful_rows = self.model.careful_rows(self._limit, self.n_workers, driver_writes=self._driver_writes)
 
+    @property
+    def ahead(self) -> int:
+        """Bytes to expect at most from now on; `projected` may be more, if more were computed at once until now."""
+        return self.model.peak(self.careful_rows, self.n_workers, driver_writes=self._driver_writes)
+
+    def by_block(self, taken: int) -> int:
+        """Return what a block took without what the driver kept before it: that is not the function's doing."""
+        return max(0, taken - self._books)
+
     def note(self, n_positions: int, taken: int, taken_by_all: int = 0) -> bool:
         """Take note of what a block was found to take, and all in its process; tells whether something was learnt.
 
@@ -120,7 +130,7 @@ class MemoryLearner:
         if self._together:
             total = taken_by_all + _DRIVER_UNSEEN
         else:  # the others may take as much, at the same time
-            total = DRIVER_BYTES + self.n_workers * (taken + _WORKER_UNSEEN)
+            total = self.model.driver_peak + self.n_workers * (taken + _WORKER_UNSEEN)
         self.projected = max(self.projected, total)
         taken -= self._beside
         reckoned = self.model.worker_peak(n_positions, driver_writes=self._driver_writes)
@@ -132,7 +142,7 @@ class MemoryLearner:
             self._largest = n_positions, taken
         before = self.careful_rows
         self._fit()
-        if taken <= (self._limit - DRIVER_BYTES) / self.n_workers / _EASE:  # so this size is all right
+        if taken <= (self._limit - self.model.driver_peak) / self.n_workers / _EASE:  # so this size is all right
             self.careful_rows = max(self.careful_rows, min(n_positions, before, self.rows))
         return True
 
@@ -173,6 +183,6 @@ class MemoryLearner:
             least -= (n_positions - 1) * (self.model.source_bytes + self.model.result_bytes)
         elif n_positions > 1:
             return None
-        total = DRIVER_BYTES + least
+        total = self.model.driver_peak + least
         self._n_over = self._n_over + 1 if taken and self.n_workers == 1 and total > self._limit else 0
         return -(-int(_MARGIN * total) // MEBIBYTE) if self._n_over >= _SURE else None

@@ -35,6 +35,9 @@ class MemoryModel:
     fixed_bytes : int
         Bytes a worker takes whatever the size of the block: temporaries of a function that takes one position at a
         time, decoded storage chunks.
+    driver_bytes : int
+        Bytes the driver keeps for the whole run, over the usual: books of many holes or chunks, and what the function
+        keeps in its process.
     """
 
     source_bytes: int
@@ -42,6 +45,12 @@ class MemoryModel:
     multiplier: float = 1.0
     temporary_bytes: float = 0.0
     fixed_bytes: int = 0
+    driver_bytes: int = 0
+
+    @property
+    def driver_peak(self) -> int:
+        """Bytes of the driver beside its blocks."""
+        return DRIVER_BYTES + self.driver_bytes
 
     @property
     def bytes_per_position(self) -> int:
@@ -67,7 +76,7 @@ class MemoryModel:
         int
             Zero if not even one position fits.
         """
-        share = (limit_bytes - DRIVER_BYTES) / n_workers - WORKER_BYTES - self.fixed_bytes
+        share = (limit_bytes - self.driver_peak) / n_workers - WORKER_BYTES - self.fixed_bytes
         return max(0, int(share // self._per_row(driver_writes)))
 
     def careful_rows(self, limit_bytes: int, n_workers: int, *, driver_writes: bool = False) -> int:
@@ -86,7 +95,7 @@ class MemoryModel:
     def peak(self, rows: int, n_workers: int, *, driver_writes: bool = False) -> int:
         """Bytes to expect at most, for blocks of `rows` positions."""
         block = rows * self._per_row(driver_writes)
-        return int(DRIVER_BYTES + n_workers * (WORKER_BYTES + self.fixed_bytes + block))
+        return int(self.driver_peak + n_workers * (WORKER_BYTES + self.fixed_bytes + block))
 
     def _per_row(self, driver_writes: bool) -> int:
         return self.bytes_per_position + (3 * self.result_bytes if driver_writes else 0)
@@ -116,5 +125,7 @@ class MemoryModel:
             f"{self._per_row(driver_writes) / MEBIBYTE:.1f} MiB (source {self.source_bytes / MEBIBYTE:.1f} MiB with "
             f"mem_multiplier {self.multiplier:g}, results {self.result_bytes / MEBIBYTE:.1f} MiB, and what was "
             f"measured of temporaries), a worker {self.fixed_bytes / MEBIBYTE:.1f} MiB whatever its block (storage "
-            f"chunks, temporaries of one call), and lazyproc itself a few more. Raise max_mem_mb to {needed} or more."
+            f"chunks, temporaries of one call, what the function keeps), the driver {self.driver_bytes / MEBIBYTE:.1f} "
+            "MiB for the whole run (what the function keeps there, and books of many holes or chunks), and lazyproc "
+            f"itself a few more. Raise max_mem_mb to {needed} or more."
         )

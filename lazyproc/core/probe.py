@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.apply import Arrays
 from lazyproc.core.failed import FailedPosition, FailedRows
-from lazyproc.core.highwater import peak_of
+from lazyproc.core.highwater import Kept, can_measure, peak_of
 from lazyproc.core.runs import Runs
 
 _ENOUGH_SECONDS = 0.01
@@ -62,6 +62,8 @@ class Probe:
         told or, if that is more, what the process was seen to take.
     fixed_bytes : int
         Temporaries of one call; for a function that takes one position.
+    kept_bytes : int
+        What the function has left in its process, beside results and the modules it has imported: a table, a cache.
     thread_gain : float
         How many times faster two threads are than one; 1.0 where that was not tried.
     computed : list of (Runs, tuple of ndarray)
@@ -82,6 +84,7 @@ class Probe:
     failed: list[FailedPosition] = field(default_factory=list, repr=False)
     first: Exception | None = field(default=None, repr=False)
     is_measured: bool = True
+    kept_bytes: int = 0
 
     @classmethod
     def unknown(cls) -> Probe:
@@ -92,11 +95,13 @@ class Probe:
         """Return what is kept with the results, so that a resumed run need not measure: nothing if nothing was."""
         if not self.is_measured:
             return {}
+        kept = {"kept_bytes": self.kept_bytes} if self.kept_bytes else {}  # which older versions do not know
         return {
             "seconds_per_position": self.seconds_per_position,
             "temporary_bytes": self.temporary_bytes,
             "fixed_bytes": self.fixed_bytes,
             "thread_gain": self.thread_gain,
+            **kept,
         }
 
     @property
@@ -146,6 +151,7 @@ def run_probe(
     RowError, OutputMismatch
         From `compute`; the attribute `runs` of the exception holds the positions that were tried.
     """
+    before = Kept() if can_measure() else None
     probing = _Probing(compute, read, remaining, result_bytes, record=record)
     row_bytes = source_bytes + result_bytes
     most_rows = max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, row_bytes)))
@@ -170,11 +176,12 @@ def run_probe(
     if early is not None:
         early(seconds)
     temporary, fixed = _seen_by_the_system(probing, temporary, fixed, vectorized=vectorized)
+    kept = probing.kept_since(before)
     gain = 1.0
     if try_threads and vectorized and seconds * remaining.n_positions > 20 * _ENOUGH_SECONDS:
         most_rows = _frugal(most_rows, 2 * (row_bytes + temporary))  # two at once
         gain = _measure_threads(probing, seconds, min(most_rows, max(rows, int(3 * _ENOUGH_SECONDS / seconds))))
-    return probing.measured(seconds, temporary, fixed, gain)
+    return probing.measured(seconds, temporary, fixed, gain, kept)
 
 
 class _Tracer:
@@ -212,9 +219,22 @@ class _Probing:
         """Whether the function failed wherever it was tried so far."""
         return self.measured(0.0).all_failed
 
-    def measured(self, seconds: float, temporary: float = 0.0, fixed: int = 0, gain: float = 1.0) -> Probe:
+    def measured(
+        self, seconds: float, temporary: float = 0.0, fixed: int = 0, gain: float = 1.0, kept: int = 0
+    ) -> Probe:
         """Return what was measured, with all that was computed on the way."""
-        return Probe(seconds, temporary, fixed, gain, self._computed, self._failed, self._first)
+        return Probe(seconds, temporary, fixed, gain, self._computed, self._failed, self._first, kept_bytes=kept)
+
+    def kept_since(self, before: Kept | None) -> int:
+        """Return bytes that the calls have left, beside the results, which are let go of when they are written.
+
+        0 if a call has failed: its data are kept with what it raised.
+        """
+        if before is None or self._first is not None:
+            return 0
+        results = sum(array.nbytes for _, arrays in self._computed for array in arrays)
+        kept = before.now() - results
+        return kept if kept > _NOISE_BYTES else 0
 
     def traced(self, runs: Runs) -> int:
         """Compute these positions, and return the most bytes that Python's allocators had given out beside the rows."""
@@ -236,6 +256,8 @@ class _Probing:
             begin = time.perf_counter()
             results, failed = self._try(rows, runs)
             seconds = (time.perf_counter() - begin) / len(rows)
+        if not taken and not self.taken:
+            taken.append(0)  # so that the first call is the first one here, too
         self.taken += [(len(rows), max(0, peak - len(rows) * self._result_bytes - _NOISE_BYTES)) for peak in taken]
         self._keep(runs, results, failed)
         self.slowest = max(self.slowest, seconds)

@@ -127,7 +127,9 @@ class Runs:
         return cls._from_edges(_edges([np.asarray(mask)], value, offset))
 
     @classmethod
-    def from_mask_pieces(cls, pieces: Iterable[NDArray[np.uint8]], value: int = 0) -> Runs:
+    def from_mask_pieces(
+        cls, pieces: Iterable[NDArray[np.uint8]], value: int = 0, offset: int = 0, most_runs: int | None = None
+    ) -> Runs:
         """The same as `from_mask`, of a mask that comes in consecutive pieces and need never be in memory as a whole.
 
         A piece is not looked at again once the next one is asked for, so all may share one buffer. Memory: the runs
@@ -139,8 +141,13 @@ class Runs:
             The mask, cut anywhere; runs which go on over a cut stay whole.
         value : int, optional
             The value looked for.
+        offset : int, optional
+            The position of the first value.
+        most_runs : int, optional
+            Look no further once about so many runs are found: there may be more, and the last one may go on. It may be
+            exceeded by half the positions of a part of the search, 2**17. Default: look at all.
         """
-        return cls._from_edges(_edges(pieces, value, 0))
+        return cls._from_edges(_edges(pieces, value, offset, most_runs))
 
     @classmethod
     def from_positions(cls, positions: ArrayLike) -> Runs:
@@ -331,13 +338,30 @@ def _integers(name: str, values: Any) -> NDArray[np.int64]:
     return array.astype(np.int64, copy=False)
 
 
-def _edges(pieces: Iterable[NDArray[Any]], value: int, offset: int) -> NDArray[np.int64]:
+def _edges(pieces: Iterable[NDArray[Any]], value: int, offset: int, most_runs: int | None = None) -> NDArray[np.int64]:
     """Find where, along consecutive pieces of a mask, the positions with a value begin, end, begin …
 
     Since a cut between pieces is an edge only where the mask really changes, runs merge over the cuts by themselves.
     """
     found: list[NDArray[np.int64]] = []
     inside = False
+    for hits in _parts(pieces, value):
+        if hits[0] != inside:
+            found.append(np.array([offset], np.int64))
+        # Most parts of a real mask are all done or all to do: counting is far quicker than looking for changes.
+        if 0 < np.count_nonzero(hits) < hits.size:
+            found.append(np.flatnonzero(hits[1:] != hits[:-1]).astype(np.int64) + (offset + 1))
+        inside = bool(hits[-1])
+        offset += hits.size
+        if most_runs is not None and sum(map(len, found)) >= 2 * most_runs:
+            break
+    if inside:
+        found.append(np.array([offset], np.int64))
+    return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+def _parts(pieces: Iterable[NDArray[Any]], value: int) -> Iterator[NDArray[np.bool_]]:
+    """Yield where a mask that comes in pieces has a value, for some positions at a time."""
     for piece in pieces:
         piece = np.asarray(piece)
         if piece.ndim != 1:
@@ -345,14 +369,4 @@ def _edges(pieces: Iterable[NDArray[Any]], value: int, offset: int) -> NDArray[n
         if piece.size and piece.dtype.kind not in "biu":
             raise ArgumentTypeError(f"Mask: the dtype is {piece.dtype}; expected integers or truth values.")
         for begin in range(0, piece.size, _PART):
-            hits = np.equal(piece[begin : begin + _PART], value)
-            if hits[0] != inside:
-                found.append(np.array([offset], np.int64))
-            # Most parts of a real mask are all done or all to do: counting is far quicker than looking for changes.
-            if 0 < np.count_nonzero(hits) < hits.size:
-                found.append(np.flatnonzero(hits[1:] != hits[:-1]).astype(np.int64) + (offset + 1))
-            inside = bool(hits[-1])
-            offset += hits.size
-    if inside:
-        found.append(np.array([offset], np.int64))
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+            yield np.equal(piece[begin : begin + _PART], value)

@@ -24,7 +24,7 @@ from lazyproc.hdf5.file_id import FileId
 
 _GZIP, _SHUFFLE, _FLETCHER32 = 1, 2, 3
 _MOST_CHUNKS = 2**21
-"""A table of more chunks than this is too much to send to every worker (20 bytes each)."""
+"""A table of more chunks than this is too much to send to every worker (16 bytes each)."""
 _COMPARED = 3
 _FILTERS = 3
 """Copies of one chunk that are in memory while it is decoded: as stored, decoded, put in order."""
@@ -89,6 +89,11 @@ class ChunkSource:
     def chunk_bytes(self) -> int:
         """Bytes that decoding takes beside the rows: one chunk is decoded at a time."""
         return _FILTERS * self.chunks[0] * self.chunks[1] * self.dtype.itemsize
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the table of chunks, which every process that reads has."""
+        return self.offsets.nbytes + self.sizes.nbytes + self.skipped.nbytes
 
     @property
     def read_seconds(self) -> float:

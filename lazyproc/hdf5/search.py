@@ -191,11 +191,17 @@ def examine(group: h5py.Group, work: Work, *, thorough: bool = True) -> Found:
 
 def count_done(group: h5py.Group, n_positions: int, status_name: str) -> int:
     """Count the positions marked done; legacy groups without a mask tell it by the attribute ``last_pixel``."""
+    label = f"{group.name}/{status_name}"
+    with reading(label):
+        if status_name in group:
+            return sum(int(piece.sum()) for piece in read_mask_pieces(group[status_name], n_positions, label))
     return n_positions - remaining_positions(group, n_positions, status_name).n_positions
 
 
-def remaining_positions(group: h5py.Group, n_positions: int, status_name: str) -> Runs:
-    """Return the positions that are not marked done.
+def remaining_positions(
+    group: h5py.Group, n_positions: int, status_name: str, *, start: int = 0, most_runs: int | None = None
+) -> Runs:
+    """Return the positions that are not marked done: from `start` on, and about so many runs of them at most.
 
     Raises
     ------
@@ -205,7 +211,8 @@ def remaining_positions(group: h5py.Group, n_positions: int, status_name: str) -
     label = f"{group.name}/{status_name}"
     with reading(label):
         if status_name in group:
-            return Runs.from_mask_pieces(read_mask_pieces(group[status_name], n_positions, label))
+            pieces = read_mask_pieces(group[status_name], n_positions, label, start)
+            return Runs.from_mask_pieces(pieces, offset=start, most_runs=most_runs)
         has_last_pixel = "last_pixel" in group.attrs
     if not has_last_pixel:
         raise ResultsError(f"{label}: there is no status mask, nor the attribute last_pixel of older results.")
@@ -216,7 +223,7 @@ def remaining_positions(group: h5py.Group, n_positions: int, status_name: str) -
             f"{group.name}: there is no status mask, and the attribute last_pixel is no number ({error}); expected how "
             "many positions are done. Compute with override=True."
         ) from error
-    return Runs.from_spans([(min(max(last, 0), n_positions), n_positions)])
+    return Runs.from_spans([(min(max(last, start), n_positions), n_positions)])
 
 
 def text_attribute(group: h5py.Group, name: str, default: str = "") -> str:

@@ -24,7 +24,7 @@ from lazyproc.hdf5.room import reserve, writing
 from lazyproc.hdf5.sink import Sink, opened
 from lazyproc.hdf5.transaction import refuse_marked, share_lock
 
-_PIECE = 2**24
+_PIECE, _READ_PIECE = 2**24, 2**21
 
 
 class Target(Protocol):
@@ -121,8 +121,8 @@ class InPlaceTarget:
         self._files.close()
 
 
-def read_mask_pieces(mask: h5py.Dataset, n_positions: int, name: str) -> Any:
-    """Check a status mask and return its values piece by piece.
+def read_mask_pieces(mask: h5py.Dataset, n_positions: int, name: str, start: int = 0) -> Any:
+    """Check a status mask and return its values piece by piece, from a position on.
 
     Raises
     ------
@@ -136,12 +136,12 @@ def read_mask_pieces(mask: h5py.Dataset, n_positions: int, name: str) -> Any:
             f"{name}: the status mask has the shape {mask.shape} and the dtype {mask.dtype}; expected ({n_positions},) "
             "and uint8, one byte a position. These results cannot be used: compute with override=True."
         )
-    return _pieces(mask, name)
+    return _pieces(mask, name, start)
 
 
-def _pieces(mask: h5py.Dataset, name: str) -> Any:
-    for start in range(0, mask.shape[0], _PIECE):
-        piece = mask[start : start + _PIECE]
+def _pieces(mask: h5py.Dataset, name: str, start: int) -> Any:
+    for start in range(start, mask.shape[0], _READ_PIECE):
+        piece = mask[start : start + _READ_PIECE]
         if piece.size and piece.max() > 1:
             raise ResultsError(f"{name}: the status mask holds {int(piece.max())}; expected only 0 and 1.")
         yield piece
