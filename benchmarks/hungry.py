@@ -107,8 +107,8 @@ def _keep(mib: int) -> None:
 
 
 def keeps(spectrum: np.ndarray) -> Any:
-    """Import a module, and keep a table of 12 MiB in it."""
-    _keep(12)
+    """Import a module, and keep a table of 16 MiB in it."""
+    _keep(16)
     return spectrum[0]
 
 
@@ -151,7 +151,7 @@ HUNGRY = {
     "compressed": Hungry(50_000, 512, low_pass, True, filters=True, results="gzip"),
     "verified": Hungry(131_072, 512, mean_of_block, True, verify="sampled"),
     "narrow": Hungry(10**7, 1, first, True),
-    "holes": Hungry(600_000, 1, first, True, is_half_done=True),
+    "holes": Hungry(10**6, 1, first, True, is_half_done=True),
     "keeps": Hungry(4_096, 512, keeps, False),
     "keeps-much": Hungry(4_096, 512, keeps_much, True),
     "wide": Hungry(24, 2**21, mean_of_block, True),

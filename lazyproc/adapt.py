@@ -170,13 +170,13 @@ class Adapting:
         self.feed.resize(size)
 
     def _check(self, receipt: Receipt) -> None:
-        block = receipt.block
+        block, taken = receipt.block, self._learner.by_block(receipt.taken)
         needed = self._learner.too_much(block.n_positions, receipt.taken)
         if needed is not None:
             raise MemoryLimitError(
                 f"max_mem_mb: {self._limit // MEBIBYTE} MiB are allowed, but {self._declared.process_name} was found "
-                f"to take {self._learner.by_block(receipt.taken) / MEBIBYTE:.0f} MiB at positions {block.start} to "
-                f"{block.stop - 1} of {self._declared.label}, with one block at a time that cannot be made smaller; expected no more than "
+                f"to take {taken / MEBIBYTE:.0f} MiB at positions {block.start} to {block.stop - 1} of "
+                f"{self._declared.label}, with one block at a time that cannot be made smaller; expected no more than "
                 "the probe of a few positions had shown. What is finished is kept. Raise max_mem_mb to "
                 f"{needed} or more; the same call then goes on."
             )

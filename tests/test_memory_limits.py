@@ -413,7 +413,7 @@ def test_fewer_are_computed_at_once_if_one_position_takes_more_than_its_share(sc
     ("name", "engine"), [("keeps", "serial"), ("keeps", "processes"), ("holes", "serial"), ("narrow", "serial")]
 )
 def test_what_function_and_driver_keep_is_projected(scan, name, engine):
-    """A table that comes with a module, in each process; 300,000 holes; ten million positions."""
+    """A table that comes with a module, in each process; 500,000 holes; ten million positions."""
     measured, answer = run(name, scan(name), engine, 64)
     assert answer["error"] is None
     assert answer["is_done"]

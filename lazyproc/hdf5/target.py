@@ -139,8 +139,8 @@ def read_mask_pieces(mask: h5py.Dataset, n_positions: int, name: str, start: int
     return _pieces(mask, name, start)
 
 
-def _pieces(mask: h5py.Dataset, name: str, start: int) -> Any:
-    for start in range(start, mask.shape[0], _READ_PIECE):
+def _pieces(mask: h5py.Dataset, name: str, begin: int) -> Any:
+    for start in range(begin, mask.shape[0], _READ_PIECE):
         piece = mask[start : start + _READ_PIECE]
         if piece.size and piece.max() > 1:
             raise ResultsError(f"{name}: the status mask holds {int(piece.max())}; expected only 0 and 1.")
