@@ -37,6 +37,7 @@ from lazyproc.engine.kernel import BlockSink, Kernel, pack, pack_for_cluster
 from lazyproc.engine.mpi import native_threads
 from lazyproc.engine.trial import Trial, try_in_process, try_on_cluster
 from lazyproc.hdf5.chunks import ChunkSource, chunked_source
+from lazyproc.hdf5.compress import peak_bytes
 from lazyproc.hdf5.damage import H5_ERRORS, attribute
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.fingerprint import fingerprint
@@ -368,6 +369,7 @@ class Declared:
         plan = division.plan(remaining, seconds, begins=True)
         most = plan.max_positions if probe is None or probe.is_measured else division.largest
         projected = memory.peak(min(most, max(1, remaining.n_positions)), beside, driver_writes=driver_writes)
+        projected = max(projected, peak_bytes(self.outputs, self.n_positions, self.cores, limit))
         return BlockSizes(plan, workers, memory, driver_writes, division, limit, projected, most)
 
     def plan(self, work: Work, found: list[Found], kernel: Kernel) -> Plan:

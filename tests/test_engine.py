@@ -23,12 +23,14 @@ import pytest
 from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block, BlockPlan
+from lazyproc.core.errors import FunctionError
 from lazyproc.core.learn import Room
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Output
 from lazyproc.engine.choose import Scheduler, available_cores, choose_local, default_cores
 from lazyproc.engine.cluster import block_graph
+from lazyproc.engine.failure import Failure
 from lazyproc.engine.kernel import Kernel, Receipt, pack, unpack
 from lazyproc.engine.local import run_processes, run_serial, run_threads
 
@@ -323,6 +325,27 @@ def test_error_settings_of_numpy_are_the_same_wherever_a_block_is_computed(kind:
     with np.errstate(divide="ignore"):
         receipts = [one for one in Scheduler(kind, 2).run(kernel, BlockPlan(REMAINING, 20), never, "rules") if one]
     assert all(one.arrays is not None and (one.arrays[0] == 1).all() for one in receipts)
+
+
+class SaysNothingElsewhere(Exception):
+    """Loses what it says on its way, as some exceptions of NumPy's do."""
+
+    def __init__(self, axis: int = 0) -> None:
+        super().__init__()
+        if axis:
+            self.axis = axis
+
+    def __str__(self) -> str:
+        return f"axis {self.axis} is out of bounds"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SaysNothingElsewhere, ()
+
+
+def test_what_an_exception_says_arrives_even_if_it_says_nothing_there() -> None:
+    failure = pickle.loads(pickle.dumps(Failure("function", (4, 5), SaysNothingElsewhere(3))))
+    with pytest.raises(FunctionError, match="axis 3 is out of bounds"):
+        failure.raise_error("Fit", "scan.h5::/Raw_Data")
 
 
 def test_only_unusual_error_settings_travel() -> None:

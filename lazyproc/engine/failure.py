@@ -136,7 +136,7 @@ def _dump_error(error: BaseException) -> tuple[bytes, Any, str]:
         import cloudpickle
 
         packed = cloudpickle.dumps(error.with_traceback(None))
-        pickle.loads(packed)  # some exceptions can be dumped but not loaded
+        str(pickle.loads(packed))  # some exceptions can be dumped but not loaded, or say nothing then
     except Exception:
         packed = b""
     return packed, trace, text

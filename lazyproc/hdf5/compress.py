@@ -36,6 +36,8 @@ from lazyproc.hdf5.rows_file import is_outside, rows_extent, waiting, wanted_com
 CHUNKS_HELD = 5
 """Chunks in memory a thread: two as they are, two encoded, and what encoding takes."""
 _ISAL_LEVELS = {1: 2, 2: 2, 3: 3, 4: 3}
+_FIXED_BYTES = DRIVER_BYTES + MOST_KEPT + 8 * 2**20
+"""Of this process beside the chunks. The last part is HDF5's own, and what is given back late: measured 5-7 MiB."""
 _WINDOW = 2
 _ROOM = 2**18
 """Bytes that are set aside beside each chunk, in a file that HDF5 writes itself, for what it notes of the chunks."""
@@ -141,13 +143,28 @@ class _Encoder:
 
 def n_threads(outputs: Iterable[ResolvedOutput], n_positions: int, cores: int, limit_bytes: int) -> int:
     """Return how many threads may encode chunks of any of the outputs at the same time, by the memory."""
+    # Also of those that are not declared so: the file says what is compressed.
+    room = (limit_bytes - _FIXED_BYTES) // (CHUNKS_HELD * _largest_chunk(outputs, n_positions))
+    return max(1, min(cores, room))
+
+
+def peak_bytes(outputs: Iterable[ResolvedOutput], n_positions: int, cores: int, limit_bytes: int) -> int:
+    """Return the bytes that this process takes at most while it compresses finished rows; 0 if no output wants that."""
+    wanted = [output for output in outputs if output.filters is not None]
+    if not wanted:
+        return 0
+    held = n_threads(wanted, n_positions, cores, limit_bytes) * CHUNKS_HELD
+    return _FIXED_BYTES + held * _largest_chunk(wanted, n_positions)
+
+
+def _largest_chunk(outputs: Iterable[ResolvedOutput], n_positions: int) -> int:
+    """Return the bytes of the largest storage chunk of any of the outputs."""
     sizes = [
         math.prod(chunk_shape(n_positions, output.width, output.dtype.itemsize)) * output.dtype.itemsize
-        for output in outputs  # also those that are not declared so: the file says what is compressed
+        for output in outputs
         if output.row_bytes
     ]
-    room = (limit_bytes - DRIVER_BYTES - MOST_KEPT) // (CHUNKS_HELD * max(sizes, default=1))
-    return max(1, min(cores, room))
+    return max(sizes, default=1)
 
 
 def compress_results(group: h5py.Group, encoders: Encoders, stop: Callable[[], bool]) -> list[str]:
