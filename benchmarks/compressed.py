@@ -15,8 +15,8 @@ clock starts: its workers compress.
 h5py always has one core, lazyproc two unless `--cores` says otherwise: HDF5 compresses in one thread and lets only one
 process write a file, so this is what a person gets on such a machine, and not what either makes of a core. For that see
 `--cores 1`, or the seconds of the processor ("cpu"), which also depend less on what else the machine does. Nor is the
-algorithm the same: up to level 4 lazyproc has ISA-L, whose streams differ from zlib's in size ("size"); from 5 on both
-have zlib, perhaps of different versions.
+algorithm the same: h5py has zlib, lazyproc up to level 4 ISA-L and from 5 on libdeflate, whose streams differ from
+zlib's in size ("size").
 """
 
 from __future__ import annotations

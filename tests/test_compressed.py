@@ -769,7 +769,7 @@ def test_threads_fit_into_the_memory() -> None:
     compression.CHUNK_BYTES = 2**20
     outputs = [lazyproc.Output("f8", compression=1).resolve("a", 1), lazyproc.Output("f8").resolve("b", 1)]
     assert n_threads(outputs, 10**6, 64, 2**40) == 64
-    assert n_threads(outputs, 10**6, 64, 48 * 2**20) == 4
+    assert n_threads(outputs, 10**6, 64, 48 * 2**20) == 5
     assert n_threads(outputs, 10**6, 64, 1) == 1
     assert n_threads([], 10**6, 64, 2**40) == 64
 

@@ -150,6 +150,8 @@ def _load(kind: str, positions: tuple[int, int], dumped: tuple[bytes, Any, str])
         error = pickle.loads(packed) if packed else RuntimeError(text.strip().rpartition("\n")[2])
     except Exception:
         error = RuntimeError(text)
+    if isinstance(error, SystemExit) and error.args:
+        error.code = error.args[0]  # tblib's way of pickling, which Dask brings along, loses it
     if trace is not None:
         error = error.with_traceback(Traceback.from_dict(trace).as_traceback())
     return Failure(kind, positions, error)
