@@ -17,6 +17,7 @@ from lazyproc.core.errors import ResultsError
 from lazyproc.hdf5.holder import open_sidecar, sidecar
 from lazyproc.hdf5.lock import Fence
 from lazyproc.hdf5.locking import lock, unlock
+from lazyproc.hdf5.room import writing
 
 _BEYOND = 2**62
 """More than there are blocks."""
@@ -39,10 +40,17 @@ class FileCounter:
         self._locking = fence.locking
 
     def begin(self) -> None:
-        """Make the file, with 0. By one process, before the others use it; it has the lock of the run."""
+        """Make the file, with 0. By one process, before the others use it; it has the lock of the run.
+
+        Raises
+        ------
+        NoRoomError
+            If the disk is full.
+        """
         descriptor = open_sidecar(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
-            os.pwrite(descriptor, _NUMBER.pack(0), 0)
+            with writing(self._path, "the number of the next block"):
+                os.pwrite(descriptor, _NUMBER.pack(0), 0)
         finally:
             os.close(descriptor)
 

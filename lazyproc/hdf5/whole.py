@@ -46,11 +46,16 @@ class Whole:
         Raises
         ------
         FileChangedError
-            If a source of a virtual dataset is not there: HDF5 would give the fill value in the place of its values.
+            If a source of a virtual dataset is not there: HDF5 would give the fill value in the place of its values. Or
+            if the file itself has just gone.
         """
         label = f"{path}::{dataset.name}"
         files = [path, *_external(dataset, path), *_virtual(dataset, path, label)]
-        return cls(label, tuple((name, os.stat(name).st_size) for name in dict.fromkeys(files)))
+        sizes = []
+        for name in dict.fromkeys(files):
+            with using(name, label):
+                sizes.append((name, os.stat(name).st_size))
+        return cls(label, tuple(sizes))
 
     def check(self) -> None:
         """Make sure that no file is gone, and none ends before its data do.
