@@ -21,7 +21,7 @@ from lazyproc.core.events import BlockDone, Event, Finished, Listener, Started
 from lazyproc.core.identity import function_name
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
-from lazyproc.core.specs import POSITION_STATUS
+from lazyproc.core.specs import FAILED_POSITIONS, POSITION_STATUS
 from lazyproc.declared import Declared, stored_probe
 from lazyproc.drain import Drain, how_far, nothing_yet
 from lazyproc.engine.choose import Scheduler
@@ -29,7 +29,9 @@ from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.ranks import Ranks, run_shared
 from lazyproc.hdf5.extents import find_extent
+from lazyproc.hdf5.failure_log import ExtentRows, FailureLog
 from lazyproc.hdf5.lock import Fence
+from lazyproc.hdf5.marks import has_status
 from lazyproc.hdf5.place import HandlePlace
 from lazyproc.hdf5.record import Provenance, create_group, ensure_mask, environment, note_end
 from lazyproc.hdf5.search import Found, Work, remaining_positions
@@ -152,7 +154,7 @@ def _begin(
     if ranks.rank == 0:
         warn_of(partial[name])
     group = declared.place.results(name)
-    if POSITION_STATUS in group:
+    if FAILED_POSITIONS in group:
         raise ArgumentValueError(
             f"{name}: failures were recorded in these results, which a run of several ranks with driver='mpio' does "
             "not keep up; expected results without. Give the dataset by its address, under lazyproc.cluster(), to go "
@@ -193,10 +195,10 @@ def _run(
     listener: Listener,
 ) -> None:
     """Do this rank's part of the blocks, then agree on how it ended."""
-    target = _target(declared, name, fence)
+    target, status = _target(declared, name, fence)
     n_before = work.n_positions - remaining.n_positions
     tell = listener if ranks.rank == 0 else quiet
-    committer = Committer(target, declared.interval, n_before, _without_commits(tell))
+    committer = Committer(target, declared.interval, n_before, _without_commits(tell), status)
     scheduler = Scheduler("processes", ranks.size)
     sizes = ranks.once(lambda: declared.blocks(remaining, scheduler, probe, driver_writes=False))
     kernel = kernel.for_run(target.sink, 1)
@@ -225,19 +227,21 @@ def _run(
             raise LazyprocError(drain.message)
 
 
-def _target(declared: Declared, name: str, fence: Fence) -> InPlaceTarget:
-    """Return where this rank writes its rows and marks its blocks."""
+def _target(declared: Declared, name: str, fence: Fence) -> tuple[InPlaceTarget, FailureLog | None]:
+    """Return where this rank writes its rows, marks its blocks, and says the same in the richer status."""
     path = os.path.abspath(declared.place.path)
     group = declared.place.results(name)
     extents = [find_extent(group[output.name], path) for output in declared.outputs]
     mask = find_extent(group[declared.status_name], path)
+    status = find_extent(group[POSITION_STATUS], path) if has_status(group, declared.status_name) else None
     found = tuple(extent for extent in extents if extent is not None)
     if mask is None or len(found) != len(extents):
         raise LazyprocError(
             f"{name}: the results are chunked or compressed, or will be; expected contiguous ones, which ranks can "
             "write at the same time. Give the dataset by its address, under lazyproc.cluster(), or override=True."
         )
-    return InPlaceTarget(Sink(found, fence, shares_lock=False), mask)
+    log = None if status is None else FailureLog(ExtentRows(mask), ExtentRows(status), None, 0, 0)
+    return InPlaceTarget(Sink(found, fence, shares_lock=False), mask), log
 
 
 def _note_end(declared: Declared, work: Work, name: str, ranks: Ranks, n_blocks: int) -> None:

@@ -16,11 +16,11 @@ from lazyproc.core.blocks import Block, BlockPlan
 from lazyproc.core.errors import StaleViewError
 from lazyproc.core.failed import DONE, FAILED, NOT_DONE, FailedRows
 from lazyproc.core.runs import Runs
-from lazyproc.core.specs import POSITION_STATUS, Output, ResolvedOutput
+from lazyproc.core.specs import FAILED_POSITIONS, Output, ResolvedOutput
 from lazyproc.engine.kernel import Kernel, failure_of, pack, unpack
 from lazyproc.hdf5.damage import reading
-from lazyproc.hdf5.failures import read_status
 from lazyproc.hdf5.files import Files
+from lazyproc.hdf5.marks import read_status
 from lazyproc.hdf5.rows_file import check_readable
 from lazyproc.hdf5.search import text_attribute
 from lazyproc.hdf5.source import Source
@@ -80,7 +80,7 @@ class Committed:
         with self._opened() as group:
             status = self._status(group, start, stop)
             arrays = tuple(self._rows(group, output, start, stop, status != NOT_DONE) for output in self.outputs)
-            if POSITION_STATUS in group:  # failed positions may be taken back at any time, to be computed again
+            if FAILED_POSITIONS in group:  # failed positions may be taken back at any time, to be computed again
                 taken_back = self._status(group, start, stop) == NOT_DONE
                 status[taken_back] = NOT_DONE
                 for output, rows in zip(self.outputs, arrays, strict=True):

@@ -39,7 +39,7 @@ from lazyproc.core.runs import Runs
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.kernel import Kernel
 from lazyproc.hdf5.failure_log import FailureLog
-from lazyproc.hdf5.failures import counting_rows
+from lazyproc.hdf5.failures import counting_rows, filled_pieces
 from lazyproc.hdf5.transaction import recover_locked
 
 MAIN = f"{CHANNEL}/Raw_Data"
@@ -393,6 +393,10 @@ class Shelf:
         self.left[0] -= len(rows.tobytes())
         place = start * self.rows.itemsize
         self.rows.view(np.uint8).reshape(-1)[place : place + len(data)] = np.frombuffer(data, np.uint8)
+
+    def fill(self, runs: Runs, value: int) -> None:
+        for start, rows in filled_pieces(runs, value):
+            self.write(start, rows)
 
 
 def committed(log: FailureLog, mask: Shelf, done: list[int], failed: list[FailedPosition]) -> None:

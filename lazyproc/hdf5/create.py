@@ -169,8 +169,10 @@ def create_output(
     return create_contiguous(group, output.name, shape, output.dtype, attrs, output.fill_value, filled, rows)
 
 
-def create_status_mask(group: h5py.Group, n_positions: int, name: str) -> h5py.Dataset:
-    """Create the status mask: uint8 `(n_positions,)`, all zeros.
+def create_status_mask(
+    group: h5py.Group, n_positions: int, name: str, attrs: Mapping[str, Any] | None = None
+) -> h5py.Dataset:
+    """Create the status mask, or another dataset of its form: uint8 `(n_positions,)`, all zeros.
 
     Raises
     ------
@@ -178,7 +180,7 @@ def create_status_mask(group: h5py.Group, n_positions: int, name: str) -> h5py.D
         If the group has something of this name already.
     """
     # HDF5 may place it where something was deleted, and it would start out with that; hence zeros are written.
-    mask = create_contiguous(group, name, (n_positions,), np.dtype(np.uint8), {}, np.uint8(0), filled=False)
+    mask = create_contiguous(group, name, (n_positions,), np.dtype(np.uint8), attrs or {}, np.uint8(0), filled=False)
     for start in range(0, n_positions, _ZEROS):
         mask[start : start + _ZEROS] = 0
     return mask

@@ -1,13 +1,10 @@
-"""Failed positions in a results group: the richer status beside the mask, and a table of errors.
+"""Failed positions in a results group: a table of errors beside the richer status, made where they are recorded::
 
-Two datasets, made only where failures are recorded, contiguous and allocated at once like the results::
-
-    position_status     uint8 (n_positions,)   0 not done, 1 done, 2 failed; 3 is kept free
     failed_positions    (max_failures,)        position, type and text of the error, a checksum of these
 
-Both are written before the status mask is set, so they may tell more than what counts. What counts: a position is
-failed where the mask is 1 and the status is 2, and a row of the table counts if its position is failed and its checksum
-is right. A position never has two such rows: what does not count is cleared when the next run begins.
+It is written before the status mask is set, so it may tell more than what counts: a row of the table counts if its
+position is failed (see `lazyproc.hdf5.marks`) and its checksum is right. A position never has two such rows: what does
+not count is cleared when the next run begins.
 """
 
 from __future__ import annotations
@@ -20,12 +17,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.errors import ResultsError
 from lazyproc.core.failed import (
     DONE,
     ERROR_BYTES,
     FAILED,
-    STATUS_MEANINGS,
     TEXT_BYTES,
     FailedPosition,
     encode_text,
@@ -33,6 +28,7 @@ from lazyproc.core.failed import (
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import FAILED_POSITIONS, POSITION_STATUS
 from lazyproc.hdf5.create import create_contiguous
+from lazyproc.hdf5.marks import checked, create_status, has_status, read_status, status_dataset
 
 _PIECE = 2**20
 _ROW = np.dtype(
@@ -56,6 +52,18 @@ class Rows(Protocol):
 
     def write(self, start: int, rows: NDArray[Any]) -> None:
         """Write rows from row `start` on."""
+
+    def fill(self, runs: Runs, value: int) -> None:
+        """Write the same value to all rows of some runs; for rows of one byte."""
+
+
+def filled_pieces(runs: Runs, value: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Cut runs into pieces that take little memory: their first rows, and as many bytes of one value as they have."""
+    longest = int((runs.stops - runs.starts).max()) if runs else 0
+    values = np.full(min(_PIECE, longest), value, np.uint8)
+    for start, stop in runs:
+        for piece in range(start, stop, _PIECE):
+            yield piece, values[: min(_PIECE, stop - piece)]
 
 
 class DatasetRows:
@@ -82,6 +90,12 @@ class DatasetRows:
         """Write rows from row `start` on."""
         self._group[self._name][start : start + len(rows)] = rows
 
+    def fill(self, runs: Runs, value: int) -> None:
+        """Write the same value to all rows of some runs."""
+        dataset = self._group[self._name]
+        for start, stop in runs:
+            dataset[start:stop] = np.uint8(value)
+
 
 def create_failures(group: h5py.Group, mask_name: str, capacity: int) -> None:
     """Create what is missing of the two datasets; a table that is too small is replaced by a larger one.
@@ -95,18 +109,10 @@ def create_failures(group: h5py.Group, mask_name: str, capacity: int) -> None:
     capacity : int
         How many failed positions there shall be room for.
     """
-    mask = group[mask_name]
-    if POSITION_STATUS not in group:
-        attrs = {
-            "flag_values": np.arange(len(STATUS_MEANINGS), dtype=np.uint8),
-            "flag_meanings": " ".join(STATUS_MEANINGS),
-        }
-        status = create_contiguous(group, POSITION_STATUS, mask.shape, np.dtype(np.uint8), attrs, np.uint8(0))
-        for start in range(0, mask.shape[0], _PIECE):
-            status[start : start + _PIECE] = mask[start : start + _PIECE]
+    create_status(group, mask_name)
     rows = np.empty(0, _ROW)
     if FAILED_POSITIONS in group:
-        rows = _checked(group, FAILED_POSITIONS)[:]
+        rows = _table(group)[:]
         if len(rows) >= capacity:
             return
         del group[FAILED_POSITIONS]
@@ -125,31 +131,20 @@ def has_failures(group: h5py.Group, mask_name: str) -> bool:
     ResultsError
         If the datasets are not what they should be.
     """
-    if POSITION_STATUS not in group or FAILED_POSITIONS not in group or mask_name not in group:
+    if FAILED_POSITIONS not in group or not has_status(group, mask_name):
         return False
-    _checked(group, POSITION_STATUS, group[mask_name].shape)
-    _checked(group, FAILED_POSITIONS)
+    _table(group)
     return True
 
 
 def capacity_of(group: h5py.Group) -> int:
     """Return how many failed positions there is room for."""
-    return int(_checked(group, FAILED_POSITIONS).shape[0]) if FAILED_POSITIONS in group else 0
-
-
-def read_status(group: h5py.Group, mask_name: str, start: int, stop: int) -> NDArray[np.uint8]:
-    """Read the status of positions: 0 not done, 1 done, 2 failed; without recorded failures that is the mask."""
-    mask = group[mask_name]
-    done = np.asarray(mask[start:stop] == DONE)
-    status = done.astype(np.uint8)
-    if POSITION_STATUS in group:
-        status[done & (_checked(group, POSITION_STATUS, mask.shape)[start:stop] == FAILED)] = FAILED
-    return status
+    return int(_table(group).shape[0]) if FAILED_POSITIONS in group else 0
 
 
 def count_failed(group: h5py.Group, mask_name: str) -> int:
     """Count the failed positions of a results group."""
-    if POSITION_STATUS not in group or mask_name not in group:
+    if FAILED_POSITIONS not in group or not has_status(group, mask_name):
         return 0
     pieces = _status_pieces(group, mask_name)
     return sum(int(np.count_nonzero(piece == FAILED)) for piece in pieces)
@@ -157,9 +152,9 @@ def count_failed(group: h5py.Group, mask_name: str) -> int:
 
 def positions_to_retry(group: h5py.Group, mask_name: str) -> Runs:
     """Return the positions whose status says failed: marked in the mask, or under way when a retry was killed."""
-    if POSITION_STATUS not in group or mask_name not in group:
+    if not has_status(group, mask_name):
         return Runs.empty()
-    status = _checked(group, POSITION_STATUS, group[mask_name].shape)
+    status = status_dataset(group, mask_name)
     pieces = (status[start : start + _PIECE] for start in range(0, status.shape[0], _PIECE))
     return Runs.from_mask_pieces(pieces, value=FAILED)
 
@@ -214,16 +209,5 @@ def _status_pieces(group: h5py.Group, mask_name: str) -> Iterator[NDArray[np.uin
         yield read_status(group, mask_name, start, start + _PIECE)
 
 
-def _checked(group: h5py.Group, name: str, shape: tuple[int, ...] | None = None) -> h5py.Dataset:
-    """Return one of the two datasets, if it is what it should be."""
-    dataset = group[name]
-    dtype = _ROW if name == FAILED_POSITIONS else np.dtype(np.uint8)
-    came = "a group"
-    if isinstance(dataset, h5py.Dataset):
-        if dataset.dtype == dtype and dataset.ndim == 1 and shape in (None, dataset.shape):
-            return dataset
-        came = f"a dataset of the shape {dataset.shape} and the dtype {dataset.dtype}"
-    raise ResultsError(
-        f"{group.name}/{name}: {came} came; expected a dataset of the shape {shape or '(n,)'} and the dtype {dtype}. "
-        "It was changed by another program: compute with override=True."
-    )
+def _table(group: h5py.Group) -> h5py.Dataset:
+    return checked(group, FAILED_POSITIONS, _ROW)

@@ -21,7 +21,7 @@ from lazyproc.core.blocks import Block
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.durable import sync_file
 from lazyproc.hdf5.extents import real_path, using
-from lazyproc.hdf5.failures import DatasetRows, Rows
+from lazyproc.hdf5.failures import DatasetRows, Rows, filled_pieces
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.guard import guarded
 from lazyproc.hdf5.room import changing
@@ -237,6 +237,11 @@ class _WaitingRows:
     def write(self, start: int, rows: NDArray[Any]) -> None:
         """Let rows wait, from row `start` on."""
         self._waiting.add(self._name, start, rows.copy())
+
+    def fill(self, runs: Runs, value: int) -> None:
+        """Let the same value wait for all rows of some runs."""
+        for start, rows in filled_pieces(runs, value):
+            self.write(start, rows)
 
 
 def _put(waiting: _Waiting, block: Block, outputs: Sequence[str], arrays: Sequence[NDArray[Any]]) -> None:

@@ -25,6 +25,7 @@ from lazyproc.hdf5.failure_log import ExtentRows, FailureLog
 from lazyproc.hdf5.failures import EMPTY_ROW, Rows, capacity_of, create_failures, has_failures
 from lazyproc.hdf5.handle_target import HandleTarget, TransactionTarget
 from lazyproc.hdf5.lock import Fence
+from lazyproc.hdf5.marks import create_status, has_status
 from lazyproc.hdf5.place import HandlePlace, Place
 from lazyproc.hdf5.reserve import reserved
 from lazyproc.hdf5.rows_file import MARK, RowsFiles, is_outside, rows_beside, rows_extent
@@ -148,6 +149,7 @@ def create_group(
         for output in work.outputs:
             _create(group, main, output, outside.get(output.name), same_file=same_file)
         create_status_mask(group, work.n_positions, work.status_name)
+        create_status(group, work.status_name)
         if n_failures is not None:
             create_failures(group, work.status_name, n_failures)
         write_places(group, _written(work))
@@ -169,9 +171,9 @@ def _results_bytes(
     """Return how much room a results group takes in its file, generously."""
     results = sum(work.n_positions * output.row_bytes for output in inside)
     results += sum(32 * output.width for output in work.outputs)
-    failures = 0 if n_failures is None else n_failures * EMPTY_ROW.itemsize + work.n_positions
+    failures = 0 if n_failures is None else n_failures * EMPTY_ROW.itemsize
     copied = 0 if same_file else sum(int(dataset.nbytes) for dataset in ancillary_handles(main))
-    return results + work.n_positions + failures + copied + _METADATA_BYTES
+    return results + 2 * work.n_positions + failures + copied + _METADATA_BYTES
 
 
 def _written(work: Work) -> list[str]:
@@ -260,11 +262,14 @@ def open_target(
     Target
         Commits results.
     FailureLog or None
-        Keeps what is recorded of failed positions, written the same way; None if the group has no such datasets.
+        Keeps the richer status and what is recorded of failed positions, written the same way; None if the group has
+        the mask alone.
     """
     group = place.results(name)
     check_apart(group)
-    logged = (status_name, POSITION_STATUS, FAILED_POSITIONS) if has_failures(group, status_name) else (status_name,)
+    logged = [status_name]
+    logged += [POSITION_STATUS] if has_status(group, status_name) else []
+    logged += [FAILED_POSITIONS] if has_failures(group, status_name) else []
     capacity = capacity_of(group)
     limit = capacity if max_failures is None else max_failures
     if fence is not None and not (isinstance(place, HandlePlace) and _has_open_datasets(group)):
@@ -288,7 +293,9 @@ def open_target(
 
 
 def _failure_log(rows: Sequence[Rows], capacity: int, limit: int) -> FailureLog | None:
-    return None if len(rows) == 1 else FailureLog(rows[0], rows[1], rows[2], capacity, limit)
+    if len(rows) == 1:
+        return None
+    return FailureLog(rows[0], rows[1], rows[2] if len(rows) > 2 else None, capacity, limit)
 
 
 def _has_open_datasets(group: h5py.Group) -> bool:

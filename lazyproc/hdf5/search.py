@@ -26,9 +26,9 @@ from lazyproc.hdf5.attributes import has_manifest, read_parameters
 from lazyproc.hdf5.damage import H5_ERRORS, attribute, reading
 from lazyproc.hdf5.failures import count_failed
 from lazyproc.hdf5.files import check_heaps
+from lazyproc.hdf5.marks import done_pieces
 from lazyproc.hdf5.rows_file import check_rows
 from lazyproc.hdf5.seal import check_places, check_seal
-from lazyproc.hdf5.target import read_mask_pieces
 from lazyproc.hdf5.usid import REFERENCES, read_text, validated
 
 log = logging.getLogger("lazyproc")
@@ -190,18 +190,18 @@ def examine(group: h5py.Group, work: Work, *, thorough: bool = True) -> Found:
 
 
 def count_done(group: h5py.Group, n_positions: int, status_name: str) -> int:
-    """Count the positions marked done; legacy groups without a mask tell it by the attribute ``last_pixel``."""
+    """Count the positions that are done; legacy groups without a mask tell it by the attribute ``last_pixel``."""
     label = f"{group.name}/{status_name}"
     with reading(label):
         if status_name in group:
-            return sum(int(piece.sum()) for piece in read_mask_pieces(group[status_name], n_positions, label))
+            return sum(int(np.count_nonzero(piece)) for piece in done_pieces(group, n_positions, status_name, label))
     return n_positions - remaining_positions(group, n_positions, status_name).n_positions
 
 
 def remaining_positions(
     group: h5py.Group, n_positions: int, status_name: str, *, start: int = 0, most_runs: int | None = None
 ) -> Runs:
-    """Return the positions that are not marked done: from `start` on, and about so many runs of them at most.
+    """Return the positions that are not done: from `start` on, and about so many runs of them at most.
 
     Raises
     ------
@@ -211,7 +211,7 @@ def remaining_positions(
     label = f"{group.name}/{status_name}"
     with reading(label):
         if status_name in group:
-            pieces = read_mask_pieces(group[status_name], n_positions, label, start)
+            pieces = done_pieces(group, n_positions, status_name, label, start)
             return Runs.from_mask_pieces(pieces, offset=start, most_runs=most_runs)
         has_last_pixel = "last_pixel" in group.attrs
     if not has_last_pixel:

@@ -12,19 +12,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block
-from lazyproc.core.errors import ResultsError
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.extents import Extent, using
 from lazyproc.hdf5.room import reserve, writing
 from lazyproc.hdf5.sink import Sink, opened
 from lazyproc.hdf5.transaction import refuse_marked, share_lock
 
-_PIECE, _READ_PIECE = 2**24, 2**21
+_PIECE = 2**24
 
 
 class Target(Protocol):
@@ -119,29 +117,3 @@ class InPlaceTarget:
     def close(self) -> None:
         """Close the files; the lock on the HDF5 file goes with that."""
         self._files.close()
-
-
-def read_mask_pieces(mask: h5py.Dataset, n_positions: int, name: str, start: int = 0) -> Any:
-    """Check a status mask and return its values piece by piece, from a position on.
-
-    Raises
-    ------
-    ResultsError
-        If it is no dataset of one byte a position, or holds anything but 0 and 1.
-    """
-    if not isinstance(mask, h5py.Dataset):
-        raise ResultsError(f"{name}: the status mask is a {type(mask).__name__}; expected a dataset.")
-    if mask.shape != (n_positions,) or mask.dtype != np.uint8:
-        raise ResultsError(
-            f"{name}: the status mask has the shape {mask.shape} and the dtype {mask.dtype}; expected ({n_positions},) "
-            "and uint8, one byte a position. These results cannot be used: compute with override=True."
-        )
-    return _pieces(mask, name, start)
-
-
-def _pieces(mask: h5py.Dataset, name: str, begin: int) -> Any:
-    for start in range(begin, mask.shape[0], _READ_PIECE):
-        piece = mask[start : start + _READ_PIECE]
-        if piece.size and piece.max() > 1:
-            raise ResultsError(f"{name}: the status mask holds {int(piece.max())}; expected only 0 and 1.")
-        yield piece
