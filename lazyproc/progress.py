@@ -71,7 +71,7 @@ class ProgressBar:
             self._bar.update(n_more)
             return
         passed = time.monotonic() - self._begin
-        if passed >= self._delay and has_standard_error():
+        if passed >= self._delay and has_standard_error() and _is_looked_at():
             self._bar = self._open()
             self._bar.start_t = self._bar.last_print_t = time.time() - passed  # as if it had been there all along
             self._bar.update(self._n_done)
@@ -97,6 +97,11 @@ class ProgressBar:
 def has_standard_error() -> bool:
     """Tell whether there is a standard error to write to: none was given (``2>&-``, a service), or it was closed."""
     return sys.stderr is not None and not getattr(sys.stderr, "closed", False)
+
+
+def _is_looked_at() -> bool:
+    """Tell whether standard error is a terminal, or this is a notebook: else what draws a bar need not be loaded."""
+    return "IPython" in sys.modules or sys.stderr.isatty()
 
 
 def _width() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import pickle
 import signal
@@ -91,6 +92,10 @@ EXPECTED = np.full(N_POSITIONS, np.nan)
 EXPECTED[REMAINING.positions()] = 2.0 * REMAINING.positions()
 
 
+both_ways = pytest.mark.parametrize("graph_after", [math.inf, 0.0], ids=["directly", "graphs"])
+"""How blocks come to worker processes: a short job needs no Dask, a long one is graphs on its local scheduler."""
+
+
 @pytest.mark.parametrize("max_positions", [1000, 64])
 def test_engines_of_this_machine_agree(max_positions: int) -> None:
     plan = BlockPlan(REMAINING, max_positions)
@@ -99,6 +104,7 @@ def test_engines_of_this_machine_agree(max_positions: int) -> None:
     np.testing.assert_array_equal(collect(run_serial(block, plan, never)), EXPECTED)
     np.testing.assert_array_equal(collect(run_threads(block, plan, 2, never)), EXPECTED)
     np.testing.assert_array_equal(collect(run_processes(one, plan, 2, never)), EXPECTED)
+    np.testing.assert_array_equal(collect(run_processes(one, plan, 2, never, graph_after=0.0)), EXPECTED)
     np.testing.assert_array_equal(collect(Scheduler("both", 2).run(one, plan, never, "both")), EXPECTED)
 
 
@@ -154,10 +160,20 @@ def test_memory_for_one_block_at_a_time_leaves_this_process_idle() -> None:
     np.testing.assert_array_equal(collect(receipts), EXPECTED)
 
 
-def test_more_blocks_than_one_graph_holds() -> None:
+@both_ways
+def test_more_blocks_than_one_graph_holds(graph_after: float) -> None:
     plan = BlockPlan(REMAINING, 2)
     assert plan.count() > 256, "or this would be one graph only"
-    np.testing.assert_array_equal(collect(run_processes(kernel_of(twice), plan, 2, never)), EXPECTED)
+    receipts = run_processes(kernel_of(twice), plan, 2, never, graph_after=graph_after)
+    np.testing.assert_array_equal(collect(receipts), EXPECTED)
+
+
+def test_graphs_take_over_in_the_middle_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = Sent(monkeypatch)
+    plan = BlockPlan(REMAINING, 5)
+    receipts = run_processes(kernel_of(slowly_twice), plan, 2, never, graph_after=0.5)
+    np.testing.assert_array_equal(collect(receipts), EXPECTED)
+    assert 0 < sum(sent.graphs) < plan.count(), "some blocks went without"
 
 
 def test_window_of_threads_is_bounded() -> None:
@@ -200,9 +216,11 @@ def die_on_position_200(spectrum: NDArray[Any]) -> Any:
     return spectrum[0]
 
 
-def test_a_block_that_always_kills_its_worker_is_given_up() -> None:
+@both_ways
+def test_a_block_that_always_kills_its_worker_is_given_up(graph_after: float) -> None:
     plan = BlockPlan(REMAINING, 50)
-    taken = [one for one in run_processes(kernel_of(die_on_position_200), plan, 2, never) if one is not None]
+    receipts = run_processes(kernel_of(die_on_position_200), plan, 2, never, graph_after=graph_after)
+    taken = [one for one in receipts if one is not None]
     (lost,) = [receipt for receipt in taken if receipt.failure is not None]
     assert lost.failure is not None
     assert lost.failure.kind == "lost"
@@ -227,9 +245,11 @@ def die_once(spectrum: NDArray[Any], flag: str) -> Any:
     return 2 * spectrum[0]
 
 
-def test_a_lost_worker_is_replaced(tmp_path: Path) -> None:
+@both_ways
+def test_a_lost_worker_is_replaced(tmp_path: Path, graph_after: float) -> None:
     kernel = kernel_of(die_once, flag=str(tmp_path / "died"))
-    np.testing.assert_array_equal(collect(run_processes(kernel, BlockPlan(REMAINING, 50), 2, never)), EXPECTED)
+    receipts = run_processes(kernel, BlockPlan(REMAINING, 50), 2, never, graph_after=graph_after)
+    np.testing.assert_array_equal(collect(receipts), EXPECTED)
     assert (tmp_path / "died").exists()
 
 
@@ -439,16 +459,21 @@ class Sent:
         return call
 
 
-def test_a_block_is_one_task_and_one_message_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@both_ways
+def test_a_block_is_one_task_and_one_message_there_and_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph_after: float
+) -> None:
     """The function goes to each process once, and no graph holds more than eight blocks a worker."""
     plan = BlockPlan(REMAINING, 20)
     n_blocks = plan.count()
     sent = Sent(monkeypatch)
     kernel = kernel_of(NotesItsTravels(tmp_path / "travels", 10**6))
-    receipts = [one for one in run_processes(kernel, plan, 2, never) if one is not None]
+    receipts = [one for one in run_processes(kernel, plan, 2, never, graph_after=graph_after) if one is not None]
     check_travels(tmp_path / "travels", receipts)
-    assert len(receipts) == n_blocks == sum(sent.graphs)
-    assert len(sent.graphs) == -(-n_blocks // 16)
+    assert len(receipts) == n_blocks
+    in_graphs = n_blocks if graph_after == 0 else 0
+    assert sum(sent.graphs) == in_graphs
+    assert len(sent.graphs) == -(-in_graphs // 16)
     n_started = sent.kinds["bytes"]  # a second process may come when all is done already
     assert len({one.worker for one in receipts}) <= n_started <= 2
     assert sent.kinds == {"bytes": n_started, "Block": n_blocks, "recv_bytes": 2 * n_started + n_blocks}

@@ -3,8 +3,8 @@
 Each case is a file with finished and partial results of which some bytes, or some attributes and datasets, were damaged
 (`damage.harm`), and everything that can be done with it (`damage.check`), in a process of its own under a watchdog.
 
-What is not promised: that changed values of results are noticed, or a byte of the mask that turns from 0 to 1. What is
-beyond lazyproc: the group that holds the results, and the attributes of the source, may be damaged so that HDF5 cannot
+What is not promised: that changed values of results are noticed, or both bytes that mark a position. What is beyond
+lazyproc: the group that holds the results, and the attributes of the source, may be damaged so that HDF5 cannot
 read them; then the error says so.
 """
 
@@ -30,6 +30,8 @@ CASES = {
     ("bytes", "handle"): 500 if EXHAUSTIVE else 8,
     ("objects", "path"): 1500 if EXHAUSTIVE else 22,
     ("objects", "handle"): 500 if EXHAUSTIVE else 8,
+    ("marks", "path"): 500 if EXHAUSTIVE else 12,
+    ("marks", "handle"): 500 if EXHAUSTIVE else 6,
 }
 """How many of each kind: what is damaged, and how the process gets its main dataset."""
 ONCE_FAILED = {

@@ -9,8 +9,10 @@ finished and not yet taken, is bounded by a window of two blocks a worker, howev
 from __future__ import annotations
 
 import itertools
+import math
 import queue
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +30,8 @@ from lazyproc.engine.threads import BlockThreads
 
 TICK = 0.25
 """Seconds: how often an engine gives the driver a turn while nothing is ready."""
+_GRAPH_AFTER = 10.0
+"""Seconds: what is done by then does without Dask, which takes a quarter of a second of a core to be loaded."""
 _GRAPH_BLOCKS = 8
 """Blocks a worker in one Dask graph."""
 _ATTEMPTS = 2
@@ -100,9 +104,11 @@ def run_processes(
     room: Room | None = None,
     crew: Crew | None = None,
     patience: Callable[[], float] = _a_tick,
-    batches: type[_Batch] | None = None,
+    graph_after: float = _GRAPH_AFTER,
 ) -> Receipts:
     """Do the blocks in worker processes: Dask graphs on Dask's local scheduler, whose threads have a process each.
+
+    What is begun in the first seconds (`graph_after`) goes to these threads directly: a short job need not load Dask.
 
     Raises
     ------
@@ -125,7 +131,7 @@ def run_processes(
     packed = pack(kernel)
     lost: list[Block] = []
     window = _Window(Lanes(packed, n_workers, _ATTEMPTS, crew), 2 * n_workers, stopping, room, patience)
-    for receipt in _run_batches(window, blocks, n_workers, name, dropping, batches or _Graph):
+    for receipt in _run_batches(window, blocks, n_workers, name, dropping, graph_after):
         if receipt is not None and receipt.failure is not None and receipt.failure.kind == "lost":
             lost += [receipt.block] if receipt.rest is None else [receipt.block, receipt.rest]
             yield None
@@ -149,7 +155,7 @@ def _do_alone(
     waiting = deque([block])
     while waiting and not stopping():
         window = _Window(Lanes(packed, 1, 1), 1, stopping, room)
-        for receipt in _run_batches(window, [waiting.popleft()], 1, name, dropping, _Batch):
+        for receipt in _run_batches(window, [waiting.popleft()], 1, name, dropping, math.inf):
             if receipt is not None and receipt.rest is not None:
                 waiting.append(receipt.rest)  # no others are to come that it could be done with
                 receipt.rest = None
@@ -190,7 +196,7 @@ def run_both(
         while others is None or room is None or room.n_workers > 1:
             if others is None and own.is_here():
                 others = run_processes(
-                    limited, waiting, n_workers - 1, stopping, name, dropping, room, own, patience, _Batch
+                    limited, waiting, n_workers - 1, stopping, name, dropping, room, own, patience, math.inf
                 )
             if others is not None:
                 yield next(others, None)
@@ -211,13 +217,15 @@ def run_both(
 
 
 def _run_batches(
-    window: _Window, blocks: Iterable[Block], n_workers: int, name: str, dropping: Stopping, kind: type[_Batch]
+    window: _Window, blocks: Iterable[Block], n_workers: int, name: str, dropping: Stopping, graph_after: float
 ) -> Receipts:
     """Do the blocks in batches; one begins as soon as what is left of those before does not fill the window."""
     waiting = iter(blocks)
     batches: list[_Batch] = []
+    begin = time.monotonic()
     try:
         while not dropping():
+            kind = _Graph if time.monotonic() - begin >= graph_after else _Batch
             batches = [batch for batch in batches if batch.n_left]
             if window.wanted() and sum(batch.n_left for batch in batches) < window.size:
                 if some := list(itertools.islice(waiting, kind.blocks_a_worker * n_workers)):

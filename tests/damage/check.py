@@ -25,7 +25,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from damage.harm import Harm, harm_bytes, harm_objects
+from damage.harm import Harm, harm_bytes, harm_marks, harm_objects
 from damage.subject import CHANNEL, FINISHED, MAIN, MASK, PARAMETERS, PARTIAL, Peaks, Subject, build, truth, unharmed
 from lazyproc import open_results
 from lazyproc.core.errors import LazyprocError, ResultsError
@@ -273,13 +273,16 @@ def _read_all(descriptor: int, seconds: float) -> tuple[str, bool]:
         os.close(descriptor)
 
 
+HARMS = {"bytes": harm_bytes, "objects": harm_objects, "marks": harm_marks}
+
+
 def do_case(case: dict[str, Any], subject: Subject, folder: Path) -> dict[str, Any]:
     """Damage the subject, try everything, and tell what came of it."""
     random = np.random.default_rng(case["seed"])
     path = folder / "damaged.h5"
     for old in folder.iterdir():
         old.unlink()
-    harm = (harm_objects if case["how"] == "objects" else harm_bytes)(path, subject, random)
+    harm = HARMS[case["how"]](path, subject, random)
     by = "handle" if case.get("by") == "handle" else "path"
     sound = in_child(lambda: parent_is_sound(path, subject), 20).get("result", False)
     answer = in_child(lambda: Trial(path, subject, harm, by).run())

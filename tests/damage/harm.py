@@ -13,7 +13,7 @@ import numpy as np
 from damage.subject import CHANNEL, FINISHED, MAIN, N_POSITIONS, PARTIAL, Subject
 
 Random = np.random.Generator
-MASK = "completed_positions"
+MASK, STATUS = "completed_positions", "position_status"
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Harm:
     parent : bool
         The group that holds the results, or the file as a whole, was hit.
     values : bool
-        Stored results or masks were hit directly: nothing promises that this is noticed.
+        Stored results, or both bytes that mark a position, were hit: nothing promises that this is noticed.
     """
 
     text: str
@@ -49,9 +49,28 @@ def harm_bytes(path: Path, subject: Subject, random: Random) -> Harm:
     changed = [
         (start, stop) for start, stop in spans if data[start:stop] != subject.content[start:stop] or stop > len(data)
     ]
-    hit = [name for name, place in subject.raw.items() if _meet(changed, place)]
+    hit = {name.rpartition("/")[2] for name, place in subject.raw.items() if _meet(changed, place)}
+    values = bool(hit - {MASK, STATUS}) or hit == {MASK, STATUS}
     parent = any(start < subject.n_before or stop > len(data) for start, stop in changed)
-    return Harm(f"{kind} at {changed}", changed, parent, bool(hit))
+    return Harm(f"{kind} at {changed}", changed, parent, values)
+
+
+def harm_marks(path: Path, subject: Subject, random: Random) -> Harm:
+    """Damage bytes of the status mask and of the richer status, of each position at most one of the two."""
+    data = bytearray(subject.content)
+    spans = []
+    for group in (FINISHED, PARTIAL):
+        positions = random.permutation(N_POSITIONS)[: int(random.choice([0, 1, 1, 2, 5, N_POSITIONS]))]
+        for position in positions.tolist():
+            start, _ = subject.raw[f"{CHANNEL}/{group}/{random.choice([MASK, STATUS])}".lstrip("/")]
+            place = start + position
+            if random.random() < 0.9:
+                data[place] ^= 1  # done where it is not, and the other way round
+            else:
+                data[place] = int(random.integers(256))
+            spans.append((place, place + 1))
+    path.write_bytes(data)
+    return Harm(f"marks at {spans}", spans)
 
 
 def _meet(spans: list[tuple[int, int]], place: tuple[int, int]) -> bool:

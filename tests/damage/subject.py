@@ -138,6 +138,7 @@ def _undo(path: Path, extents: dict[str, tuple[int, int]]) -> None:
     group = f"{CHANNEL}/{PARTIAL}".lstrip("/")
     with h5py.File(path, "r+") as file:
         file[group]["completed_positions"][...] = DONE
+        file[group]["position_status"][...] = DONE
         file[group].attrs["last_pixel"] = np.int64(0)
         for name in Peaks.outputs:
             values = file[group][name][()]
