@@ -144,7 +144,8 @@ class Adapting:
             return
         before, n_positions = learner.projected, receipt.block.n_positions
         reckoned = learner.model.worker_peak(n_positions)
-        if not learner.note(n_positions, receipt.taken, receipt.taken_by_all):
+        in_driver = self._is_in_driver(receipt)
+        if not learner.note(n_positions, receipt.taken, receipt.taken_by_all, in_driver=in_driver):
             if learner.projected > before + MEBIBYTE:
                 log.info(
                     "%s: %.0f MiB of memory projected by now (%.0f before), %.0f allowed",
@@ -154,7 +155,7 @@ class Adapting:
             return
         self._division = self._first_division.within(learner.rows, learner.careful_rows)
         size = self._division.largest
-        taken, ahead = learner.by_block(receipt.taken), learner.ahead
+        taken, ahead = learner.by_block(receipt.taken, in_driver=in_driver), learner.ahead
         level = logging.WARNING if size < _NOTABLE * room.rows or learner.n_workers < room.n_workers else logging.INFO
         log.log(
             level,
@@ -169,9 +170,14 @@ class Adapting:
         room.rows, room.n_workers = size, learner.n_workers
         self.feed.resize(size)
 
+    def _is_in_driver(self, receipt: Receipt) -> bool:
+        """Tell whether a block was done in the driver's process, while others are done elsewhere."""
+        return self._scheduler.kind == "both" and receipt.is_from_here
+
     def _check(self, receipt: Receipt) -> None:
-        block, taken = receipt.block, self._learner.by_block(receipt.taken)
-        needed = self._learner.too_much(block.n_positions, receipt.taken)
+        block, in_driver = receipt.block, self._is_in_driver(receipt)
+        taken = self._learner.by_block(receipt.taken, in_driver=in_driver)
+        needed = self._learner.too_much(block.n_positions, receipt.taken, in_driver=in_driver)
         if needed is not None:
             raise MemoryLimitError(
                 f"max_mem_mb: {self._limit // MEBIBYTE} MiB are allowed, but {self._declared.process_name} was found "

@@ -116,23 +116,26 @@ class MemoryLearner:
         """Bytes to expect at most from now on; `projected` may be more, if more were computed at once until now."""
         return self.model.peak(self.careful_rows, self.n_workers, driver_writes=self._driver_writes)
 
-    def by_block(self, taken: int) -> int:
+    def by_block(self, taken: int, *, in_driver: bool = False) -> int:
         """Return what a block took without what the driver kept before it: that is not the function's doing."""
-        return max(0, taken - self._books)
+        return max(0, taken - (self.model.driver_bytes if in_driver else self._books))
 
-    def note(self, n_positions: int, taken: int, taken_by_all: int = 0) -> bool:
+    def note(self, n_positions: int, taken: int, taken_by_all: int = 0, *, in_driver: bool = False) -> bool:
         """Take note of what a block was found to take, and all in its process; tells whether something was learnt.
 
-        0 is for what is not known.
+        0 is for what is not known. `in_driver`: it was done in the driver's process, and others elsewhere.
         """
         if not taken:
             return False
         if self._together:
             total = taken_by_all + _DRIVER_UNSEEN
+        elif in_driver:  # what it took is no measure of the others
+            others = (self.n_workers - 1) * (self.model.worker_peak(n_positions) + _WORKER_UNSEEN)
+            total = taken + _DRIVER_UNSEEN + others
         else:  # the others may take as much, at the same time
             total = self.model.driver_peak + self.n_workers * (taken + _WORKER_UNSEEN)
         self.projected = max(self.projected, total)
-        taken -= self._beside
+        taken -= self.model.driver_peak if in_driver else self._beside
         reckoned = self.model.worker_peak(n_positions, driver_writes=self._driver_writes)
         if taken <= reckoned + _SLACK_BYTES:
             return self._is_calm(taken, reckoned)
@@ -173,12 +176,12 @@ class MemoryLearner:
         temporary = (each - self.model.source_bytes - self.model.result_bytes) / FRAGMENTATION
         return replace(self.model, temporary_bytes=temporary)
 
-    def too_much(self, n_positions: int, taken: int) -> int | None:
+    def too_much(self, n_positions: int, taken: int, *, in_driver: bool = False) -> int | None:
         """Tell what `max_mem_mb` would have to be, if blocks that cannot be made smaller have taken more than it is.
 
         None as long as that is not sure, or the memory is enough.
         """
-        least = taken - self._beside
+        least = taken - (self.model.driver_peak if in_driver else self._beside)
         if not self._vectorized:  # a smaller block would have less of source and results
             least -= (n_positions - 1) * (self.model.source_bytes + self.model.result_bytes)
         elif n_positions > 1:

@@ -224,6 +224,15 @@ class Receipt:
         failures = (self.failure, self.example)
         return any(isinstance(one.error, MemoryError) for one in failures if one is not None)
 
+    @property
+    def is_from_here(self) -> bool:
+        """Whether the block was done in this process."""
+        return self.worker.startswith(f"{_this_process()}:")
+
+
+def _this_process() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
 
 def run_part(block: Block, most: int | None, run: Callable[[Block], Receipt]) -> Receipt:
     """Do as many positions of a block as memory allows by now; the others come back with the receipt.
@@ -250,7 +259,7 @@ def run_block(kernel: Kernel, block: Block) -> Receipt:
 
 def _do_block(kernel: Kernel, block: Block) -> Receipt:
     begin = time.perf_counter()
-    receipt = Receipt(block, f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}")
+    receipt = Receipt(block, f"{_this_process()}:{threading.get_ident()}")
     failed = kernel.collector(block.runs())
     sink: Any = kernel.sink
     try:
