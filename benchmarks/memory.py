@@ -6,8 +6,9 @@
 Each run is a fresh process. Measured is the highest private memory (USS) of the driver and its workers together, looked
 at every 10 ms, above bare interpreters with the same imports. Projected is the highest that the run has said: when it
 began, and whenever it found that positions take more than the probe had shown. In the end the same again as a short
-table: "measured ≤ projected" for each limit, with what is not right about it, and how many runs were how. The exit code
-is 1 if more was measured than projected, more projected than allowed, or a run has failed.
+table: "measured ≤ projected" for each limit, with what is not right about it, and how many runs were how. Threads are only
+for functions that take blocks, "both" (this process and others) only for those that take a position. The exit code is 1
+if more was measured than projected, more projected than allowed, or a run has failed.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="lazyproc-memory-") as folder:
         for name in options.workloads:
             path = path_of(folder, name)
-            for engine in options.engines:
+            for engine in (one for one in options.engines if is_offered(name, one)):
                 bare = Sampler([_HUNGRY, name, path, f"baseline-{engine}", "0"]).baseline()
                 for limit in options.limits:
                     prepare(name, path)
@@ -78,6 +79,11 @@ def main() -> int:
             os.unlink(path)
     print("", *short(rows), "", counted(rows), sep="\n")
     return int(any(is_broken(row) for row in rows))
+
+
+def is_offered(name: str, engine: str) -> bool:
+    """Tell whether a run ever takes that engine for such a function: see `lazyproc.engine.choose.choose_local`."""
+    return engine != ("both" if HUNGRY[name].vectorized else "threads")
 
 
 def _row(name: str, engine: str, measured: float, projected: float, limit: int, answer: dict) -> list[str]:
