@@ -33,7 +33,8 @@ def compute_block(workload: Workload, block: Any) -> Any:
     """Return the results of a block, float32 `(n_positions, width)`."""
     import numpy as np
 
-    out = workload.function(block) if workload.vectorized else [workload.function(row) for row in block]
+    function = workload.function
+    out = function(block) if workload.vectorized else [function(row) for row in block]
     return np.ascontiguousarray(np.asarray(out, "f4").reshape(len(block), workload.width))
 
 
@@ -303,6 +304,7 @@ RESUMES = ["lazyproc", "lazyproc-1", "pyusid", "pyusid-1"]
 def main() -> None:
     """Run a contender."""
     name, workload, path, *how = sys.argv[1:]
+    assert callable(WORKLOADS[workload].function), "imported now, where a script has its imports"
     counts = start_counting() if "--count" in how else None
     if "--prepare" in how:
         prepare(path, workload, CONTENDERS[name])

@@ -6,9 +6,9 @@
 Each run is a fresh process. Measured is the highest private memory (USS) of the driver and its workers together, looked
 at every 10 ms, above bare interpreters with the same imports. Projected is the highest that the run has said: when it
 began, and whenever it found that positions take more than the probe had shown. In the end the same again as a short
-table: "measured ≤ projected" for each limit, with what is not right about it, and how many runs were how. Threads are only
-for functions that take blocks, "both" (this process and others) only for those that take a position. The exit code is 1
-if more was measured than projected, more projected than allowed, or a run has failed.
+table: "measured ≤ projected" for each limit, with what is not right about it, and how many runs were how. Threads are
+only for functions that take blocks, "both" (this process and others) only for those that take a position. The exit code
+is 1 if more was measured than projected, more projected than allowed, or a run has failed.
 """
 
 from __future__ import annotations

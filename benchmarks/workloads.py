@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +50,9 @@ class Workload:
     ----------
     n_positions, n_spectral : int
         Shape of the main dataset, float32.
-    function : callable
-        Of a block, or of one position.
+    given : callable or str
+        The function of a block, or of one position; or the module that has it as `fit_one`, to be imported when it is
+        wanted, as a script imports it at its top.
     vectorized : bool
         Which of the two.
     width : int
@@ -66,12 +68,17 @@ class Workload:
 
     n_positions: int
     n_spectral: int
-    function: Any
+    given: Any
     vectorized: bool
     width: int
     compression: str | None = None
     about: str = ""
     done: float = 0.0
+
+    @property
+    def function(self) -> Any:
+        """The function."""
+        return importlib.import_module(self.given).fit_one if isinstance(self.given, str) else self.given
 
     @property
     def gibibytes(self) -> float:
@@ -92,6 +99,7 @@ WORKLOADS = {
     "fft": Workload(16_384, 8_192, low_pass_block, True, 8_192, about="an FFT filter, result as large as the source"),
     "fft-large": Workload(65_536, 8_192, low_pass_block, True, 8_192, about="the same on 2 GiB"),
     "fit": Workload(2_048, 256, fit_one, False, 4, about="least squares, a few ms a position"),
+    "fit-top": Workload(2_048, 256, "fits", False, 4, about="the same, SciPy imported at the top of the module"),
     "fit-5": Workload(5_700, 256, fit_one, False, 4, about="the same, five seconds"),
     "fit-long": Workload(24_000, 256, fit_one, False, 4, about="the same, half a minute"),
     "gzip": Workload(200_000, 512, mean_of_block, True, 1, "gzip", about="a reduction of a gzip source"),
