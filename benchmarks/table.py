@@ -1,12 +1,13 @@
 """Write what `compare.py --save` measured as two tables in Markdown: times as ratios, and what else it cost.
 
 python benchmarks/table.py results.json [more.json ...]
+python benchmarks/table.py results.json --costs limit lazyproc joblib dask     what it cost for these only
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from typing import Any
 
 from workloads import WORKLOADS
@@ -14,14 +15,18 @@ from workloads import WORKLOADS
 Measured = dict[str, dict[str, dict[str, Any]]]
 
 
-def main(paths: list[str]) -> None:
+def main() -> None:
     """Print the tables of all files together."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--costs", nargs="+", help="contenders in the second table; default: all")
+    options = parser.parse_args()
     measured: Measured = {}
-    for path in paths:
+    for path in options.files:
         with open(path, encoding="utf-8") as file:
             measured.update(json.load(file))
     names = list(dict.fromkeys(name for rows in measured.values() for name in rows))
-    print(*times(measured, names), "", *costs(measured, names), sep="\n")
+    print(*times(measured, names), "", *costs(measured, options.costs or names), sep="\n")
 
 
 def times(measured: Measured, names: list[str]) -> list[str]:
@@ -67,4 +72,4 @@ def several(rows: dict[str, dict[str, Any]], names: list[str], what: str, form: 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

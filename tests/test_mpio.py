@@ -25,8 +25,8 @@ from usid_files import CHANNEL, make_usid_file
 MAIN = f"{CHANNEL}/Raw_Data"
 HDF5 = Path("/usr/lib/x86_64-linux-gnu/hdf5/mpich")
 LIBRARIES = (
-    "click cloudpickle dask distributed isal loky matplotlib numcodecs psutil scipy tblib threadpoolctl tqdm xarray "
-    "xxhash zarr"
+    "click cloudpickle dask deflate distributed isal loky matplotlib numcodecs psutil scipy tblib threadpoolctl tqdm "
+    "xarray xxhash zarr"
 )
 
 pytestmark = [
