@@ -176,7 +176,9 @@ def xarray(path: str, name: str) -> None:
     with h5py.File(path, "r") as source, dask.config.set(num_workers=2):
         data = xr.DataArray(
             da.from_array(source[MAIN], chunks=(block_rows(workload), -1)), dims=("position", "spectral")
-        )[int(workload.n_positions * workload.done) :]
+        )[int(workload.n_positions * workload.done) :].chunk(
+            {"position": block_rows(workload)}
+        )  # Zarr wants them equal
         result = xr.apply_ufunc(
             lambda block: compute_block(workload, block),
             data,
