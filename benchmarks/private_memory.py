@@ -30,12 +30,19 @@ class Sampler:
         self.process = psutil.Process(self.child.pid)
 
     def now(self) -> int:
-        """Return bytes of memory that nobody else has, of all processes together."""
+        """Return bytes of memory that nobody else has, of all processes together.
+
+        A process that is being started runs in its parent's memory until it has loaded its program, under the parent's
+        command line: that memory is counted once.
+        """
         total = 0
+        commands: dict[int, list[str]] = {}
         try:
             for one in [self.process, *self.process.children(recursive=True)]:
                 try:
-                    total += one.memory_full_info().uss
+                    commands[one.pid] = one.cmdline()
+                    if commands[one.pid] != commands.get(one.ppid()):
+                        total += one.memory_full_info().uss
                 except psutil.Error:
                     continue
         except psutil.Error:
