@@ -31,7 +31,7 @@ from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, Definiti
 from lazyproc.core.events import Listener
 from lazyproc.core.plan import Plan, html_table
 from lazyproc.core.runs import Runs
-from lazyproc.core.specs import STATUS_MASK, Output, resolve_outputs, validate_outputs
+from lazyproc.core.specs import STATUS_MASK, Output, check_status_name, resolve_outputs, validate_outputs
 from lazyproc.declared import Declared
 from lazyproc.definition import check_definition, check_hook_style, check_recordable, function_of
 from lazyproc.engine.choose import available_cores, default_cores
@@ -236,7 +236,7 @@ class Process(HookContract):
             client=self._client,
             interval=self._interval,
             verify=self._verify,
-            status_name=self._status_dset_name,
+            status_name=check_status_name(self._status_dset_name),
             max_failures=check_max_failures(self.max_failures) if self._on_error == "record" else None,
         )
 

@@ -584,6 +584,32 @@ def unmark(path: str, group: str, positions: slice) -> None:
         file[group][MASK][positions] = 0
 
 
+@pytest.mark.parametrize("name", [STATUS, TABLE])
+def test_the_status_mask_has_a_name_of_its_own(scan: str, name: str) -> None:
+    """A mask that is the richer status, too, would be written before the results are durable."""
+    with Fit(scan, cores=1) as process:
+        process._status_dset_name = name
+        with pytest.raises(ArgumentValueError, match=f"_status_dset_name: '{name}' came; expected another name"):
+            process.compute()
+
+
+def test_a_status_of_somebody_else_is_left_alone(scan: str) -> None:
+    """Results that are none of lazyproc's may have a dataset of that name: it says nothing, and is not written to."""
+    with Fit(scan, cores=1) as process:
+        name = process.compute().name
+    path = scan.partition("::")[0]
+    unmark(path, name, slice(40, 100))
+    with h5py.File(path, "r+") as file:
+        for attribute in [one for one in file[name].attrs if one.startswith("lazyproc_")]:
+            del file[name].attrs[attribute]
+        file[name][STATUS][:] = 7
+    with Fit(scan, cores=1) as process:
+        group = process.compute()
+        assert group.name == name
+        assert (group[MASK][:] == 1).all()
+        assert (group[STATUS][:] == 7).all()
+
+
 def test_begun_with_raise_and_resumed_with_record(scan: str) -> None:
     with Fit(scan, cores=1) as process:
         group = process.compute()

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from lazyproc.core.compression import Compression
-from lazyproc.core.errors import DefinitionError
+from lazyproc.core.errors import ArgumentValueError, DefinitionError
 
 STATUS_MASK = "completed_positions"
 """Name of the status mask, a dataset of 0 and 1 in the results group (pyUSID's convention)."""
 
 POSITION_STATUS, FAILED_POSITIONS = "position_status", "failed_positions"
-"""Names of the richer status and of the table of errors, where failures are recorded."""
+"""Names of the richer status, and of the table of errors where failures are recorded."""
 
 _RESERVED_NAMES = (
     STATUS_MASK,
@@ -28,6 +28,22 @@ _RESERVED_NAMES = (
     "Spectroscopic_Indices",
     "Spectroscopic_Values",
 )
+
+
+def check_status_name(name: str) -> str:
+    """Return the name of the status mask.
+
+    Raises
+    ------
+    ArgumentValueError
+        If results have something else of that name.
+    """
+    if name in (POSITION_STATUS, FAILED_POSITIONS):
+        raise ArgumentValueError(
+            f"_status_dset_name: {name!r} came; expected another name, since results have a dataset of their own of "
+            f"that name beside the status mask. The usual one is {STATUS_MASK!r}."
+        )
+    return name
 
 
 @dataclass(frozen=True, eq=False)

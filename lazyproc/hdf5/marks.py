@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.errors import ResultsError
 from lazyproc.core.failed import DONE, FAILED, NOT_DONE, STATUS_MEANINGS
-from lazyproc.core.specs import POSITION_STATUS
+from lazyproc.core.specs import FAILED_POSITIONS, POSITION_STATUS
 from lazyproc.hdf5.create import create_status_mask
 
 PIECE = 2**21
@@ -53,7 +53,7 @@ def create_status(group: h5py.Group, mask_name: str) -> None:
 
 
 def has_status(group: h5py.Group, mask_name: str) -> bool:
-    """Tell whether a results group has the richer status.
+    """Tell whether a results group has the richer status: one of lazyproc's, or beside its table of failures.
 
     Raises
     ------
@@ -61,6 +61,8 @@ def has_status(group: h5py.Group, mask_name: str) -> bool:
         If it is not what it should be.
     """
     if POSITION_STATUS not in group or mask_name not in group:
+        return False
+    if not _confirms(group) and FAILED_POSITIONS not in group:
         return False
     status_dataset(group, mask_name)
     return True
