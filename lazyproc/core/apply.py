@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lazyproc.core.casting import OutputMismatch as OutputMismatch
 from lazyproc.core.casting import describe, store
 from lazyproc.core.failed import FailedRows
+from lazyproc.core.masked import is_masked
 from lazyproc.core.specs import ResolvedOutput
 
 _BATCH_ROWS = 256
@@ -29,7 +30,6 @@ _IMMUTABLE = frozenset(
 """Results that no later call can change."""
 
 _NUMBERS = "biufc"
-_MASKED: Any = np.ma.MaskedArray
 
 Arrays = tuple[NDArray[Any], ...]
 
@@ -64,9 +64,9 @@ class _Returned(list[Any]):
             return value.copy()
         if kind is tuple or kind is list:
             return kind([item if type(item) in _IMMUTABLE else self._held(item) for item in value])
-        if isinstance(value, _MASKED):
+        if is_masked(value):
             self.plain = False  # copied by its constructor, since the `copy` of a masked record fails
-            return value if value is np.ma.masked else _MASKED(value.data, np.ma.getmask(value), copy=True)
+            return value if value is np.ma.masked else np.ma.MaskedArray(value.data, np.ma.getmask(value), copy=True)
         if isinstance(value, np.ndarray | np.void):
             return value.copy()
         if isinstance(value, Mapping):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.errors import ParameterError
+from lazyproc.core.masked import is_masked
 
 LEAVES = ("bool", "int", "float", "complex", "str", "bytes")
 """The kinds of values that contain no others."""
@@ -197,7 +198,7 @@ def fits(number: int) -> bool:
 
 def check_array(value: Any, where: str) -> None:
     """Refuse arrays and NumPy values of anything but numbers and texts."""
-    if isinstance(value, np.ma.MaskedArray) or value.dtype.kind not in "biufcSU":
+    if is_masked(value) or value.dtype.kind not in "biufcSU":
         raise refusal(where, value)
 
 
@@ -215,7 +216,7 @@ def refusal(where: str, value: Any) -> ParameterError:
     advice = "convert it to one of these"
     if isinstance(value, set | frozenset):
         advice = "give sorted(…), a list"
-    elif isinstance(value, np.ma.MaskedArray):
+    elif is_masked(value):
         advice = "give its data and its mask as two parameters"
     elif isinstance(value, np.ndarray | np.generic):
         advice = "convert it to numbers or texts with astype"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.errors import OutputError
+from lazyproc.core.masked import is_masked, masked_type
 from lazyproc.core.specs import ResolvedOutput
 
 
@@ -59,9 +60,9 @@ def store(
     -----
     What a masked array hides becomes the output's fill value, field by field where it is compound.
     """
-    mask: Any = np.ma.nomask
+    mask: Any = None
     if not plain and _holds_masked(column):
-        if isinstance(column, np.ma.MaskedArray):
+        if is_masked(column):
             column, mask = _without_hidden(column), np.ma.getmask(column)
         else:
             if len(column) != len(result):
@@ -90,7 +91,7 @@ def store(
     with np.errstate(all="ignore"):
         result[...] = array
     _refuse_lost(array, result, output, start)
-    if mask is not np.ma.nomask:
+    if mask is not None and mask is not np.ma.nomask:
         _overwrite(result, mask.reshape(result.shape), output.fill_value)
 
 
@@ -111,16 +112,18 @@ def _store_each(column: Sequence[Any], output: ResolvedOutput, result: NDArray[A
 def _holds_masked(values: Any) -> bool:
     """Tell whether there is a masked array in a value, or in lists and tuples of them."""
     if not isinstance(values, list | tuple):
-        return isinstance(values, np.ma.MaskedArray)
+        return is_masked(values)
     kinds = set(map(type, values))
-    return any(issubclass(kind, (list, tuple, np.ma.MaskedArray)) for kind in kinds) and any(map(_holds_masked, values))
+    masked = masked_type()
+    holders = (list, tuple) if masked is None else (list, tuple, masked)
+    return any(issubclass(kind, holders) for kind in kinds) and any(map(_holds_masked, values))
 
 
 def _as_masked(value: Any, dtype: np.dtype[Any]) -> Any:
     """Make a masked array of the result of one position, in the dtype that it has by itself."""
     if value is np.ma.masked:
         return np.ma.MaskedArray(np.zeros((), dtype), mask=True)
-    if isinstance(value, np.ma.MaskedArray):
+    if is_masked(value):
         return value
     values, mask = _parted(value, dtype)
     array = _stacked(values, dtype)
@@ -131,7 +134,7 @@ def _parted(value: Any, dtype: np.dtype[Any]) -> tuple[Any, Any]:
     """Take nested lists and tuples apart: the same with something harmless where values are masked, and the masks."""
     if value is np.ma.masked:
         return _blank(dtype), np.ones((), np.ma.make_mask_descr(dtype))[()]
-    if isinstance(value, np.ma.MaskedArray):
+    if is_masked(value):
         return _without_hidden(value), np.ma.getmaskarray(value)
     if isinstance(value, tuple) and dtype.names:
         if len(value) != len(dtype.names):

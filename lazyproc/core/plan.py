@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -124,6 +123,8 @@ class Plan:
 
 def html_table(title: str, rows: list[tuple[str, str]], done: float | None = None) -> str:
     """Return labels and texts as a small HTML table, with a bar for the share that is done."""
+    import html  # which has a dictionary of all entities
+
     cells = "".join(
         f"<tr><th style='text-align:left;padding-right:1em'>{html.escape(label)}</th>"
         f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
