@@ -28,10 +28,10 @@ from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.ranks import Ranks, run_shared
-from lazyproc.hdf5.extents import find_extent
 from lazyproc.hdf5.failure_log import ExtentRows, FailureLog
 from lazyproc.hdf5.lock import Fence
 from lazyproc.hdf5.marks import has_status
+from lazyproc.hdf5.on_disk import find_extent
 from lazyproc.hdf5.place import HandlePlace
 from lazyproc.hdf5.record import Provenance, create_group, ensure_mask, environment, note_end
 from lazyproc.hdf5.search import Found, Work, remaining_positions

@@ -13,12 +13,13 @@ import h5py
 from lazyproc.core.errors import FileBusyError, LockingError, NoRoomError, ReadOnlyFileError
 from lazyproc.declared import Declared
 from lazyproc.engine.kernel import Kernel
+from lazyproc.hdf5.extents import ExtentSource
 from lazyproc.hdf5.guard import finish_pending, flush_guarded
 from lazyproc.hdf5.leftovers import remove_leftovers
 from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.place import HandlePlace
 from lazyproc.hdf5.room import writing
-from lazyproc.hdf5.source import ExtentSource, write_out
+from lazyproc.hdf5.source import write_out
 from lazyproc.hdf5.transaction import recover
 
 log = logging.getLogger("lazyproc")

@@ -23,10 +23,10 @@ from lazyproc.core.runs import Runs
 from lazyproc.drain import Drain, how_far
 from lazyproc.engine.cluster import active_client
 from lazyproc.hdf5.damage import attribute
-from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.guard import BatchGuards, finish_pending, guarded
 from lazyproc.hdf5.hook_record import WriteWatch, sync_files
 from lazyproc.hdf5.lock import RunLock
+from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.settled import allocate, datasets_below, is_settled

@@ -36,10 +36,11 @@ from lazyproc.declared import Declared
 from lazyproc.definition import check_definition, check_hook_style, check_recordable, function_of
 from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.mpi import mpi_attributes
+from lazyproc.hdf5.extents import ExtentSource
 from lazyproc.hdf5.files import Files, check_heaps
 from lazyproc.hdf5.place import place_of
 from lazyproc.hdf5.search import Found, examine
-from lazyproc.hdf5.source import ExtentSource, source_of
+from lazyproc.hdf5.source import source_of
 from lazyproc.holding import flush_for_views
 from lazyproc.hook_ranks import leaving_alike, made_alike, opened_together
 from lazyproc.hooks import HookContract

@@ -16,10 +16,10 @@ from lazyproc.engine.kernel import Kernel
 from lazyproc.hdf5.attributes import MANIFEST, read_parameters
 from lazyproc.hdf5.create import SCALAR_MARK
 from lazyproc.hdf5.damage import attribute, attributes, members, reading
-from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.failures import has_failures, read_failures
 from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.grid import position_grid, spectroscopic_grid
+from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.seal import check_places
 from lazyproc.hdf5.search import text_attribute
 from lazyproc.hdf5.steady import read_steadily

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from usid_files import make_usid_file
 
 import lazyproc.hdf5.fingerprint as module
+from lazyproc.hdf5.extents import ExtentSource
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.fingerprint import VERIFY, fingerprint
-from lazyproc.hdf5.source import ExtentSource, FileSource, HandleSource, source_of, write_out
+from lazyproc.hdf5.source import FileSource, HandleSource, source_of, write_out
 
 N_ROWS, N_COLUMNS = 48, 10
 COMPOUND = np.dtype([("Amplitude", "f4"), ("Phase", "f8")])

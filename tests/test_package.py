@@ -62,6 +62,17 @@ def test_a_small_job_loads_neither_dask_arrays_nor_a_cluster(tmp_path, cores):
     assert json.loads(run_python(SMALL_JOB, address, cores)) == []
 
 
+def test_a_worker_process_loads_no_hdf5():
+    """For contiguous data, which it reads and writes as bytes; and nobody loads `numpy.ma` to tell what is masked."""
+    code = """import sys, json
+import numpy, lazyproc.engine.worker, lazyproc.hdf5.sink, lazyproc.hdf5.extents
+from lazyproc.hdf5.extents import ExtentSource
+print(json.dumps([name for name in ("h5py", "numpy.ma", "dask", "psutil") if name in sys.modules]))"""
+    assert json.loads(run_python(code)) == []
+    code = "import sys, lazyproc.process, lazyproc.mapping; print('numpy.ma' in sys.modules, 'html' in sys.modules)"
+    assert run_python(code).split() == ["False", "False"]
+
+
 def test_every_name_of_the_package_is_there():
     assert sorted(lazyproc.__all__) == lazyproc.__all__
     for name in lazyproc.__all__:

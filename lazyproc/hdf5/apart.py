@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 import h5py
 
 from lazyproc.core.errors import ResultsError
-from lazyproc.hdf5.damage import H5_ERRORS, address_of, members
+from lazyproc.hdf5.damage import address_of, members
+from lazyproc.hdf5.raised import H5_ERRORS
 
 _Span = tuple[int, int, str]
 

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.errors import ResultsError
-from lazyproc.hdf5.extents import check_same_file, plain_type, using
+from lazyproc.hdf5.extents import check_same_file, using
 from lazyproc.hdf5.file_id import FileId
+from lazyproc.hdf5.on_disk import plain_type
 
 _GZIP, _SHUFFLE, _FLETCHER32 = 1, 2, 3
 _MOST_CHUNKS = 2**21

@@ -27,7 +27,8 @@ from lazyproc.core.compression import Compression, chunk_shape
 from lazyproc.core.errors import LazyprocError
 from lazyproc.core.memory import DRIVER_BYTES
 from lazyproc.core.specs import ResolvedOutput
-from lazyproc.hdf5.extents import Extent, real_path, using
+from lazyproc.hdf5.extents import Extent, using
+from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.overlay import MOST_KEPT
 from lazyproc.hdf5.replace import compressed_layout, replaced
 from lazyproc.hdf5.room import give_back, reserve

@@ -13,9 +13,7 @@ from typing import Any
 import h5py
 
 from lazyproc.core.errors import LazyprocError, ResultsError
-
-H5_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
-"""What h5py, and the decoding of what it returns, raise for things that cannot be read, depending on what is wrong."""
+from lazyproc.hdf5.raised import H5_ERRORS
 
 _REQUIRED = object()
 _VARIABLE_KINDS = (0, 1)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import h5py
 
 from lazyproc.core.errors import ResultsError
-from lazyproc.hdf5.damage import H5_ERRORS, walk
+from lazyproc.hdf5.damage import walk
+from lazyproc.hdf5.raised import H5_ERRORS
 
 _PLACES = {0: 40, 1: 44}
 """Where the superblock has it, by its version; later versions have a checksum."""

@@ -17,12 +17,13 @@ from lazyproc.core.errors import (
     ReadOnlyFileError,
     ResultsError,
 )
-from lazyproc.hdf5.damage import H5_ERRORS, attributes, members
-from lazyproc.hdf5.extents import real_path
+from lazyproc.hdf5.damage import attributes, members
 from lazyproc.hdf5.heap import DamagedHeapError, is_endless_heap
 from lazyproc.hdf5.holder import holder, say_who
 from lazyproc.hdf5.locking import hdf5_option
+from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.overlay import Overlay
+from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.transaction import read_journal, recover_locked
 
 _LARGEST_PLACE = 2**63 - 1 - 2**32

@@ -17,9 +17,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from lazyproc.hdf5.chunks import ChunkSource
-from lazyproc.hdf5.extents import check_same_file, real_path
+from lazyproc.hdf5.extents import ExtentSource, check_same_file
 from lazyproc.hdf5.file_id import FileId
-from lazyproc.hdf5.source import ExtentSource, FileSource, Source, readable
+from lazyproc.hdf5.on_disk import real_path
+from lazyproc.hdf5.source import FileSource, Source, readable
 
 FULL_UP_TO = 256 * 2**20
 """Bytes stored: up to this size ``verify="sampled"`` hashes everything."""

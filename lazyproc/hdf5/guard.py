@@ -20,7 +20,8 @@ from lazyproc.core.errors import NoRoomError
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.durable import JournalError
 from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end
-from lazyproc.hdf5.extents import real_path, using
+from lazyproc.hdf5.extents import using
+from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.raw_bytes import Ranges, RawBytes, Rewritten
 from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.session import session_of

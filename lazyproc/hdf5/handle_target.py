@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from lazyproc.core.blocks import Block
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.durable import sync_file
-from lazyproc.hdf5.extents import real_path, using
+from lazyproc.hdf5.extents import using
 from lazyproc.hdf5.failures import DatasetRows, Rows, filled_pieces
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.guard import guarded
+from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.room import changing
 from lazyproc.hdf5.rows_file import is_outside, recorded_path
 from lazyproc.hdf5.settled import is_settled

@@ -22,7 +22,8 @@ from lazyproc.core.parameters import arguments_text, same_arguments
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.attributes import read_parameters
 from lazyproc.hdf5.create import create_status_mask
-from lazyproc.hdf5.extents import real_path, using
+from lazyproc.hdf5.extents import using
+from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.search import file_differences, named_groups, remaining_positions, source_name
 from lazyproc.hdf5.usid import read_text

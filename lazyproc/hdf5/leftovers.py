@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 import h5py
 
 from lazyproc.core.errors import LazyprocError
-from lazyproc.hdf5.damage import H5_ERRORS, walk
+from lazyproc.hdf5.damage import walk
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.lock import RunLock, sidecar
+from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.rows_file import KIND, RowsFiles, is_outside, owner_of, recorded_path, remove
 
 log = logging.getLogger("lazyproc")

@@ -13,11 +13,11 @@ import h5py
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, ReadOnlyFileError, ResultsError
 from lazyproc.hdf5.damage import reading
 from lazyproc.hdf5.durable import sync_file, sync_folder
-from lazyproc.hdf5.extents import real_path
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.guard import guarded
 from lazyproc.hdf5.lock import sidecar
+from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.room import changing, gone
 from lazyproc.hdf5.session import session_of
 from lazyproc.hdf5.transaction import transaction

@@ -20,12 +20,13 @@ from lazyproc.hdf5.apart import check_apart
 from lazyproc.hdf5.attributes import write_parameters
 from lazyproc.hdf5.create import External, create_output, create_results_group, create_status_mask
 from lazyproc.hdf5.damage import attribute
-from lazyproc.hdf5.extents import Extent, find_extent
+from lazyproc.hdf5.extents import Extent
 from lazyproc.hdf5.failure_log import ExtentRows, FailureLog
 from lazyproc.hdf5.failures import EMPTY_ROW, Rows, capacity_of, create_failures, has_failures
 from lazyproc.hdf5.handle_target import HandleTarget, TransactionTarget
 from lazyproc.hdf5.lock import Fence
 from lazyproc.hdf5.marks import create_status, has_status
+from lazyproc.hdf5.on_disk import find_extent
 from lazyproc.hdf5.place import HandlePlace, Place
 from lazyproc.hdf5.reserve import reserved
 from lazyproc.hdf5.rows_file import MARK, RowsFiles, is_outside, rows_beside, rows_extent

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import h5py
 
-from lazyproc.hdf5.extents import real_path
+from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.room import give_back, reserve
 
 

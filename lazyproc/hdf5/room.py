@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lazyproc.core.errors import FileChangedError, LazyprocError, NoRoomError, ReadOnlyFileError, ResultsError
-from lazyproc.hdf5.damage import H5_ERRORS
+from lazyproc.hdf5.raised import H5_ERRORS
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No room on the disk, in the quota, or under the limit of a file's size."""

@@ -27,11 +27,13 @@ from lazyproc.core.compression import Compression
 from lazyproc.core.errors import ResultsError
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.hdf5.create import LARGEST_FILLED
-from lazyproc.hdf5.damage import H5_ERRORS, attribute
+from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.durable import sync_folder, write_all
-from lazyproc.hdf5.extents import Extent, plain_type, real_path
+from lazyproc.hdf5.extents import Extent
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.lock import open_sidecar, sidecar
+from lazyproc.hdf5.on_disk import plain_type, real_path
+from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.room import reserve, writing
 
 MARK = "lazyproc_compression"

@@ -25,7 +25,7 @@ import xxhash
 from lazyproc.core.errors import ResultsError
 from lazyproc.hdf5.attributes import LARGEST_ATTRIBUTE, MANIFEST, parameter_names, stored_parameter
 from lazyproc.hdf5.damage import attribute, reading
-from lazyproc.hdf5.extents import plain_type
+from lazyproc.hdf5.on_disk import plain_type
 
 SEAL, PLACES = "lazyproc_seal", "lazyproc_places"
 _SEALED = (

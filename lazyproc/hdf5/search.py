@@ -23,10 +23,11 @@ from lazyproc.core.runs import Runs
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.hdf5.apart import check_apart
 from lazyproc.hdf5.attributes import has_manifest, read_parameters
-from lazyproc.hdf5.damage import H5_ERRORS, attribute, reading
+from lazyproc.hdf5.damage import attribute, reading
 from lazyproc.hdf5.failures import count_failed
 from lazyproc.hdf5.files import check_heaps
 from lazyproc.hdf5.marks import done_pieces
+from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.rows_file import check_rows
 from lazyproc.hdf5.seal import check_places, check_seal
 from lazyproc.hdf5.usid import REFERENCES, read_text, validated

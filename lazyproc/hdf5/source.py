@@ -24,49 +24,13 @@ from numpy.typing import NDArray
 
 from lazyproc.core.errors import FileChangedError, LazyprocError
 from lazyproc.hdf5.chunks import ChunkSource
-from lazyproc.hdf5.damage import H5_ERRORS
-from lazyproc.hdf5.extents import Extent, find_extent, real_path, using
+from lazyproc.hdf5.extents import ExtentSource, using
 from lazyproc.hdf5.file_id import FileId
+from lazyproc.hdf5.on_disk import find_extent, real_path
+from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.whole import Whole
 
 Spans = Iterable[tuple[int, int]]
-_READ_PER_SECOND = 4e9
-"""Bytes that one thread copies out of the page cache: measured 2-5 GB/s. Only chooses between one thread and more."""
-
-
-@dataclass(frozen=True)
-class ExtentSource:
-    """Positions of a contiguous main dataset, read as bytes.
-
-    Attributes
-    ----------
-    extent : Extent
-        Where they lie.
-    """
-
-    extent: Extent
-    travels = True
-    chunk_rows = 1
-    chunk_bytes = 0
-
-    @property
-    def read_seconds(self) -> float:
-        """Seconds a position that reading takes at least, in one thread of several that do it at the same time."""
-        return self.extent.row_bytes / _READ_PER_SECOND
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(n_positions, n_spectral)`."""
-        return self.extent.shape[0], self.extent.shape[1]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """As stored."""
-        return self.extent.dtype
-
-    def rows(self, runs: Spans) -> NDArray[Any]:
-        """Read runs of positions into one new array `(n_positions, n_spectral)`. Safe in threads."""
-        return self.extent.read(runs)
 
 
 @dataclass(frozen=True)

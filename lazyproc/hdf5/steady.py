@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lazyproc.core.errors import LazyprocError
-from lazyproc.hdf5.damage import H5_ERRORS
+from lazyproc.hdf5.raised import H5_ERRORS
 
 _ATTEMPTS = 5
 _PAUSE = 0.01

@@ -20,7 +20,8 @@ import h5py
 import numpy as np
 
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, NotMainDatasetError, ResultsError
-from lazyproc.hdf5.damage import H5_ERRORS, address_of, attribute, reading, walk
+from lazyproc.hdf5.damage import address_of, attribute, reading, walk
+from lazyproc.hdf5.raised import H5_ERRORS
 
 REFERENCES = ("Position_Indices", "Position_Values", "Spectroscopic_Indices", "Spectroscopic_Values")
 """The attributes of a main dataset that refer to its ancillary datasets, in the order of `ancillary_handles`."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from usid_files import CHANNEL, make_usid_file
 
 from lazyproc import Dimension, Output, Process
-from lazyproc.hdf5.extents import find_extent
+from lazyproc.hdf5.on_disk import find_extent
 
 MAIN = f"{CHANNEL}/Raw_Data"
 FINISHED, PARTIAL = "Raw_Data-Peaks_000", "Raw_Data-Peaks_001"

@@ -15,7 +15,7 @@ import h5py
 
 from faults import serve
 from faults.subject import CHANNEL, MAIN, MASK, OldTwice, Twice, make_scan, masks, opened, problems, results_path
-from lazyproc.hdf5.extents import find_extent
+from lazyproc.hdf5.on_disk import find_extent
 from lazyproc.hdf5.transaction import recover_locked
 
 PAGE = 4096
