@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from lazyproc.core.blocks import BlockPlan
 from lazyproc.core.errors import ParameterError
 from lazyproc.core.identity import code_hash
+from lazyproc.core.imports import imports_to_come
 from lazyproc.core.memory import MemoryModel
 from lazyproc.core.parameters import arguments_text
 from lazyproc.core.plan import Plan
@@ -38,13 +39,15 @@ from lazyproc.engine.mpi import native_threads
 from lazyproc.engine.trial import Trial, try_in_process, try_on_cluster
 from lazyproc.hdf5.chunks import ChunkSource, chunked_source
 from lazyproc.hdf5.compress import peak_bytes
-from lazyproc.hdf5.damage import H5_ERRORS, attribute
+from lazyproc.hdf5.damage import attribute
+from lazyproc.hdf5.extents import ExtentSource
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.fingerprint import fingerprint
 from lazyproc.hdf5.place import Place
+from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.search import Found, Work, remaining_positions, search
 from lazyproc.hdf5.sink import Sink
-from lazyproc.hdf5.source import ExtentSource, FileSource, HandleSource, Source, write_out
+from lazyproc.hdf5.source import FileSource, HandleSource, Source, write_out
 
 _LOCAL_BYTES = 8 * 2**20
 """Source and results of a block that costs next to nothing to start: small enough for the processor's caches."""
@@ -52,6 +55,8 @@ _SENT_BYTES = 32 * 2**20
 """The same for a block that is sent to another process."""
 
 _EARLY_PROCESSES = 4
+_FEW_POSITIONS = 16
+"""For so few no process is worth its start, whatever the function is."""
 
 log = logging.getLogger("lazyproc")
 
@@ -99,7 +104,8 @@ class Declared:
     max_failures : int or None
         So many positions may fail, and are recorded; None: the first one that fails stops the run.
     apart : bool
-        The function may crash its process, as it did another driver's: it is called in worker processes only.
+        The function is called in worker processes only: it may crash its process, as it did another driver's, or would
+        load modules in this process that the others need anyway.
     """
 
     process_name: str
@@ -275,8 +281,8 @@ class Declared:
     ) -> Probe | Failure:
         """Measure the function on a few positions, and check what it returns; `early` is told of the first calls.
 
-        In this process, where what it raises comes out as it is; or, on a cluster and where the function may crash its
-        process, in a worker.
+        In this process, where what it raises comes out as it is; or, on a cluster and where the function is called in
+        worker processes only, in a worker.
         """
         memory = self.memory(None)
         record = self.max_failures is not None
@@ -286,7 +292,9 @@ class Declared:
             packed = pack_for_cluster(kernel, self.process_name)
             return try_on_cluster(client, packed, Trial(remaining, *sizes, self.vectorized, record))
         if self.apart and can_be_sent(kernel):
-            return try_in_process(pack(kernel), Trial(remaining, *sizes, self.vectorized, record), crew or Crew())
+            trial = Trial(remaining, *sizes, self.vectorized, record)
+            with Crew() if crew is None else nullcontext(crew) as processes:
+                return try_in_process(pack(kernel), trial, processes)
         with nullcontext() if kernel.around is None else kernel.around():
             return run_probe(
                 kernel.compute,
@@ -311,17 +319,32 @@ class Declared:
             return Scheduler("processes" if self.cores > 1 else "serial", self.cores)
         return choose_local(kernel, probe, n_remaining, self.cores, apart=self.apart)
 
+    @property
+    def early_processes(self) -> int:
+        """How many worker processes may be started before it is known what the job takes; the others come later."""
+        return min(self.cores, _EARLY_PROCESSES)
+
     def likely_processes(self, seconds_per_position: float) -> int:
         """Return how many worker processes are worth being started when it was just found how long a position takes.
 
         They are ready when the rest of the probe is done, and the results group made. No more than a few: the others
         are started when they are needed.
         """
-        if self.apart or self.vectorized or not self.source.travels or (self.client or active_client()) is not None:
+        if self.apart or not self._may_use_processes():
             return 0
         seconds = seconds_per_position * self.n_positions
         n_processes = self.cores if seconds >= POOL_PAYS else self.cores - 1 if seconds >= HELP_PAYS else 0
-        return min(n_processes, _EARLY_PROCESSES) if self.cores > 1 else 0
+        return min(n_processes, self.early_processes)
+
+    def imports_to_spare(self) -> list[str]:
+        """Return modules that the function would load in this process, but for worker processes that need them, too."""
+        is_worth_it = self._may_use_processes() and self.n_positions > _FEW_POSITIONS
+        return imports_to_come(self.function) if is_worth_it else []
+
+    def _may_use_processes(self) -> bool:
+        """Tell whether the function, by its kind, would be called in worker processes of this machine."""
+        is_local = self.source.travels and (self.client or active_client()) is None
+        return is_local and self.cores > 1 and not self.vectorized
 
     def in_place_everywhere(self, scheduler: Scheduler, sink: Sink | None) -> bool:
         """Tell whether all workers may write into the file themselves; if not, the log says why."""

@@ -21,7 +21,7 @@ from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.declared import Declared, stored_probe
 from lazyproc.drain import Drain, how_far, nothing_yet
-from lazyproc.engine.choose import Scheduler
+from lazyproc.engine.choose import Scheduler, can_be_sent
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel, failure_of
@@ -114,6 +114,7 @@ def perform(
         with Crew([Sink.__module__, type(kernel.source).__module__, *_FIRST_LOADED]) as crew:
             n_left = declared.n_positions
             if name is None:
+                declared = _spare_imports(declared, kernel, crew)
                 name, remaining, probe = _start(declared, work, kernel, drain, crew)
             else:
                 n_left -= partial[name].n_done
@@ -134,6 +135,19 @@ def warn_of(found: Found) -> None:
     for remark in found.remarks:
         log.warning("%s: %s", found.name, remark)
     say_failed(found.name, found.n_failed, found.n_positions)
+
+
+def _spare_imports(declared: Declared, kernel: Kernel, crew: Crew) -> Declared:
+    """Where the function will import modules, let worker processes do so at once, and call it only there.
+
+    They would have to load them anyway, and where all cores are busy with that, this process would be in their way.
+    """
+    modules = declared.imports_to_spare()
+    if not modules or declared.apart or not can_be_sent(kernel, logging.DEBUG):
+        return declared
+    crew.load(modules)
+    crew.start(declared.early_processes)
+    return replace(declared, apart=True)
 
 
 def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: Crew) -> tuple[str, Runs, Probe]:

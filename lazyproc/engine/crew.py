@@ -106,6 +106,10 @@ class Crew:
             socket.close()
         return _start_process(self._modules)
 
+    def give_back(self, waiting: Waiting) -> None:
+        """Keep a process that waits for another kernel; it is the next one to be taken."""
+        self._waiting.appendleft(waiting)
+
     def reduce(self, n_processes: int) -> None:
         """Kill those that nobody has taken, but for so many; not while lanes may take some."""
         while len(self._waiting) > n_processes:

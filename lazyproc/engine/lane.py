@@ -93,6 +93,12 @@ class Lane:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return f"was killed by {name}"
 
+    def give_back(self) -> None:
+        """Let the crew have the process, which waits for another kernel: its work was a trial."""
+        if self._process is not None:
+            self._crew.give_back((self._process, self._socket))
+        self._process = self._socket = None
+
     def hang_up(self) -> None:
         """Tell the process to end; when no thread uses the lane."""
         if self._socket is not None:

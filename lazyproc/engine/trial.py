@@ -101,10 +101,11 @@ def _for_travel(error: Any, remaining: Runs) -> Any:
 
 
 def try_in_process(packed: bytes, trial: Trial, crew: Crew) -> Probe | Failure:
-    """Make a probe in a worker process of this machine; nothing is known if the function ends it."""
+    """Make a probe in a worker process of this machine, and leave it to the crew; nothing is known if it dies."""
     lane = Lane(packed, crew)
     try:
         made: Probe | Failure = pickle.loads(lane.do(trial))
+        lane.give_back()
         return made
     except Died as died:
         return _crashed(f"a worker process, which {died}")

@@ -49,21 +49,24 @@ def _leave_with(driver: int) -> None:
 
 
 def serve(descriptor: int, modules: Iterable[str] = ()) -> None:
-    """Do blocks, or make trials, until the driver hangs up.
+    """Do blocks, or make a trial first, until the driver hangs up.
 
     Before them come, as messages, names of modules that will be needed, any number of times, and then the kernel. Says
-    first that it is here, and then that it has the kernel.
+    first that it is here, and then that it has the kernel. After a trial it is here again, for another kernel.
     """
     set_up_worker()
     driver = Connection(descriptor)
     _load(modules)
     try:
-        driver.send_bytes(b"here")
-        while not isinstance(packed := driver.recv(), bytes):
-            _load(packed)
-        driver.send_bytes(b"ready")
         while True:
-            driver.send_bytes(_do(packed, driver.recv()))
+            driver.send_bytes(b"here")
+            while not isinstance(packed := driver.recv(), bytes):
+                _load(packed)
+            driver.send_bytes(b"ready")
+            work: Any = None
+            while work is None or isinstance(work, Block):
+                work = driver.recv()
+                driver.send_bytes(_do(packed, work))
     except (EOFError, OSError):
         _leave()  # the driver has hung up
 
