@@ -105,6 +105,7 @@ WORKLOADS = {
     "gzip": Workload(200_000, 512, mean_of_block, True, 1, "gzip", about="a reduction of a gzip source"),
     "shuffle-gzip": Workload(200_000, 512, mean_of_block, True, 1, "shuffle-gzip", about="the same, shuffled before"),
     "lzf": Workload(200_000, 512, mean_of_block, True, 1, "lzf", about="the same with LZF, which HDF5 decodes"),
+    "lzf-long": Workload(1_000_000, 512, mean_of_block, True, 1, "lzf", about="the same, five times as long"),
     "narrow-1": Workload(10_000_000, 16, mean_of_block, True, 1, about="one value a position, ten million positions"),
     "narrow-4": Workload(10_000_000, 16, four_moments, True, 4, about="four values a position, ten million positions"),
     "tiny": Workload(1_000, 128, mean_of_one, False, 1, about="start-up is all"),

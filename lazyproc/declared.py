@@ -304,6 +304,7 @@ class Declared:
                 result_bytes=memory.result_bytes,
                 vectorized=self.vectorized,
                 try_threads=self.cores > 1 and self.client is None,
+                timed_chunk_rows=0 if self.source.read_seconds else self.source.chunk_rows,
                 record=record,
                 early=early,
             )

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -289,6 +289,30 @@ CHOICES = [
 def test_choice_of_scheduler(seconds: float, gain: float, vectorized: bool, workers: int, expected: str) -> None:
     kernel = kernel_of(twice_block if vectorized else twice, vectorized=vectorized)
     assert choose_local(kernel, Probe(seconds, thread_gain=gain), N_POSITIONS, workers).kind == expected
+
+
+@dataclass(frozen=True)
+class DecodingSource(NumberSource):
+    """One that threads read side by side."""
+
+    read_seconds = 1e-2
+
+
+@pytest.mark.parametrize(
+    ("source", "reading", "vectorized", "expected"),
+    [
+        pytest.param(NumberSource(), 1e-2, True, "processes", id="HDF5 reads, long: with a lock a process"),
+        pytest.param(NumberSource(), 1e-2, False, "processes", id="the same for functions of one position"),
+        pytest.param(NumberSource(), 1e-3, True, "serial", id="HDF5 reads, not so long"),
+        pytest.param(NumberSource(), 1e-3, False, "both", id="and functions of one position, which are helped"),
+        pytest.param(DecodingSource(), 0.0, True, "threads", id="read side by side: threads"),
+        pytest.param(DecodingSource(), 0.0, False, "processes", id="but never for functions of one position"),
+    ],
+)
+def test_reading_counts_for_the_function(source: Any, reading: float, vectorized: bool, expected: str) -> None:
+    kernel = replace(kernel_of(twice_block if vectorized else twice, vectorized=vectorized), source=source)
+    probe = Probe(1e-6, reading_seconds=reading)
+    assert choose_local(kernel, probe, N_POSITIONS, 2).kind == expected
 
 
 def test_a_function_that_cannot_travel_stays_here_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -413,6 +413,34 @@ def test_what_the_first_call_loads_is_not_taken_for_the_function() -> None:
     assert probe.seconds_per_position < 0.5
 
 
+@pytest.mark.parametrize("chunk_rows", [0, 100])
+def test_reading_is_timed_by_one_more_read_where_that_is_asked_for(chunk_rows: int) -> None:
+    """Of the positions that were read at once, whose chunks have been read from the disk by then."""
+    reads: list[int] = []
+    calls: list[int] = []
+
+    def read(runs: Any) -> NDArray[Any]:
+        reads.append(runs.n_positions)
+        return NumberSource().rows(iter(runs))
+
+    def function(data: NDArray[Any]) -> Any:
+        calls.append(len(data))
+        return data[:, 0]
+
+    probe = run_probe(
+        lambda rows: compute_rows(function, rows, (Output("f8").resolve("Out", 1),), vectorized=True),
+        read,
+        Runs.full(1000),
+        source_bytes=8,
+        result_bytes=8,
+        vectorized=True,
+        try_threads=False,
+        timed_chunk_rows=chunk_rows,
+    )
+    assert reads == calls + ([max(calls)] if chunk_rows else [])
+    assert (probe.reading_seconds > 0) == bool(chunk_rows)
+
+
 def blas_threads() -> int:
     from threadpoolctl import threadpool_info
 

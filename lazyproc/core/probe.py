@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,9 @@ class Probe:
         What the function has left in its process, beside results and the modules it has imported: a table, a cache.
     thread_gain : float
         How many times faster two threads are than one; 1.0 where that was not tried.
+    reading_seconds : float
+        Of reading a position together with its neighbours, storage chunk by storage chunk, without what the disk takes;
+        0.0 where that was not asked for.
     computed : list of (Runs, tuple of ndarray)
         The positions computed on the way, with their results: they need not be computed again.
     failed : list of FailedPosition
@@ -85,6 +89,7 @@ class Probe:
     first: Exception | None = field(default=None, repr=False)
     is_measured: bool = True
     kept_bytes: int = 0
+    reading_seconds: float = 0.0
 
     @classmethod
     def unknown(cls) -> Probe:
@@ -95,12 +100,13 @@ class Probe:
         """Return what is kept with the results, so that a resumed run need not measure: nothing if nothing was."""
         if not self.is_measured:
             return {}
-        kept = {"kept_bytes": self.kept_bytes} if self.kept_bytes else {}  # which older versions do not know
+        kept = {"kept_bytes": self.kept_bytes} if self.kept_bytes else {}
         return {
             "seconds_per_position": self.seconds_per_position,
             "temporary_bytes": self.temporary_bytes,
             "fixed_bytes": self.fixed_bytes,
             "thread_gain": self.thread_gain,
+            "reading_seconds": self.reading_seconds,
             **kept,
         }
 
@@ -119,6 +125,7 @@ def run_probe(
     result_bytes: int,
     vectorized: bool,
     try_threads: bool,
+    timed_chunk_rows: int = 0,
     record: bool = False,
     early: Callable[[float], None] | None = None,
 ) -> Probe:
@@ -139,6 +146,8 @@ def run_probe(
         Whether the function takes many positions at once.
     try_threads : bool
         Whether to find out if two threads are faster than one.
+    timed_chunk_rows : int
+        Where reading is to be timed, too: positions of a storage chunk, which is read as a whole; else 0.
     record : bool
         Go on where the function fails, and keep that. If it fails for the first ten positions tried (fewer of a slow
         function), which are spread over all that remain, nothing is measured: see `Probe.all_failed`.
@@ -181,7 +190,8 @@ def run_probe(
     if try_threads and vectorized and seconds * remaining.n_positions > 20 * _ENOUGH_SECONDS:
         most_rows = _frugal(most_rows, 2 * (row_bytes + temporary))  # two at once
         gain = _measure_threads(probing, seconds, min(most_rows, max(rows, int(3 * _ENOUGH_SECONDS / seconds))))
-    return probing.measured(seconds, temporary, fixed, gain, kept)
+    measured = probing.measured(seconds, temporary, fixed, gain, kept)
+    return replace(measured, reading_seconds=probing.reading_seconds(timed_chunk_rows) if timed_chunk_rows else 0.0)
 
 
 class _Tracer:
@@ -265,6 +275,18 @@ class _Probing:
             return 0.0
         self.seconds.append(seconds)
         return seconds
+
+    def reading_seconds(self, chunk_rows: int) -> float:
+        """Return seconds that reading a position takes: of the most that were read at once, read once more.
+
+        The first time may have to wait for the disk, and for memory that the process did not have yet; how long that
+        takes depends neither on the function nor on the number of workers.
+        """
+        runs = max((runs for runs, _ in self._computed), key=lambda runs: runs.n_positions)
+        begin = time.perf_counter()
+        self._read(runs)
+        seconds = time.perf_counter() - begin
+        return seconds / (math.ceil(runs.n_positions / chunk_rows) * chunk_rows)
 
     def most_taken(self) -> float:
         """Return bytes a position beside source and results, as the system saw them: the most of all calls so far."""

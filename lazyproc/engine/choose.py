@@ -178,21 +178,23 @@ def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int,
     Notes
     -----
     Only functions that take whole blocks are run in threads: those that take one position at a time mostly hold
-    Python's lock, and old fitting libraries are not made for threads. Reading and decoding, which let other threads
-    run, count for the function.
+    Python's lock, and old fitting libraries are not made for threads. Reading and decoding count for the function: they
+    let other threads run, or, where HDF5 reads, which has one lock, other processes.
     """
     seconds = probe.seconds_per_position * n_remaining
-    reading = kernel.source.read_seconds * n_remaining
+    beside = kernel.source.read_seconds * n_remaining
+    reading = beside or probe.reading_seconds * n_remaining
+    alone = seconds + reading
     if apart:
         return Scheduler("processes", n_workers) if can_be_sent(kernel) else Scheduler("serial", 1)
-    if n_workers == 1 or seconds + (reading if kernel.vectorized else 0.0) < _THREADS_PAY:
+    if n_workers == 1 or alone < _THREADS_PAY:
         return Scheduler("serial", 1)
     if kernel.vectorized:
-        alone, threads = seconds + reading, seconds / probe.thread_gain + reading / 2
+        threads = seconds / probe.thread_gain + (reading / 2 if beside else reading)
         if alone >= _GAIN * threads or (alone >= _SOME_GAIN * threads and threads <= _START_SECONDS + alone / 2):
             return Scheduler("threads", n_workers)
-    helped = not kernel.vectorized and HELP_PAYS <= seconds < POOL_PAYS
-    if seconds < POOL_PAYS and not helped:
+    helped = not kernel.vectorized and HELP_PAYS <= alone < POOL_PAYS
+    if alone < POOL_PAYS and not helped:
         return Scheduler("serial", 1)
     if not can_be_sent(kernel, logging.DEBUG if helped else logging.WARNING):
         return Scheduler("serial", 1)
