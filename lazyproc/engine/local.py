@@ -30,8 +30,8 @@ from lazyproc.engine.threads import BlockThreads
 
 TICK = 0.25
 """Seconds: how often an engine gives the driver a turn while nothing is ready."""
-_GRAPH_AFTER = 10.0
-"""Seconds: what is done by then does without Dask, which takes a quarter of a second of a core to be loaded."""
+_GRAPH_AFTER = 60.0
+"""Seconds: what is begun by then does without Dask, which takes a quarter of a second of a core to be loaded, or more."""
 _GRAPH_BLOCKS = 8
 """Blocks a worker in one Dask graph."""
 _ATTEMPTS = 2
@@ -108,7 +108,7 @@ def run_processes(
 ) -> Receipts:
     """Do the blocks in worker processes: Dask graphs on Dask's local scheduler, whose threads have a process each.
 
-    What is begun in the first seconds (`graph_after`) goes to these threads directly: a short job need not load Dask.
+    What is begun in the first minute (`graph_after`) goes to these threads directly: a short job need not load Dask.
 
     Raises
     ------
