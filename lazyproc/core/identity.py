@@ -84,7 +84,7 @@ def code_hash(f: Callable[..., Any]) -> str:
         return f"name:{function_name(f)}"
     nodes: list[Any] = [_target(f)]
     numbers = {id(nodes[0]): 0}
-    files: dict[str, _File | None] = {}
+    files: _Files = {}
     parts: list[Any] = []
     for node in nodes:  # grows while it is walked
         parts.append(_describe(node, nodes, numbers, files))
@@ -136,7 +136,7 @@ def _is_opaque(f: Any) -> bool:
     return isinstance(f, type) or (not has_call and _inner(f) is None)
 
 
-def _describe(node: Any, nodes: list[Any], numbers: dict[int, int], files: dict[str, _File | None]) -> tuple[Any, ...]:
+def _describe(node: Any, nodes: list[Any], numbers: dict[int, int], files: _Files) -> tuple[Any, ...]:
     """Describe one function in plain values; other functions stand in it as their numbers, and join the list."""
 
     def value(item: Any) -> Any:
@@ -224,32 +224,42 @@ class _File:
     codes: dict[tuple[str, int], list[types.CodeType]]
 
 
-def _source(code: types.CodeType, files: dict[str, _File | None]) -> _Function | None:
+_Files = dict[tuple[str, bool], _File | None]
+"""Of a file as a whole, and of its statements one by one."""
+
+
+def _source(code: types.CodeType, files: _Files) -> _Function | None:
     """Return the syntax tree of a function, or None if its source is not at hand.
 
     The file may have changed since it was imported, so the tree counts only if it compiles to the code that runs.
     """
-    if code.co_filename not in files:
-        files[code.co_filename] = _read(code)
-    file = files[code.co_filename]
-    alike = file.codes.get((code.co_name, code.co_firstlineno), []) if file is not None else []
-    if file is None or not any(_byte_code(one) == _byte_code(code) for one in alike):
-        return None
-    for node in ast.walk(file.tree):
+    for in_parts in (False, True):
+        key = (code.co_filename, in_parts)
+        if key not in files:
+            files[key] = _read(code, in_parts)
+        file = files[key]
+        alike = file.codes.get((code.co_name, code.co_firstlineno), []) if file is not None else []
+        if file is not None and any(_byte_code(one) == _byte_code(code) for one in alike):
+            return _function_of(code, file.tree)
+    return None
+
+
+def _function_of(code: types.CodeType, tree: ast.Module) -> _Function | None:
+    for node in ast.walk(tree):
         if isinstance(node, _Function) and node.name == code.co_name and _first_line(node) == code.co_firstlineno:
             return node
     return None  # a lambda, a comprehension
 
 
-def _read(code: types.CodeType) -> _File | None:
-    """Read and compile the file that a code object came from: as a whole, and, as notebooks do, statement by statement.
+def _read(code: types.CodeType, in_parts: bool) -> _File | None:
+    """Read and compile the file that a code object came from: as a whole or, as notebooks do, statement by statement.
 
     The two differ: a call `np.mean(x)` compiles to other instructions where `np` is imported by the same unit.
     """
     for _ in range(_TRIES):
         try:
             with _PARSING:
-                return _parse(code)
+                return _parse(code, in_parts)
         except SystemError:  # whoever else uses syntax trees, as NumPy does for some dtypes, has other locks
             time.sleep(0.01)
         except (OSError, TypeError, SyntaxError, ValueError, IndexError, RecursionError):
@@ -257,11 +267,11 @@ def _read(code: types.CodeType) -> _File | None:
     return None
 
 
-def _parse(code: types.CodeType) -> _File:
+def _parse(code: types.CodeType, in_parts: bool) -> _File:
     codes: dict[tuple[str, int], list[types.CodeType]] = {}
     tree = ast.parse("".join(_lines(code)))
-    units = [tree, *(ast.Module([statement], []) for statement in tree.body if not isinstance(statement, _Import))]
-    for unit in units:
+    parts = (ast.Module([statement], []) for statement in tree.body if not isinstance(statement, _Import))
+    for unit in parts if in_parts else [tree]:
         flags = code.co_flags & _FUTURE_FLAGS
         compiled = compile(unit, code.co_filename, "exec", flags=flags, dont_inherit=True)
         for one in _codes(compiled):
