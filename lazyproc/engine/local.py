@@ -31,7 +31,7 @@ from lazyproc.engine.threads import BlockThreads
 TICK = 0.25
 """Seconds: how often an engine gives the driver a turn while nothing is ready."""
 _GRAPH_AFTER = 60.0
-"""Seconds: what is begun by then does without Dask, which takes a quarter of a second of a core to be loaded, or more."""
+"""Seconds: what is begun by then does without Dask, whose loading takes a quarter of a second of a core, or more."""
 _GRAPH_BLOCKS = 8
 """Blocks a worker in one Dask graph."""
 _ATTEMPTS = 2
