@@ -165,6 +165,7 @@ def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: C
     remaining = Runs.full(declared.n_positions)
     declared.flush_main()
     declared.blocks(remaining, Scheduler("serial", 1), None, driver_writes=False)  # does one position fit at all?
+    crew.start(declared.processes_for_reading())
     # A call that takes a while loads what it needs, or is long: processes can start beside it.
     with drain.interruptible(at_first=True), crew.standby(declared.likely_processes(_LONG_CALL), _LONG_CALL):
         probe = probe_function(declared, kernel, remaining, begun=False, early=early, crew=crew)

@@ -18,6 +18,7 @@ import lazyproc
 from lazyproc.core import sizing
 from lazyproc.core.errors import ResultsError
 from lazyproc.core.events import Started
+from lazyproc.engine.crew import Crew
 from lazyproc.hdf5 import chunks
 from lazyproc.hdf5.chunks import ChunkSource, chunked_source
 
@@ -283,3 +284,25 @@ def test_scattered_positions_cost_one_decoding_a_chunk(tmp_path: Path, monkeypat
     assert (source.rows([(start, start + 1) for start in range(0, 60, 2)]) == values[::2]).all()
     ((_, offsets),) = decoded.calls
     assert len(offsets) == len(set(offsets)) == 8 * 2
+
+
+@pytest.mark.parametrize(
+    ("compression", "chunks", "expected"), [("lzf", True, 2), ("gzip", True, 0), (None, None, 0)], ids=str
+)
+def test_processes_start_at_once_where_hdf5_has_much_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Any, chunks: Any, expected: int
+) -> None:
+    """And what they compute is right, whether or not they are needed in the end."""
+    path, name = make_usid_file(tmp_path / "a.h5", n_rows=40, chunks=chunks, compression=compression)
+    monkeypatch.setattr("lazyproc.declared._HDF5_PER_SECOND", 1.0)
+    started: list[int] = []
+    start = Crew.start
+    monkeypatch.setattr(Crew, "start", lambda crew, n: (started.append(n), start(crew, n))[1])
+
+    def means(block: Any) -> Any:
+        return block.mean(axis=1)
+
+    group = lazyproc.map_positions(means, f"{path}::{name}", {"Mean": lazyproc.Output("f4")}, vectorized=True, cores=2)
+    with h5py.File(path, "r") as file:
+        np.testing.assert_allclose(group["Mean"][:, 0], file[name][:].mean(axis=1), rtol=1e-6)
+    assert max(started, default=0) == expected
