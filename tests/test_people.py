@@ -235,6 +235,7 @@ def test_a_bar_that_fails_is_logged_and_shown_no_more(monkeypatch, caplog):
         return opened[-1]
 
     monkeypatch.setattr(ProgressBar, "_open", open_broken)
+    monkeypatch.setattr("lazyproc.progress._is_looked_at", lambda: True)  # as at a terminal
     bar = ProgressBar(delay=0.0)
     with caplog.at_level(logging.DEBUG, "lazyproc"):
         for event in (Started("Fit", 10, 0, "this process"), BlockDone(4), BlockDone(6), Finished(10)):
