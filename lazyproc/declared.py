@@ -306,7 +306,7 @@ class Declared:
                 result_bytes=memory.result_bytes,
                 vectorized=self.vectorized,
                 try_threads=self.cores > 1 and self.client is None,
-                timed_chunk_rows=0 if self.source.read_seconds else self.source.chunk_rows,
+                timed_chunk_rows=self.source.chunk_rows if self._may_send() and not self.source.read_seconds else 0,
                 record=record,
                 early=early,
             )

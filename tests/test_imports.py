@@ -112,6 +112,7 @@ def wrapped(row: Any) -> Any:
         (functools.partial(functools.partial(takes_a_module), 1), ["unloaded"]),
         (staticmethod(takes_a_module), ["unloaded"]),
         (wrapped, ["unloaded"]),
+        (np.vectorize(takes_a_module), ["unloaded"]),
         (len, []),
         (np.mean, []),
         (np.add, []),
@@ -121,6 +122,27 @@ def wrapped(row: Any) -> Any:
 def test_what_a_function_would_import(packages: Path, function: Any, expected: list[str]) -> None:
     assert imports_to_come(function) == expected
     assert not {"unloaded", "other"} & set(sys.modules), "nothing is loaded to find out"
+
+
+def test_long_functions_have_instructions_in_two_parts(packages: Path) -> None:
+    """Of more than 256 constants and names, the byte code says the upper part of a number in an instruction before."""
+    many = "".join(f" a{n} = b{n}.c{n} + {n}.5\n" for n in range(300))
+    names: dict[str, Any] = {"__name__": "made", "__package__": ""}
+    exec(f"def f(row):\n{many} from unloaded import this, that\n import other\n", names)
+    assert imports_to_come(names["f"]) == ["unloaded", "unloaded.this", "unloaded.that", "other"]
+
+
+def test_nonsense_has_no_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    def circle(row: Any) -> Any:
+        from stand_in import part
+
+        return part
+
+    monkeypatch.setitem(sys.modules, "stand_in", 5)  # anything may stand there
+    assert imports_to_come(circle) == []
+    circle.__wrapped__ = circle  # type: ignore[attr-defined]
+    assert imports_to_come(circle) == []
+    assert imports_to_come(np.vectorize(takes_everything_known)) == []
 
 
 def test_what_is_loaded_is_not_to_come(packages: Path) -> None:

@@ -52,7 +52,7 @@ def function_name(f: Any) -> str:
     >>> function_name(len)
     'builtins:len'
     """
-    inner = _inner(f)
+    inner = inner_function(f)
     if inner is not None:
         return function_name(inner)
     f = getattr(f, "__func__", f)
@@ -80,9 +80,9 @@ def code_hash(f: Callable[..., Any]) -> str:
     str
         ``src:``, ``byte<version>:`` and 16 hexadecimal digits, or ``name:`` and the name.
     """
-    if not isinstance(_target(f), types.FunctionType | functools.partial) and _is_opaque(f):
+    if not isinstance(method_function(f), types.FunctionType | functools.partial) and _is_opaque(f):
         return f"name:{function_name(f)}"
-    nodes: list[Any] = [_target(f)]
+    nodes: list[Any] = [method_function(f)]
     numbers = {id(nodes[0]): 0}
     files: _Files = {}
     parts: list[Any] = []
@@ -113,12 +113,12 @@ def code_changed(stored: str, now: str) -> bool | None:
 # ---- what a function consists of
 
 
-def _target(f: Any) -> Any:
+def method_function(f: Any) -> Any:
     """Return the function of a method."""
     return f.__func__ if isinstance(f, types.MethodType | staticmethod | classmethod) else f
 
 
-def _inner(f: Any) -> Any:
+def inner_function(f: Any) -> Any:
     """Return the Python function inside a partial, a compiled or a vectorised function, or None."""
     if isinstance(f, functools.partial):
         return f.func
@@ -133,14 +133,14 @@ def _inner(f: Any) -> Any:
 def _is_opaque(f: Any) -> bool:
     """Tell whether there is no Python code in a callable."""
     has_call = isinstance(inspect.getattr_static(type(f), "__call__", None), types.FunctionType)
-    return isinstance(f, type) or (not has_call and _inner(f) is None)
+    return isinstance(f, type) or (not has_call and inner_function(f) is None)
 
 
 def _describe(node: Any, nodes: list[Any], numbers: dict[int, int], files: _Files) -> tuple[Any, ...]:
     """Describe one function in plain values; other functions stand in it as their numbers, and join the list."""
 
     def value(item: Any) -> Any:
-        item = _target(item)
+        item = method_function(item)
         if callable(item) and (isinstance(item, types.FunctionType | functools.partial) or not _is_opaque(item)):
             if id(item) not in numbers:
                 numbers[id(item)] = len(nodes)
@@ -152,7 +152,7 @@ def _describe(node: Any, nodes: list[Any], numbers: dict[int, int], files: _File
         keywords = [(name, value(item)) for name, item in sorted(node.keywords.items())]
         return ("partial", value(node.func), [value(item) for item in node.args], keywords)
     if not isinstance(node, types.FunctionType):
-        inner = _inner(node)
+        inner = inner_function(node)
         if inner is not None:
             return ("wrapper", function_name(type(node)), value(inner))
         state = [(name, value(item)) for name, item in sorted(getattr(node, "__dict__", {}).items())]

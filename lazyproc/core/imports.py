@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dis
-import functools
 import importlib.util
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
+
+from lazyproc.core.identity import inner_function, method_function
 
 _QUICK = sys.stdlib_module_names | {"numpy", "h5py", "lazyproc"}
 """Packages of which nothing takes long to load."""
@@ -52,20 +54,16 @@ def imports_to_come(f: Callable[..., Any]) -> list[str]:
 
 
 def _python_function(f: Any) -> types.FunctionType | None:
-    """Return the Python function inside a callable; None if there is none."""
-    while True:
-        if isinstance(f, types.FunctionType):
-            wrapped = getattr(f, "__wrapped__", None)
-            if wrapped is None:
-                return f
-            f = wrapped
-        elif isinstance(f, functools.partial):
-            f = f.func
-        elif isinstance(f, types.MethodType | staticmethod | classmethod):
-            f = f.__func__
-        else:
-            call = vars(type(f)).get("__call__")
-            return call if isinstance(call, types.FunctionType) else None
+    """Return the Python function inside a callable; None if there is none, or it is wrapped in itself."""
+    seen: list[Any] = []
+    while not any(f is one for one in seen):
+        seen.append(f)
+        f = method_function(f)
+        inner = inner_function(f)
+        if inner is None and isinstance(f, types.FunctionType):
+            return f
+        f = inspect.getattr_static(type(f), "__call__", None) if inner is None else inner
+    return None
 
 
 def _all_code(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -79,12 +77,15 @@ def _imports(code: types.CodeType, names: Mapping[str, Any]) -> Iterator[str]:
     """Find the import statements: each leaves its level and what it takes from the module on the stack before it."""
     before: list[Any] = [None, None]
     for instruction in dis.get_instructions(code):
+        if instruction.opname == "EXTENDED_ARG":  # a part of the next one
+            continue
         if instruction.opname == "IMPORT_NAME":
             level, taken = before
             module = _absolute(str(instruction.argval), level, names)
             if module is not None:
                 yield module
-                yield from (f"{module}.{name}" for name in taken or () if _may_be_module(module, name))
+                names_taken = taken if isinstance(taken, tuple) else ()
+                yield from (f"{module}.{name}" for name in names_taken if _may_be_module(module, name))
         before = [before[1], instruction.argval]
 
 
@@ -101,10 +102,11 @@ def _may_be_module(package: str, name: str) -> bool:
     loaded = sys.modules.get(package)
     if loaded is None:
         return name != "*"
-    return name not in vars(loaded) and hasattr(loaded, "__path__") and _is_there(f"{package}.{name}")
+    known = getattr(loaded, "__dict__", {})
+    return name not in known and "__path__" in known and _is_there(f"{package}.{name}")
 
 
 def _is_there(module: str) -> bool:
-    with suppress(ImportError, ValueError):  # raised for what a script has put together itself
+    with suppress(Exception):  # whatever raises in a finder, or for what a script has put together, is not of interest
         return importlib.util.find_spec(module) is not None
     return False

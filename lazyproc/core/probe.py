@@ -100,14 +100,14 @@ class Probe:
         """Return what is kept with the results, so that a resumed run need not measure: nothing if nothing was."""
         if not self.is_measured:
             return {}
-        kept = {"kept_bytes": self.kept_bytes} if self.kept_bytes else {}
+        # Those of the second kind are not known to older versions, which then measure anew.
+        more = {"kept_bytes": self.kept_bytes, "reading_seconds": self.reading_seconds}
         return {
             "seconds_per_position": self.seconds_per_position,
             "temporary_bytes": self.temporary_bytes,
             "fixed_bytes": self.fixed_bytes,
             "thread_gain": self.thread_gain,
-            "reading_seconds": self.reading_seconds,
-            **kept,
+            **{name: value for name, value in more.items() if value},
         }
 
     @property
