@@ -56,7 +56,7 @@ _SENT_BYTES = 32 * 2**20
 
 _EARLY_PROCESSES = 4
 _HDF5_PER_SECOND = 1e9
-"""Bytes that HDF5 decodes and copies in one process: measured 0.5-2 GB/s for LZF, from the page cache."""
+"""Bytes that HDF5 decodes and copies in one process: measured 0.5-2 GB/s, from the page cache."""
 _FEW_POSITIONS = 16
 """For so few no process is worth its start, whatever the function is."""
 

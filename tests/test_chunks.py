@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ layouts = st.fixed_dictionaries(
         "shape": st.tuples(st.integers(1, 70), st.integers(1, 40)),
         "chunks": st.tuples(st.integers(1, 80), st.integers(1, 50)),
         "dtype": st.sampled_from(["<f4", ">f4", "<f8", ">i2", "u1", "<c8", "<i8"]),
-        "compression": st.sampled_from([None, 1, 6]),
+        "compression": st.sampled_from([None, 1, 6, "lzf"]),
         "shuffle": st.booleans(),
         "fletcher32": st.booleans(),
         "libver": st.sampled_from(["earliest", "latest"]),
@@ -87,8 +88,8 @@ def test_filter_that_was_skipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"compression": "lzf"}, {"scaleoffset": 2}, {"dtype": h5py.string_dtype()}],
-    ids=["lzf", "scaleoffset", "texts"],
+    [{"compression": "szip"}, {"scaleoffset": 2}, {"dtype": h5py.string_dtype()}],
+    ids=["szip", "scaleoffset", "texts"],
 )
 def test_other_layouts_are_left_to_hdf5(tmp_path: Path, options: dict[str, Any]) -> None:
     path = tmp_path / "file.h5"
@@ -106,11 +107,12 @@ def test_userblock_is_left_to_hdf5(tmp_path: Path) -> None:
         assert chunked_source(file["data"], str(path)) is None
 
 
-def test_damaged_chunk_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compression", [1, "lzf"])
+def test_damaged_chunk_is_named(tmp_path: Path, compression: Any) -> None:
     path = tmp_path / "file.h5"
     with h5py.File(path, "w") as file:
-        dataset = file.create_dataset("data", (400, 4), "f4", chunks=(100, 4), compression=1)
-        dataset[:] = np.random.default_rng(0).standard_normal((400, 4))
+        dataset = file.create_dataset("data", (400, 4), "f4", chunks=(100, 4), compression=compression)
+        dataset[:] = np.random.default_rng(0).standard_normal((400, 4)).round(1)  # LZF leaves noise as it is
     with h5py.File(path) as file:
         source = chunked_source(file["data"], str(path))
         offset = file["data"].id.get_chunk_info(1).byte_offset
@@ -121,6 +123,48 @@ def test_damaged_chunk_is_named(tmp_path: Path) -> None:
     assert len(source.rows([(0, 100)])) == 100
     with pytest.raises(ResultsError, match="chunk of positions 100 to 199 cannot be decoded"):
         source.rows([(50, 150)])
+
+
+def test_lzf_is_left_to_hdf5_where_its_decoder_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("data", data=np.ones((8, 4)), chunks=(4, 4), compression="lzf")
+    with h5py.File(path) as file:
+        source = chunked_source(file["data"], str(path))
+        assert source is not None
+        assert (source.rows([(0, 8)]) == 1).all()
+        for library in (h5py.__file__, h5py.h5d.__file__):  # no library at all; one without it
+            chunks._lzf.cache_clear()
+            monkeypatch.setattr(h5py.h5z, "__file__", library)
+            assert chunked_source(file["data"], str(path)) is None
+            with pytest.raises(ResultsError, match="does not give out its LZF decoder"):
+                source.rows([(0, 8)])
+    chunks._lzf.cache_clear()
+
+
+def test_chunks_that_are_stored_as_they_are_are_read_where_they_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No byte more than the positions have, and none by way of a copy; noise, which LZF leaves as it is, too."""
+    path = tmp_path / "file.h5"
+    values = np.random.default_rng(0).bytes(64 * 32)
+    with h5py.File(path, "w") as file:
+        dataset = file.create_dataset("data", (64, 32), "u1", chunks=(16, 32), compression="lzf")
+        dataset[:] = np.frombuffer(values, "u1").reshape(64, 32)
+    with h5py.File(path) as file:
+        source = chunked_source(file["data"], str(path))
+        offset = file["data"].id.get_chunk_info(3).byte_offset
+    assert source is not None
+    decoded = Decoded(monkeypatch)
+    sizes: list[int] = []
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *of: (sizes.append(read(*of)), sizes[-1])[1])
+    assert source.rows([(3, 5), (14, 18)]).tobytes() == values[3 * 32 : 5 * 32] + values[14 * 32 : 18 * 32]
+    assert sizes == [2 * 32, 2 * 32, 2 * 32]
+    assert decoded.calls[0][1] == []
+    os.truncate(path, offset + 8)
+    with pytest.raises(ResultsError, match=r"positions 48 to 63 cannot be decoded \(the file ends inside it"):
+        source.rows([(48, 50)])
 
 
 def test_file_put_in_its_place_is_noticed(tmp_path: Path) -> None:
@@ -287,7 +331,9 @@ def test_scattered_positions_cost_one_decoding_a_chunk(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("compression", "chunks", "expected"), [("lzf", True, 2), ("gzip", True, 0), (None, None, 0)], ids=str
+    ("compression", "chunks", "expected"),
+    [("szip", True, 2), ("gzip", True, 0), ("lzf", True, 0), (None, None, 0)],
+    ids=str,
 )
 def test_processes_start_at_once_where_hdf5_has_much_to_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Any, chunks: Any, expected: int

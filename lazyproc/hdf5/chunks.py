@@ -1,16 +1,19 @@
 """Read positions of a chunked main dataset without HDF5: read the stored chunks as bytes and decode them here.
 
 HDF5 has one lock a process, so threads that read filtered data through it wait for each other; and its gzip is zlib's,
-which takes about twice the time of libdeflate's. Only filters are decoded here whose result is certain (gzip, shuffle,
-fletcher32, or none); `chunked_source` compares some chunks with what HDF5 reads before it trusts this module, and
-returns None where anything is unusual: then HDF5 does it.
+which takes about twice the time of libdeflate's. Only filters are decoded here whose result is certain (gzip, LZF,
+shuffle, fletcher32, or none); `chunked_source` compares some chunks with what HDF5 reads before it trusts this module,
+and returns None where anything is unusual: then HDF5 does it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +26,7 @@ from lazyproc.hdf5.extents import check_same_file, using
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.on_disk import plain_type
 
-_GZIP, _SHUFFLE, _FLETCHER32 = 1, 2, 3
+_GZIP, _SHUFFLE, _FLETCHER32, _LZF = 1, 2, 3, 32000
 _MOST_CHUNKS = 2**21
 """A table of more chunks than this is too much to send to every worker (16 bytes each)."""
 _COMPARED = 3
@@ -138,6 +141,10 @@ class ChunkSource:
     def _read_parts(self, descriptor: int, down: int, parts: list[tuple[int, int, int]], rows: NDArray[Any]) -> None:
         """Read what is wanted of a row of chunks; each is decoded once, however scattered the positions are."""
         high, wide = self.chunks
+        if self._is_plain(down):
+            for start, stop, place in parts:
+                self._copy_plain(descriptor, down, start - down * high, rows[place : place + stop - start])
+            return
         for across in range(self.offsets.shape[1]):
             left, right = across * wide, min((across + 1) * wide, self.shape[1])
             chunk = self._chunk(descriptor, down, across)
@@ -145,27 +152,61 @@ class ChunkSource:
                 piece = chunk[start - down * high : stop - down * high, : right - left] if chunk.ndim else chunk
                 rows[place : place + stop - start, left:right] = piece
 
+    def _is_plain(self, down: int) -> bool:
+        """Tell whether a row of chunks is one chunk that is stored as it is, as wide as the dataset."""
+        every = (1 << len(self.filters)) - 1
+        return (
+            self.chunks[1] == self.shape[1]
+            and int(self.offsets[down, 0]) >= 0
+            and int(self.skipped[down, 0]) & every == every
+            and int(self.sizes[down, 0]) == self._decoded_bytes
+        )
+
+    def _copy_plain(self, descriptor: int, down: int, first: int, rows: NDArray[Any]) -> None:
+        """Read rows of such a chunk, from its row `first` on, to where they are wanted."""
+        buffer = rows.reshape(-1).view(np.uint8).data
+        offset = int(self.offsets[down, 0]) + first * self.shape[1] * self.dtype.itemsize
+        done = 0
+        while done < len(buffer):
+            with self._decoding(down):
+                count = os.preadv(descriptor, [buffer[done:]], offset + done)
+                if not count:
+                    raise ValueError("the file ends inside it")
+            done += count
+
     def _chunk(self, descriptor: int, down: int, across: int) -> NDArray[Any]:
         """Read and decode one chunk `(rows, columns)`; the fill value, a scalar, where none was written."""
         offset = int(self.offsets[down, across])
         if offset < 0:
             return self.fill_value
         size, skipped = int(self.sizes[down, across]), int(self.skipped[down, across])
-        wanted = self.chunks[0] * self.chunks[1] * self.dtype.itemsize
-        try:
+        wanted = self._decoded_bytes
+        with self._decoding(down):
             data: Any = _read(descriptor, offset, size)
             for number in reversed(range(len(self.filters))):
                 if not skipped >> number & 1:
                     data = _DECODERS[self.filters[number][0]](data, self.filters[number][1], wanted)
             if len(data) != wanted:
                 raise ValueError(f"{len(data)} bytes came out; expected {wanted}")
+        return np.frombuffer(data, self.dtype).reshape(self.chunks)
+
+    @property
+    def _decoded_bytes(self) -> int:
+        return self.chunks[0] * self.chunks[1] * self.dtype.itemsize
+
+    @contextmanager
+    def _decoding(self, down: int) -> Iterator[None]:
+        """Name the chunk in an error."""
+        try:
+            yield
+        except ResultsError:
+            raise
         except Exception as error:
             raise ResultsError(
                 f"{self.path}::{self.name}: the storage chunk of positions {down * self.chunks[0]} to "
                 f"{min((down + 1) * self.chunks[0], self.shape[0]) - 1} cannot be decoded ({error}): the file is "
                 "damaged. Restore it from a copy."
             ) from error
-        return np.frombuffer(data, self.dtype).reshape(self.chunks)
 
 
 def chunked_source(dataset: h5py.Dataset, path: str | None) -> ChunkSource | None:
@@ -218,7 +259,7 @@ def _filters(dataset: h5py.Dataset) -> tuple[tuple[int, tuple[int, ...]], ...] |
     filters = []
     for number in range(creation.get_nfilters()):
         code, _, values, _ = creation.get_filter(number)
-        if code not in _DECODERS:
+        if code not in _DECODERS or (code == _LZF and _lzf() is None):
             return None
         filters.append((int(code), tuple(int(value) for value in values)))
     return tuple(filters)
@@ -262,6 +303,36 @@ def _gunzip(data: Any, settings: tuple[int, ...], wanted: int) -> Any:
         return isal_zlib.decompress(data, 15, wanted)
 
 
+@functools.cache
+def _lzf() -> Callable[..., int] | None:
+    """Return liblzf's `lzf_decompress`, of which h5py has a copy for its own filter; None where it is hidden.
+
+    ctypes lets other threads go on while it decodes. It takes where the stored bytes are and how many, where the
+    decoded ones go and how many there is room for; gives how many came out, 0 if they are damaged or too many.
+    """
+    try:
+        decompress = ctypes.CDLL(h5py.h5z.__file__).lzf_decompress
+    except (OSError, AttributeError):
+        return None
+    decompress.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint]
+    decompress.restype = ctypes.c_uint
+    return decompress
+
+
+def _unlzf(data: Any, settings: tuple[int, ...], wanted: int) -> Any:
+    decompress = _lzf()
+    if decompress is None:
+        raise ResultsError(
+            f"The h5py of this process ({h5py.__file__}) does not give out its LZF decoder, though that of the process "
+            "that planned the work does. Install the same h5py for all workers."
+        )
+    stored, room = np.frombuffer(data, np.uint8), np.empty(wanted + _CHECKSUMS, np.uint8)
+    size = decompress(stored.ctypes.data, stored.nbytes, room.ctypes.data, room.nbytes)
+    if not size:
+        raise ValueError(f"it is not LZF data, or more than {room.nbytes} bytes of it")
+    return room[:size].data
+
+
 def _unshuffle(data: Any, settings: tuple[int, ...], wanted: int) -> Any:
     # Not by numcodecs, which takes 0.1 s to be loaded and keeps other threads waiting while it decodes.
     if settings[0] < 2:
@@ -286,5 +357,6 @@ _DECODERS: dict[int, Callable[[Any, tuple[int, ...], int], Any]] = {
     _GZIP: _gunzip,
     _SHUFFLE: _unshuffle,
     _FLETCHER32: _check_fletcher32,
+    _LZF: _unlzf,
 }
-"""By HDF5's number of the filter, from the format specification: deflate, shuffle, fletcher32."""
+"""By HDF5's number of the filter: deflate, shuffle and fletcher32 of the format specification, h5py's LZF."""
