@@ -276,6 +276,17 @@ def test_a_frugal_function_has_next_to_no_temporaries():
     assert probe.temporary_bytes < 10_000
 
 
+def test_what_a_call_takes_is_not_taken_for_what_its_positions_take():
+    """Where a position has a few bytes, the list of a call would be most of them."""
+
+    def function(block):
+        books = list(range(2000))  # 72 KB
+        return 2 * block[:, 0] + 0 * len(books)
+
+    probe = probe_of(function, Runs.from_positions(np.arange(100_000)), vectorized=True)
+    assert probe.temporary_bytes < 72_000 / 64 / 8
+
+
 @pytest.mark.skipif(not can_measure(), reason="this system keeps no high-water mark that can be reset")
 @pytest.mark.parametrize("vectorized", [True, False])
 def test_what_the_function_keeps_is_noticed_though_its_first_call_took_it(vectorized):

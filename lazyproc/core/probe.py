@@ -25,7 +25,11 @@ _LONG_SECONDS = 0.05
 """Positions that take so long are measured in two or three calls: hundreds of workers may be waiting."""
 _SLOW_SECONDS = 2.0
 """A function this slow is not called for measurements alone."""
-_WATCHED_SECONDS = 0.5
+_WATCHED_SECONDS, _WATCHED_ROWS = 0.5, 64
+_PLAIN_BYTES = 2**18
+"""Temporaries of so many bytes are those of the positions, and not what Python takes for each call: some KiB."""
+_SMALL_PART = 0.1
+"""Temporaries that are so small a part of a position's source and results need not be known better."""
 _ALIKE = 2.0
 """Two positions that differ less in time need no third one to tell how long they take."""
 _SPREAD_ROWS = 8
@@ -179,7 +183,7 @@ def run_probe(
         early(first if first > _LONG_SECONDS else 0.0)
     # The first call tells little of memory, since it may load and keep a lot, but enough to be careful with the next.
     most_rows = _frugal(most_rows, row_bytes + probing.most_taken())
-    temporary, fixed = _measure_memory(probing, first, most_rows, result_bytes, vectorized=vectorized)
+    temporary, fixed = _measure_memory(probing, first, most_rows, source_bytes, result_bytes, vectorized=vectorized)
     most_rows = _frugal(most_rows, row_bytes + temporary)
     seconds, rows = _measure_time(probing, first, most_rows, row_bytes + temporary)
     if early is not None:
@@ -337,18 +341,31 @@ def _look_further(probing: _Probing, remaining: Runs, first: float) -> float:
 
 
 def _measure_memory(
-    probing: _Probing, first: float, most_rows: int, result_bytes: int, *, vectorized: bool
+    probing: _Probing, first: float, most_rows: int, source_bytes: int, result_bytes: int, *, vectorized: bool
 ) -> tuple[float, int]:
-    """Return temporaries a position, and of a call; zero where the function is too slow to be watched."""
-    n_rows = max(1, min(most_rows, 64, int(_WATCHED_SECONDS / first) if first else 64)) if vectorized else 1
+    """Return temporaries a position, and of a call; zero where the function is too slow to be watched.
+
+    What a block function takes whatever its block is part of what is measured. So more positions at once are tried as
+    long as it may be most of that, and that is much beside source and results.
+    """
     if first > _SLOW_SECONDS or tracemalloc.is_tracing() or not probing.left:
         return 0.0, 0
-    # The last position, and not the one beside the first: it may be the second and last that is tried.
-    runs = probing.left.take(n_rows) if n_rows > 1 else Runs.from_positions(probing.left.spread(2)[-1:])
-    peak = probing.traced(runs)
-    # The results kept are part of the peak, and are reckoned elsewhere.
-    temporary = max(0, peak - runs.n_positions * result_bytes)
-    return (temporary / runs.n_positions, 0) if vectorized else (0.0, temporary)
+    if not vectorized:
+        # The last position, and not the one beside the first: it may be the second and last that is tried.
+        runs = Runs.from_positions(probing.left.spread(2)[-1:])
+        return 0.0, max(0, probing.traced(runs) - result_bytes)  # the results kept are reckoned elsewhere
+    row_bytes, temporary, n_tried = source_bytes + result_bytes, 0.0, 0
+    n_rows = min(most_rows, _WATCHED_ROWS)
+    while True:
+        n_rows = min(_frugal(n_rows, row_bytes + temporary), int(_WATCHED_SECONDS / first) if first else n_rows)
+        runs = probing.left.take(max(1, n_rows))
+        if runs.n_positions <= n_tried:
+            return temporary, 0
+        peak = max(0, probing.traced(runs) - runs.n_positions * result_bytes)
+        temporary, n_tried = peak / runs.n_positions, runs.n_positions
+        if temporary < row_bytes * _SMALL_PART or peak > _PLAIN_BYTES:
+            return temporary, 0
+        n_rows = min(most_rows, 8 * n_tried)
 
 
 def _frugal(rows: int, row_bytes: float) -> int:
