@@ -136,12 +136,13 @@ def _watch_joblib(counts: Counts) -> None:
 
 def _watch_lazyproc(counts: Counts) -> None:
     import lazyproc.process
+    from lazyproc.engine.kernel import pack_once
     from lazyproc.engine.lane import Lane
 
     real = Lane._start
 
     def start(self: Any) -> None:
-        counts.note_bytes(len(self._packed))
+        counts.note_bytes(len(pack_once(self._kernel)))
         real(self)
 
     Lane._start = start

@@ -34,7 +34,7 @@ from lazyproc.engine.cluster import active_client
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import Failure
 from lazyproc.engine.handshake import why_not_in_place
-from lazyproc.engine.kernel import BlockSink, Kernel, pack, pack_for_cluster
+from lazyproc.engine.kernel import BlockSink, Kernel, pack_for_cluster
 from lazyproc.engine.mpi import native_threads
 from lazyproc.engine.trial import Trial, try_in_process, try_on_cluster
 from lazyproc.hdf5.chunks import ChunkSource, chunked_source
@@ -296,7 +296,7 @@ class Declared:
         if self.apart and can_be_sent(kernel):
             trial = Trial(remaining, *sizes, self.vectorized, record)
             with Crew() if crew is None else nullcontext(crew) as processes:
-                return try_in_process(pack(kernel), trial, processes)
+                return try_in_process(kernel, trial, processes)
         with nullcontext() if kernel.around is None else kernel.around():
             return run_probe(
                 kernel.compute,

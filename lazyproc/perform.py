@@ -325,11 +325,11 @@ def _loop(
     committer.commit()  # workers may take a while to start
     probe.computed.clear()  # written: what the probe took is needed by the blocks now
     give_back()
+    books = max(0, high_water.kept() - DRIVER_BYTES) if can_measure() else None
     with drain.interruptible(at_first=True):  # a cluster may take its time to answer
         scheduler = declared.scheduler(kernel, probe, remaining.n_positions)
         watched = scheduler.tells_memory()
         in_place = declared.in_place_everywhere(scheduler, target.sink)
-    books = max(0, high_water.kept() - DRIVER_BYTES) if can_measure() else None
     sizes = declared.blocks(remaining, scheduler, probe, driver_writes=not in_place, books_bytes=books)
     scheduler = scheduler.with_workers(sizes.n_workers)
     crew.reduce(scheduler.n_processes)

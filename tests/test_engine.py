@@ -29,10 +29,10 @@ from lazyproc.core.learn import Room
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Output
-from lazyproc.engine.choose import Scheduler, available_cores, choose_local, default_cores
+from lazyproc.engine.choose import Scheduler, available_cores, can_be_sent, choose_local, default_cores
 from lazyproc.engine.cluster import block_graph
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Kernel, Receipt, pack, unpack
+from lazyproc.engine.kernel import Kernel, Receipt, pack, pack_once, unpack
 from lazyproc.engine.local import run_processes, run_serial, run_threads
 
 N_POSITIONS = 1000
@@ -456,6 +456,50 @@ def check_travels(path: Path, receipts: list[Receipt]) -> None:
     assert sorted(path.read_text().split()) == sorted(["pickled", *workers])
 
 
+def times_pickled(path: Path) -> int:
+    return path.read_text().split().count("pickled")
+
+
+@pytest.mark.parametrize("kind", ["serial", "threads", "both", "processes"])
+def test_what_showed_that_a_kernel_can_be_sent_is_sent(tmp_path: Path, kind: str) -> None:
+    """It is packed once for the check and the run, and not kept in bytes: to ask for them makes them anew."""
+    kernel = kernel_of(NotesItsTravels(tmp_path / "travels", 10**6))
+    assert can_be_sent(kernel)
+    assert can_be_sent(kernel)
+    receipts = Scheduler(kind, 2).run(kernel.for_run(None, 1, watched=True), BlockPlan(REMAINING, 20), never, kind)
+    np.testing.assert_array_equal(collect(receipts), EXPECTED)
+    assert times_pickled(tmp_path / "travels") == 1
+    pack_once(kernel)
+    assert times_pickled(tmp_path / "travels") == 2
+
+
+def test_processes_that_have_a_kernel_need_not_have_it_kept(tmp_path: Path) -> None:
+    kernel = kernel_of(NotesItsTravels(tmp_path / "travels", 10**6))
+    receipts = run_processes(kernel, BlockPlan(REMAINING, 5), 1, never)
+    while next(receipts) is None:
+        pass
+    assert times_pickled(tmp_path / "travels") == 1
+    pack_once(kernel)
+    assert times_pickled(tmp_path / "travels") == 2, "in the middle of the run"
+    receipts.close()  # type: ignore[attr-defined]
+
+
+class DiesOnce(NotesItsTravels):
+    """The same, but the first process that comes to position 200 dies."""
+
+    def __call__(self, spectrum: NDArray[Any]) -> Any:
+        if spectrum[0] == 200 and not Path(self.path + "-died").exists():
+            Path(self.path + "-died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 2 * spectrum[0]
+
+
+def test_a_kernel_is_packed_again_for_a_process_that_takes_the_place_of_another(tmp_path: Path) -> None:
+    kernel = kernel_of(DiesOnce(tmp_path / "travels", 10**6))
+    np.testing.assert_array_equal(collect(run_processes(kernel, BlockPlan(REMAINING, 5), 1, never)), EXPECTED)
+    assert times_pickled(tmp_path / "travels") == 2
+
+
 class Sent:
     """Notes what goes through the sockets of this process and which graphs Dask gets; each is sent and run for real."""
 
@@ -500,7 +544,12 @@ def test_a_block_is_one_task_and_one_message_there_and_back(
     assert len(sent.graphs) == -(-in_graphs // 16)
     n_started = sent.kinds["bytes"]  # a second process may come when all is done already
     assert len({one.worker for one in receipts}) <= n_started <= 2
-    assert sent.kinds == {"bytes": n_started, "Block": n_blocks, "recv_bytes": 2 * n_started + n_blocks}
+    assert sent.kinds == {
+        "tuple": n_started,  # of the run
+        "bytes": n_started,
+        "Block": n_blocks,
+        "recv_bytes": 2 * n_started + n_blocks,
+    }
     assert max(sent.block_bytes) < 200
 
 

@@ -177,7 +177,7 @@ with open(Path(__file__).parent / "loaded", "a") as file:
     file.write(f"{os.getpid()}\\n")
 """
 SCRIPT = '''
-import json, os, sys, traceback
+import functools, json, os, sys, time, traceback
 
 import lazyproc
 
@@ -199,11 +199,39 @@ def block(rows):
     return rows.mean(axis=1) * 0 + os.getpid()
 
 
+class Table:
+    """An argument that counts how often it is packed."""
+
+    packed = 0
+
+    def __reduce__(self):
+        Table.packed += 1
+        return load, ()
+
+
+def load():
+    return Table()
+
+
+def with_table(row, table):
+    return position(row)
+
+
+def slow_with_table(row, table):
+    time.sleep(0.005)
+    return float(os.getpid())
+
+
 blocks = WHAT == "block"
+function = {
+    "block": block,
+    "table": functools.partial(with_table, table=Table()),
+    "slow": functools.partial(slow_with_table, table=Table()),
+}.get(WHAT, position)
 said = ""
 try:
     group = lazyproc.map_positions(
-        block if blocks else position,
+        function,
         sys.argv[1],
         {"By": lazyproc.Output("f8")},
         vectorized=blocks,
@@ -213,7 +241,7 @@ except lazyproc.FunctionError:
     said = traceback.format_exc()
 else:
     said = sorted(set(group["By"][:].ravel().tolist()))
-print(json.dumps({"driver": HERE, "said": said, "loaded": "heavy" in sys.modules}))
+print(json.dumps({"driver": HERE, "said": said, "loaded": "heavy" in sys.modules, "packed": Table.packed}))
 '''
 
 
@@ -256,3 +284,11 @@ def test_what_the_function_raises_there_names_its_line_and_the_position(tmp_path
     assert "at seven" in told["said"]
     assert "position 7" in told["said"]
     assert 'raise ValueError("at seven")' in told["said"]
+
+
+@pytest.mark.parametrize("what", ["table", "slow"], ids=["imports to come", "a long job without"])
+def test_arguments_are_packed_once(tmp_path: Path, what: str) -> None:
+    """The same bytes show that they can be sent, and serve for the trial and for both processes of the run."""
+    told, _ = run_script(tmp_path, what, cores=2)
+    assert set(told["said"]) > {told["driver"]} if what == "slow" else told["driver"] not in told["said"]
+    assert told["packed"] == 1

@@ -15,7 +15,7 @@ from lazyproc.core.probe import Probe
 from lazyproc.engine.cluster import count_threads, most_on_machine, tells_memory, threads_now
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.distant import run_client
-from lazyproc.engine.kernel import Kernel, pack
+from lazyproc.engine.kernel import Kernel, pack_once
 from lazyproc.engine.local import (
     Interruptible,
     Receipts,
@@ -148,6 +148,8 @@ class Scheduler:
         on_workers : callable, optional
             Is told, again and again, how many threads a cluster has; returns how many blocks may be under way.
         """
+        if not self.n_processes:
+            kernel.parcel.let_go()  # nobody will get it
         if self.kind == "client":
             return run_client(self.client, kernel, blocks, stopping, name, dropping, self.most, on_workers)
         if self.kind == "both":
@@ -202,21 +204,26 @@ def choose_local(kernel: Kernel, probe: Probe, n_remaining: int, n_workers: int,
 
 
 def can_be_sent(kernel: Kernel, log_level: int = logging.WARNING) -> bool:
-    """Tell whether other processes of this machine can do blocks; if it is for the function's sake, the log says so."""
+    """Tell whether other processes of this machine can do blocks; if it is for the function's sake, the log says so.
+
+    The bytes that show it are kept for them: see `pack_once`.
+    """
     if not kernel.source.travels:
         return False
-    try:
-        pack(kernel)
-    except Exception as error:
-        log.log(
-            log_level,
-            "the function cannot be sent to worker processes (%s: %s), so one core does it all; define it at the top "
-            "level of a module, and keep open files and locks out of its arguments",
-            type(error).__name__,
-            error,
-        )
-        return False
-    return True
+    parcel = kernel.parcel
+    if parcel.refused is None:
+        try:
+            pack_once(kernel)
+            return True
+        except Exception as error:
+            parcel.refuse(f"{type(error).__name__}: {error}")
+    log.log(
+        log_level,
+        "the function cannot be sent to worker processes (%s), so one core does it all; define it at the top level of "
+        "a module, and keep open files and locks out of its arguments",
+        parcel.refused,
+    )
+    return False
 
 
 def available_cores() -> int:

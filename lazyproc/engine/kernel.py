@@ -24,6 +24,7 @@ from lazyproc.core.runs import Runs
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.engine.failure import FailedElsewhere, Failure
 from lazyproc.engine.native import limits
+from lazyproc.engine.parcel import Parcel
 
 
 class BlockSource(Protocol):
@@ -71,6 +72,9 @@ class BlockClaims(Protocol):
         """Let nobody write anything anymore, in the driver."""
 
 
+RunDetails = tuple[BlockSink | None, int | None, bool]
+"""Where results go, threads of BLAS and OpenMP, whether memory is watched: known only when the run begins."""
+
 _USUAL_ERRORS = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
 """NumPy's error settings where nobody has changed them."""
 
@@ -115,6 +119,8 @@ class Kernel:
     errors : dict or None
         NumPy's error settings where the kernel was made, under which the function is called in other processes and
         threads, too; None for the usual ones.
+    parcel : Parcel
+        Keeps it in bytes, as `pack_once` makes them; those that `for_run` returns share it, all others begin anew.
     """
 
     function: Callable[..., Any]
@@ -130,10 +136,18 @@ class Kernel:
     watched: bool = False
     around: Callable[[], AbstractContextManager[None]] | None = None
     errors: Mapping[str, Any] | None = field(default_factory=_unusual_errors)
+    parcel: Parcel = field(default_factory=Parcel, init=False, repr=False, compare=False)
 
     def for_run(self, sink: BlockSink | None, native_threads: int | None, *, watched: bool = False) -> Kernel:
         """Return the kernel with the way its results go, and its threads."""
-        return replace(self, sink=sink, native_threads=native_threads, watched=watched)
+        kernel = replace(self, sink=sink, native_threads=native_threads, watched=watched)
+        object.__setattr__(kernel, "parcel", self.parcel)
+        return kernel
+
+    @property
+    def run_details(self) -> RunDetails:
+        """What `for_run` has set, which goes to worker processes beside the rest of it."""
+        return self.sink, self.native_threads, self.watched
 
     def compute(
         self, data: NDArray[Any], failed: FailedRows | None = None, seconds: float | None = None
@@ -328,6 +342,15 @@ def pack(kernel: Kernel) -> bytes:
     return dumps(kernel)
 
 
+def pack_once(kernel: Kernel) -> bytes:
+    """Serialise a kernel for worker processes of this machine, but for what `for_run` sets.
+
+    So the same bytes show that it can be sent, and serve for a trial of the function and for the run. They are kept
+    until the kernel's parcel lets go of them. Raises as `pack`.
+    """
+    return kernel.parcel.get(lambda: pack(kernel.for_run(None, None)))
+
+
 def pack_for_cluster(kernel: Kernel, name: str) -> bytes:
     """Serialise a kernel; raises WorkerError where that cannot be done."""
     try:
@@ -366,13 +389,17 @@ def unpack(packed: bytes) -> Kernel:
     return kernel
 
 
-def run_packed(packed: bytes, block: Block, *, anew: bool = False) -> Receipt:
+def run_packed(packed: bytes, block: Block, run: RunDetails | None = None, *, anew: bool = False) -> Receipt:
     """Do one block with a kernel that was packed, in a process that does not end because a function wants to exit.
 
-    With `anew`, what it takes of memory is over what its process has now, unless another block is under way there.
+    `run` is what was not packed with it, if anything. With `anew`, what it takes of memory is over what its process has
+    now, unless another block is under way there.
     """
     try:
         kernel = unpack(packed)
+        if run is not None:
+            sink, native_threads, watched = run
+            kernel = kernel.for_run(sink, native_threads, watched=watched)
         if anew and kernel.watched:
             high_water.forget()
         return run_block(kernel, block)

@@ -23,7 +23,7 @@ from lazyproc.core.errors import WorkerError
 from lazyproc.core.learn import Room
 from lazyproc.engine.crew import Crew, kill
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Receipt, run_part
+from lazyproc.engine.kernel import Kernel, Receipt, pack_once, run_part
 from lazyproc.engine.worker import LOOK_SECONDS
 
 _LEAVE_SECONDS = 5.0
@@ -47,8 +47,8 @@ class Died(Exception):
 class Lane:
     """One worker process, started when there is a first block for it, and again after it died."""
 
-    def __init__(self, packed: bytes, crew: Crew) -> None:
-        self._packed = packed
+    def __init__(self, kernel: Kernel, crew: Crew) -> None:
+        self._kernel = kernel
         self._crew = crew
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: Any = None
@@ -69,9 +69,16 @@ class Lane:
             self.end()
             raise Died(how, was_ready=ready) from error
 
+    @property
+    def is_started(self) -> bool:
+        """Whether there is a process, to which the kernel was sent."""
+        return self._process is not None
+
     def _start(self) -> None:
+        packed = pack_once(self._kernel)
         self._process, self._socket = self._crew.take()
-        self._socket.send(self._packed)
+        self._socket.send(self._kernel.run_details)
+        self._socket.send_bytes(packed)
 
     def _receive(self) -> bytes:
         while not self._socket.poll(LOOK_SECONDS):
@@ -127,14 +134,17 @@ class Lanes:
 
     Parameters
     ----------
-    packed : bytes
-        The kernel.
+    kernel : Kernel
+        What is done; its bytes are let go of when all processes have them.
     n_workers : int
         How many processes.
     attempts : int
         How often a block may be tried whose process dies.
     crew : Crew, optional
         Where the processes come from; the caller closes it. Default: they are started when there are blocks for them.
+    keep : bool
+        Keep the bytes all the same, for processes that take the place of others: the function may be changing its
+        arguments here meanwhile.
 
     Attributes
     ----------
@@ -142,11 +152,15 @@ class Lanes:
         Why no more blocks are done: processes die whatever they do.
     """
 
-    def __init__(self, packed: bytes, n_workers: int, attempts: int, crew: Crew | None = None) -> None:
+    def __init__(
+        self, kernel: Kernel, n_workers: int, attempts: int, crew: Crew | None = None, *, keep: bool = False
+    ) -> None:
         self.error: WorkerError | None = None
         self._attempts = attempts
+        self._parcel = kernel.parcel
+        self._keep = keep
         crew = crew or Crew()
-        self._lanes = [Lane(packed, crew) for _ in range(n_workers)]
+        self._lanes = [Lane(kernel, crew) for _ in range(n_workers)]
         self._free: queue.LifoQueue[Lane] = queue.LifoQueue()  # the last one's process is running
         for lane in reversed(self._lanes):
             self._free.put(lane)
@@ -171,6 +185,7 @@ class Lanes:
                 most = None if room is None else room.rows
                 receipt: Receipt = run_part(block, most, lambda part: pickle.loads(lane.do(part)))  # noqa: B023
                 self._deaths = self._bad_starts = 0
+                self._let_go()
                 if not receipt.out_of_memory or attempt == self._attempts:
                     return receipt
                 lane.end()  # what the system, or a fragmented heap, refuses to this process it may give to a new one
@@ -191,6 +206,12 @@ class Lanes:
                 if not self._retire(lane, room):
                     self._free.put(lane)
         return Receipt(block, failure=Failure.of_lost(error, block))
+
+    def _let_go(self) -> None:
+        """Let go of the kernel's bytes if no process is to get them, unless it takes the place of another."""
+        with self._counting:
+            if not self._keep and all(lane.is_started for lane in self._lanes):
+                self._parcel.let_go()
 
     def _retire(self, lane: Lane, room: Room | None) -> bool:
         """End a process for good if there are more than memory allows: what it keeps is needed by the others."""
@@ -234,3 +255,4 @@ class Lanes:
         for lane in mine:
             lane.end(deadline - time.monotonic())
             self._free.put(lane)  # for threads that still wait for one, to see that all is closed
+        self._parcel.let_go()

@@ -24,7 +24,7 @@ from typing import Any
 from lazyproc.core.blocks import Block
 from lazyproc.core.learn import Room
 from lazyproc.engine.crew import Crew
-from lazyproc.engine.kernel import Kernel, Receipt, pack, run_block
+from lazyproc.engine.kernel import Kernel, Receipt, pack_once, run_block
 from lazyproc.engine.lane import Lanes
 from lazyproc.engine.threads import BlockThreads
 
@@ -105,6 +105,7 @@ def run_processes(
     crew: Crew | None = None,
     patience: Callable[[], float] = _a_tick,
     graph_after: float = _GRAPH_AFTER,
+    keep: bool = False,
 ) -> Receipts:
     """Do the blocks in worker processes: Dask graphs on Dask's local scheduler, whose threads have a process each.
 
@@ -124,13 +125,17 @@ def run_processes(
     for that). They come out as receipts with a failure of the kind ``"lost"``; all others are done. If the run stops
     before that, they remain to be done.
 
+    The kernel is kept in bytes only until all processes have it, and packed again for one that takes the place of
+    another; with `keep` until the end.
+
     A block that runs out of memory (MemoryError) is tried once more in a fresh process, and then fails as it did.
 
     The workers never import the caller's script, so it needs no ``if __name__ == "__main__"``.
     """
-    packed = pack(kernel)
+    pack_once(kernel)  # what cannot be packed is to raise here, not in a lane
     lost: list[Block] = []
-    window = _Window(Lanes(packed, n_workers, _ATTEMPTS, crew), 2 * n_workers, stopping, room, patience)
+    lanes = Lanes(kernel, n_workers, _ATTEMPTS, crew, keep=keep)
+    window = _Window(lanes, 2 * n_workers, stopping, room, patience)
     for receipt in _run_batches(window, blocks, n_workers, name, dropping, graph_after):
         if receipt is not None and receipt.failure is not None and receipt.failure.kind == "lost":
             lost += [receipt.block] if receipt.rest is None else [receipt.block, receipt.rest]
@@ -139,11 +144,11 @@ def run_processes(
             yield receipt
     deaths = itertools.count(1)
     for block in lost:
-        yield from _do_alone(packed, replace(block, limit=None), stopping, name, dropping, room, deaths)
+        yield from _do_alone(kernel, replace(block, limit=None), stopping, name, dropping, room, deaths)
 
 
 def _do_alone(
-    packed: bytes,
+    kernel: Kernel,
     block: Block,
     stopping: Stopping,
     name: str,
@@ -154,7 +159,7 @@ def _do_alone(
     """Do a block with nothing beside it; in halves, and halves of these, if its process dies, to lose no others."""
     waiting = deque([block])
     while waiting and not stopping():
-        window = _Window(Lanes(packed, 1, 1), 1, stopping, room)
+        window = _Window(Lanes(kernel, 1, 1), 1, stopping, room)
         for receipt in _run_batches(window, [waiting.popleft()], 1, name, dropping, math.inf):
             if receipt is not None and receipt.rest is not None:
                 waiting.append(receipt.rest)  # no others are to come that it could be done with
@@ -185,7 +190,7 @@ def run_both(
     waiting = iter(blocks)
     own = crew or Crew()
     own.start(n_workers - 1)
-    limited = replace(kernel, native_threads=1)
+    limited = kernel.for_run(kernel.sink, 1, watched=kernel.watched)
     busy = True
     others: Any = None
 
@@ -196,7 +201,7 @@ def run_both(
         while others is None or room is None or room.n_workers > 1:
             if others is None and own.is_here():
                 others = run_processes(
-                    limited, waiting, n_workers - 1, stopping, name, dropping, room, own, patience, math.inf
+                    limited, waiting, n_workers - 1, stopping, name, dropping, room, own, patience, math.inf, keep=True
                 )
             if others is not None:
                 yield next(others, None)
@@ -212,6 +217,7 @@ def run_both(
     finally:
         if others is not None:
             others.close()
+        kernel.parcel.let_go()
         if crew is None:
             own.close()
 

@@ -100,9 +100,9 @@ def _for_travel(error: Any, remaining: Runs) -> Any:
     return travelling
 
 
-def try_in_process(packed: bytes, trial: Trial, crew: Crew) -> Probe | Failure:
+def try_in_process(kernel: Kernel, trial: Trial, crew: Crew) -> Probe | Failure:
     """Make a probe in a worker process of this machine, and leave it to the crew; nothing is known if it dies."""
-    lane = Lane(packed, crew)
+    lane = Lane(kernel, crew)
     try:
         made: Probe | Failure = pickle.loads(lane.do(trial))
         lane.give_back()

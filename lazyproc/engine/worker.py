@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from lazyproc.core.blocks import Block
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Receipt, run_packed
+from lazyproc.engine.kernel import Receipt, RunDetails, run_packed
 
 LOOK_SECONDS = 0.5
 """How often a worker process looks whether its driver is still there, and the driver whether a worker is."""
@@ -51,8 +51,9 @@ def _leave_with(driver: int) -> None:
 def serve(descriptor: int, modules: Iterable[str] = ()) -> None:
     """Do blocks, or make a trial first, until the driver hangs up.
 
-    Before them come, as messages, names of modules that will be needed, any number of times, and then the kernel. Says
-    first that it is here, and then that it has the kernel. After a trial it is here again, for another kernel.
+    Before them come, as messages, names of modules that will be needed, any number of times, then what `for_run` sets
+    of a kernel, and the kernel. Says first that it is here, and then that it has the kernel. After a trial it is here
+    again, for another kernel.
     """
     set_up_worker()
     driver = Connection(descriptor)
@@ -60,13 +61,14 @@ def serve(descriptor: int, modules: Iterable[str] = ()) -> None:
     try:
         while True:
             driver.send_bytes(b"here")
-            while not isinstance(packed := driver.recv(), bytes):
-                _load(packed)
+            while isinstance(run := driver.recv(), list):
+                _load(run)
+            packed = driver.recv_bytes()
             driver.send_bytes(b"ready")
             work: Any = None
             while work is None or isinstance(work, Block):
                 work = driver.recv()
-                driver.send_bytes(_do(packed, work))
+                driver.send_bytes(_do(packed, run, work))
     except (EOFError, OSError):
         _leave()  # the driver has hung up
 
@@ -87,10 +89,10 @@ def _load(modules: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-def _do(packed: bytes, work: Any) -> bytes:
+def _do(packed: bytes, run: RunDetails, work: Any) -> bytes:
     """Do a block, or whatever else answers for itself with a packed kernel."""
     if isinstance(work, Block):
-        return _dump(run_packed(packed, work))
+        return _dump(run_packed(packed, work, run))
     try:
         return pickle.dumps(work.answer(packed), pickle.HIGHEST_PROTOCOL)
     except Exception as error:
