@@ -284,7 +284,7 @@ class Declared:
         """Measure the function on a few positions, and check what it returns; `early` is told of the first calls.
 
         In this process, where what it raises comes out as it is; or, on a cluster and where the function is called in
-        worker processes only, in a worker.
+        worker processes only, in a worker. A worker process that cannot load the kernel leaves all to this one.
         """
         memory = self.memory(None)
         record = self.max_failures is not None
@@ -296,7 +296,11 @@ class Declared:
         if self.apart and can_be_sent(kernel):
             trial = Trial(remaining, *sizes, self.vectorized, record)
             with Crew() if crew is None else nullcontext(crew) as processes:
-                return try_in_process(kernel, trial, processes)
+                made = try_in_process(kernel, trial, processes)
+                if not isinstance(made, Failure) or made.kind != "loading":
+                    return made
+                processes.close()
+            kernel.parcel.refuse(f"loaded there, it raises {type(made.error).__name__}: {made.error}")
         with nullcontext() if kernel.around is None else kernel.around():
             return run_probe(
                 kernel.compute,

@@ -200,7 +200,7 @@ def block(rows):
 
 
 class Table:
-    """An argument that counts how often it is packed."""
+    """An argument that counts how often it is packed, and that worker processes may not be able to load."""
 
     packed = 0
 
@@ -210,10 +210,14 @@ class Table:
 
 
 def load():
+    if WHAT.startswith("unloadable") and os.getpid() != HERE:
+        raise RuntimeError("only where it was made")
     return Table()
 
 
 def with_table(row, table):
+    if WHAT == "unloadable, slow":
+        time.sleep(0.005)
     return position(row)
 
 
@@ -226,6 +230,8 @@ blocks = WHAT == "block"
 function = {
     "block": block,
     "table": functools.partial(with_table, table=Table()),
+    "unloadable": functools.partial(with_table, table=Table()),
+    "unloadable, slow": functools.partial(with_table, table=Table()),
     "slow": functools.partial(slow_with_table, table=Table()),
 }.get(WHAT, position)
 said = ""
@@ -246,7 +252,7 @@ print(json.dumps({"driver": HERE, "said": said, "loaded": "heavy" in sys.modules
 
 
 def run_script(folder: Path, what: str, cores: int, n_rows: int = 400) -> tuple[dict[str, Any], list[int]]:
-    """Run it on so many positions; return what it says, and which processes have loaded the module."""
+    """Run it on so many positions; return what it says, and logs, and which processes have loaded the module."""
     path, _ = make_usid_file(folder / "a.h5", n_rows=n_rows, n_cols=1)
     with h5py.File(path, "r+") as file:
         file[MAIN][:] = np.arange(n_rows).reshape(-1, 1)
@@ -256,7 +262,7 @@ def run_script(folder: Path, what: str, cores: int, n_rows: int = 400) -> tuple[
     command = [sys.executable, str(folder / "script.py"), f"{path}::{MAIN}", what, str(cores)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), [int(pid) for pid in (folder / "loaded").read_text().split()]
+    return json.loads(done.stdout) | {"log": done.stderr}, [int(pid) for pid in (folder / "loaded").read_text().split()]
 
 
 def test_worker_processes_load_it_once_each_and_the_driver_never(tmp_path: Path) -> None:
@@ -291,4 +297,13 @@ def test_arguments_are_packed_once(tmp_path: Path, what: str) -> None:
     """The same bytes show that they can be sent, and serve for the trial and for both processes of the run."""
     told, _ = run_script(tmp_path, what, cores=2)
     assert set(told["said"]) > {told["driver"]} if what == "slow" else told["driver"] not in told["said"]
+    assert told["packed"] == 1
+
+
+@pytest.mark.parametrize("what", ["unloadable", "unloadable, slow"])
+def test_what_worker_processes_cannot_load_the_driver_does(tmp_path: Path, what: str) -> None:
+    """It is found when the function is tried; then the driver tries it, and does all of it, however long that takes."""
+    told, _ = run_script(tmp_path, what, cores=2)
+    assert told["said"] == [told["driver"]]
+    assert "cannot be sent to worker processes (loaded there, it raises RuntimeError: only where" in told["log"]
     assert told["packed"] == 1

@@ -24,7 +24,8 @@ class Failure:
     ----------
     kind : str
         ``"function"``: the user's function raised; ``"output"``: what it returned does not fit; ``"worker"``: reading,
-        writing or loading failed; ``"lost"``: the workers that had the block died, each time it was tried.
+        writing or loading failed; ``"loading"``: the kernel cannot be loaded where the function was to be tried;
+        ``"lost"``: the workers that had the block died, each time it was tried.
     positions : tuple of int
         First position and last position plus one that are concerned.
     error : Exception
@@ -53,6 +54,11 @@ class Failure:
     def of_worker(cls, error: BaseException, block: Block) -> Failure:
         """The block could not be read, written or started."""
         return cls("worker", (block.start, block.stop), error)
+
+    @classmethod
+    def of_loading(cls, error: BaseException, block: Block) -> Failure:
+        """The kernel cannot be loaded where the function was to be tried."""
+        return cls("loading", (block.start, block.stop), error)
 
     @classmethod
     def of_lost(cls, error: BaseException, block: Block) -> Failure:

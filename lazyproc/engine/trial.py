@@ -59,7 +59,11 @@ class Trial:
     def answer(self, packed: bytes) -> Probe | Failure:
         """Make the probe with a packed kernel; whatever goes wrong is returned in a form that travels."""
         try:
-            return self._run(pickle.loads(packed))  # not kept: the run's own kernel will be
+            kernel = pickle.loads(packed)  # not kept: the run's own kernel will be
+        except BaseException as error:
+            return Failure.of_loading(error, as_block(self.remaining))
+        try:
+            return self._run(kernel)
         except BaseException as error:  # the function may raise what would end the worker
             return self.failure(error)
 
