@@ -7,7 +7,8 @@
 Prints medians and the ratio to the limit (two hand-written processes: pread, kernel, pwrite), or to the first contender
 if the limit is not among them; CPU seconds of the whole process tree; the peak of its private memory above that of bare
 interpreters, sampled in a run of its own; and tasks and bytes of graphs, counted in the first turn, which is not timed.
-Below stand the parallel efficiency, where lazyproc ran on one core, too, and how many times as fast as h5py it was.
+Below stand the parallel efficiency, where lazyproc or the limit ran on one core, too, and how many times as fast as
+h5py lazyproc was.
 Absolute times depend on the machine and mean little; ratios of runs that took turns are what to look at.
 """
 
@@ -195,8 +196,9 @@ def summary(runs: dict[str, list[Run]], memory: dict[str, float]) -> Rows:
         }
         for name, measured in runs.items()
     }
-    if {"lazyproc", "lazyproc-1"} <= rows.keys():
-        rows["lazyproc"]["efficiency"] = medians["lazyproc-1"] / (2 * medians["lazyproc"])
+    for name in ("limit", "lazyproc"):
+        if {name, f"{name}-1"} <= rows.keys():
+            rows[name]["efficiency"] = medians[f"{name}-1"] / (2 * medians[name])
     if {"lazyproc", "h5py"} <= rows.keys():
         rows["lazyproc"]["over_h5py"] = medians["h5py"] / medians["lazyproc"]
     return rows
@@ -220,8 +222,9 @@ def print_table(workload: str, rows: Rows) -> None:
             flush=True,
         )
     ours = rows.get("lazyproc", {})
-    if "efficiency" in ours:
-        print(f"parallel efficiency of lazyproc, T1 / (2 T2): {ours['efficiency']:.3f}", flush=True)
+    for name, row in rows.items():
+        if "efficiency" in row:
+            print(f"parallel efficiency of {name}, T1 / (2 T2): {row['efficiency']:.3f}", flush=True)
     if "over_h5py" in ours:
         print(f"lazyproc is {ours['over_h5py']:.2f} times as fast as h5py alone", flush=True)
 

@@ -38,7 +38,7 @@ def compute_block(workload: Workload, block: Any) -> Any:
     return np.ascontiguousarray(np.asarray(out, "f4").reshape(len(block), workload.width))
 
 
-def limit(path: str, name: str) -> None:
+def limit(path: str, name: str, cores: int = 2) -> None:
     """The limit: two forked processes, each pread (h5py if filtered), kernel, pwrite over its half; no checkpoints."""
     import h5py
     import numpy as np
@@ -52,8 +52,9 @@ def limit(path: str, name: str) -> None:
     rows = block_rows(workload)
     begin = int(workload.n_positions * workload.done)
     half = begin + (workload.n_positions - begin) // 2 // 64 * 64
+    parts = [(begin, half), (half, workload.n_positions)] if cores == 2 else [(begin, workload.n_positions)]
     children = []
-    for start, stop in ((begin, half), (half, workload.n_positions)):
+    for start, stop in parts:
         child = os.fork()
         if child == 0:
             source = h5py.File(path, "r")[MAIN] if offset is None else os.open(path, os.O_RDONLY)
@@ -72,6 +73,11 @@ def limit(path: str, name: str) -> None:
         _, code = os.waitpid(child, 0)
         assert code == 0
     os.unlink(result)
+
+
+def limit_1(path: str, name: str) -> None:
+    """The same with one process, to see what a second core gives where nothing else is in the way."""
+    limit(path, name, 1)
 
 
 def h5py_alone(path: str, name: str) -> None:
@@ -288,6 +294,7 @@ def pyusid_1(path: str, name: str) -> None:
 
 CONTENDERS = {
     "limit": limit,
+    "limit-1": limit_1,
     "lazyproc": lazyproc,
     "lazyproc-1": lazyproc_1,
     "h5py": h5py_alone,

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 
 _COLOURS = {
     "limit": "#c4c4c4",
+    "limit-1": "#e2e2e2",
     "lazyproc": "#1b6ca8",
     "lazyproc-1": "#8ab8d8",
     "h5py": "#5b4a8a",
