@@ -10,6 +10,7 @@ often positions were computed, and the error if there was one.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import logging
 import os
@@ -203,23 +204,15 @@ def make_file(path: str, workload: Hungry) -> None:
 
 
 def imports(name: str, engine: str) -> None:
-    """Load what a run loads in any case: in the driver, or in a worker."""
-    import threadpoolctl  # noqa: F401
-
-    import lazyproc.engine.lane
-    import lazyproc.hdf5.chunks
-    import lazyproc.hdf5.sink
-    import lazyproc.hdf5.source
-
-    if engine != "worker":
-        assert lazyproc.Process
-        import lazyproc.perform
-    if engine == "processes":
-        import dask.local  # noqa: F401
-    if name.startswith("fit"):
-        import scipy.linalg
-        import scipy.optimize  # noqa: F401
-    np.fft.irfft(np.fft.rfft(np.ones(64, "f4")))
+    """Load what a run of less than a minute loads in any case: in the driver, or in a worker, and for the function."""
+    source = "lazyproc.hdf5.chunks" if HUNGRY[name].compression else "lazyproc.hdf5.extents"
+    worker = ["threadpoolctl", "encodings.ascii", "lazyproc.engine.worker", "lazyproc.hdf5.sink", source]
+    driver = [*worker, "lazyproc.engine.sending", "lazyproc.perform", "lazyproc.process"]
+    function = ["scipy.linalg", "scipy.optimize"] if name.startswith("fit") else []
+    for module in (*(worker if engine == "worker" else driver), *function):
+        importlib.import_module(module)
+    if HUNGRY[name].filters:
+        np.fft.irfft(np.fft.rfft(np.ones(64, "f4")))
 
 
 def baseline(name: str, engine: str) -> None:
@@ -229,10 +222,9 @@ def baseline(name: str, engine: str) -> None:
     if engine in ("both", "processes"):
         code = f"import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); import hungry; "
         code += f"hungry.imports({name!r}, 'worker'); print(flush=True); input()"
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        workers = [
-            subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(N_WORKERS - (engine == "both"))
-        ]
+        one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS")}
+        how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | one_thread}
+        workers = [subprocess.Popen([sys.executable, "-c", code], **how) for _ in range(N_WORKERS - (engine == "both"))]
         for worker in workers:
             worker.stdout.readline()
     print("baseline", flush=True)
