@@ -208,7 +208,7 @@ def imports(name: str, engine: str) -> None:
     source = "lazyproc.hdf5.chunks" if HUNGRY[name].compression else "lazyproc.hdf5.extents"
     worker = ["threadpoolctl", "encodings.ascii", "lazyproc.engine.worker", "lazyproc.hdf5.sink", source]
     driver = [*worker, "lazyproc.engine.sending", "lazyproc.perform", "lazyproc.process"]
-    function = ["scipy.linalg", "scipy.optimize"] if name.startswith("fit") else []
+    function = {"fit": ["scipy.optimize"], "fit-block": ["scipy.linalg"]}.get(name, [])
     for module in (*(worker if engine == "worker" else driver), *function):
         importlib.import_module(module)
     if HUNGRY[name].filters:
