@@ -193,6 +193,20 @@ def test_a_slow_function_is_called_a_few_times_only(vectorized):
     assert probe.seconds_per_position > 0.1
 
 
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_the_second_of_few_positions_that_are_tried_is_the_last(vectorized):
+    """And not the one beside the first: a slow function, or one that fails at the end, is told early."""
+    tried = []
+
+    def function(data):
+        tried.extend(np.ravel(data).tolist() if vectorized else [data[0]])
+        time.sleep(0.3)
+        return 2 * (data[:, 0] if vectorized else data[0])
+
+    probe_of(function, vectorized=vectorized, row_bytes=10**8)
+    assert tried[:2] == [0, int(REMAINING.stops[-1]) - 1]
+
+
 def test_large_positions_are_tried_one_at_a_time():
     """A position may be as large as the memory allows; the probe runs before there is any plan."""
     shapes = []

@@ -350,15 +350,15 @@ def _measure_memory(
     """
     if first > _SLOW_SECONDS or tracemalloc.is_tracing() or not probing.left:
         return 0.0, 0
+    # The last position, and not the one beside the first: it may be the second and last that is tried.
+    last = Runs.from_positions(probing.left.spread(2)[-1:])
     if not vectorized:
-        # The last position, and not the one beside the first: it may be the second and last that is tried.
-        runs = Runs.from_positions(probing.left.spread(2)[-1:])
-        return 0.0, max(0, probing.traced(runs) - result_bytes)  # the results kept are reckoned elsewhere
+        return 0.0, max(0, probing.traced(last) - result_bytes)  # the results kept are reckoned elsewhere
     row_bytes, temporary, n_tried = source_bytes + result_bytes, 0.0, 0
     n_rows = min(most_rows, _WATCHED_ROWS)
     while True:
         n_rows = min(_frugal(n_rows, row_bytes + temporary), int(_WATCHED_SECONDS / first) if first else n_rows)
-        runs = probing.left.take(max(1, n_rows))
+        runs = probing.left.take(n_rows) if n_rows > 1 else last
         if runs.n_positions <= n_tried:
             return temporary, 0
         peak = max(0, probing.traced(runs) - runs.n_positions * result_bytes)
