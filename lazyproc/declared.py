@@ -110,6 +110,8 @@ class Declared:
     apart : bool
         The function is called in worker processes only: it may crash its process, as it did another driver's, or would
         load modules in this process that the others need anyway.
+    may_be_here : bool
+        Though it is `apart`, it may be called in this process if the others cannot load it: none has died of it.
     """
 
     process_name: str
@@ -131,6 +133,7 @@ class Declared:
     status_name: str
     max_failures: int | None = None
     apart: bool = False
+    may_be_here: bool = False
     _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
     """Made once for each call of a method of Process: the values are taken not to change within it."""
     _hashes: dict[str, str] = field(default_factory=dict, repr=False)
@@ -288,7 +291,7 @@ class Declared:
         """Measure the function on a few positions, and check what it returns; `early` is told of the first calls.
 
         In this process, where what it raises comes out as it is; or, on a cluster and where the function is called in
-        worker processes only, in a worker. A worker process that cannot load the kernel leaves all to this one.
+        worker processes only, in a worker. One that cannot load the kernel leaves all to this one, if it may be here.
         """
         memory = self.memory(None)
         record = self.max_failures is not None
@@ -301,7 +304,7 @@ class Declared:
             trial = Trial(remaining, *sizes, self.vectorized, record)
             with Crew() if crew is None else nullcontext(crew) as processes:
                 made = try_in_process(kernel, trial, processes)
-                if not isinstance(made, Failure) or made.kind != "loading":
+                if not (isinstance(made, Failure) and made.kind == "loading" and self.may_be_here):
                     return made
                 processes.close()
             kernel.parcel.refuse(f"loaded there, it raises {type(made.error).__name__}: {made.error}")

@@ -150,7 +150,7 @@ def _spare_imports(declared: Declared, kernel: Kernel, crew: Crew) -> Declared:
         return declared
     crew.load(modules)
     crew.start(declared.early_processes)
-    return replace(declared, apart=True)
+    return replace(declared, apart=True, may_be_here=True)
 
 
 def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: Crew) -> tuple[str, Runs, Probe]:

@@ -142,6 +142,17 @@ def test_lzf_is_left_to_hdf5_where_its_decoder_is_hidden(tmp_path: Path, monkeyp
     chunks._lzf.cache_clear()
 
 
+def test_nonsense_is_never_decoded_to_more_than_there_is_room_for() -> None:
+    """Whatever the stored bytes are: a damaged file must not end the process, nor change what lies beside."""
+    decompress, random = chunks._lzf(), np.random.default_rng(0)
+    assert decompress is not None
+    for _ in range(20_000):
+        stored, size = np.frombuffer(random.bytes(int(random.integers(1, 200))), np.uint8), int(random.integers(1, 400))
+        room = np.full(size + 64, 0xA5, np.uint8)
+        assert decompress(stored.ctypes.data, stored.nbytes, room.ctypes.data, size) <= size
+        assert (room[size:] == 0xA5).all()
+
+
 def test_chunks_that_are_stored_as_they_are_are_read_where_they_are_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from distributed import Client, LocalCluster
 from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
-from lazyproc.core.errors import FunctionError, OutputError
+from lazyproc.core.errors import FunctionError, OutputError, WorkerError
 from lazyproc.hdf5.failures import read_failures
 from lazyproc.hdf5.holder import holder, read_holder
 from lazyproc.hdf5.lock import RunLock, sidecar
@@ -199,6 +200,38 @@ def test_what_was_found_to_end_processes_is_told_to_the_next_run(tmp_path: Path)
     assert lock.died_calling
     lock.release()
     assert os.listdir(tmp_path) == []
+
+
+class OnlyHere:
+    """An argument that can be sent, but not be loaded in another process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return load_only_here, (os.getpid(),)
+
+
+def load_only_here(made: int) -> OnlyHere:
+    if os.getpid() != made:
+        raise RuntimeError("only where it was made")
+    return OnlyHere()
+
+
+def test_what_ended_a_driver_is_not_called_in_another_though_workers_cannot_load_it(tmp_path: Path) -> None:
+    path, _ = make_usid_file(tmp_path / "scan.h5", n_rows=20, n_cols=20, n_spectral=8)
+    lock = RunLock(str(path), "1")
+    lock.acquire()
+    lock.suspect()
+    lock.release()
+    calls = []
+
+    def mean(row: Any, where: OnlyHere) -> Any:
+        calls.append(row)
+        return row.mean()
+
+    with pytest.raises(WorkerError, match="only where it was made"):
+        lazyproc.map_positions(
+            functools.partial(mean, where=OnlyHere()), f"{path}::{MAIN}", {"Mean": lazyproc.Output("f8")}, cores=2
+        )
+    assert not calls
 
 
 def test_calls_of_several_threads_count_as_one(tmp_path: Path) -> None:
