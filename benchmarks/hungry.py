@@ -133,12 +133,22 @@ def first(block: np.ndarray) -> Any:
     return block[:, 0]
 
 
+def first_of_block(block: np.ndarray, table: np.ndarray) -> Any:
+    """Return the first column; a large table comes with every call."""
+    return block[:, 0] + table[0]
+
+
+def first_of_one(spectrum: np.ndarray, table: np.ndarray) -> Any:
+    """Return the first value; a large table comes with every call."""
+    return spectrum[0] + table[0]
+
+
 @dataclass(frozen=True)
 class Hungry:
     """A file's shape (float32), a function, whether it takes blocks, and whether its result is as large.
 
-    And how the source and the results are compressed, whether every second position is done already, and how the
-    source is verified.
+    And how the source and the results are compressed, whether every second position is done already, how the source
+    is verified, and the size of a table that is a parameter (MiB).
     """
 
     n_positions: int
@@ -150,6 +160,11 @@ class Hungry:
     results: str | None = None
     is_half_done: bool = False
     verify: str = "none"
+    table_mib: int = 0
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the parameters, made anew: memory of the caller's own."""
+        return {"table": np.arange(self.table_mib * 2.0**17)} if self.table_mib else {}
 
 
 HUNGRY = {
@@ -165,6 +180,8 @@ HUNGRY = {
     "holes": Hungry(10**6, 1, first, True, is_half_done=True),
     "keeps": Hungry(4_096, 512, keeps, False),
     "keeps-much": Hungry(4_096, 512, keeps_much, True),
+    "table": Hungry(131_072, 512, first_of_block, True, table_mib=12),
+    "table-one": Hungry(65_536, 512, first_of_one, False, table_mib=12),
     "wide": Hungry(24, 2**21, mean_of_block, True),
     "native": Hungry(131_072, 512, native, True),
     "later": Hungry(131_072, 512, later, True),
@@ -218,6 +235,7 @@ def imports(name: str, engine: str) -> None:
 def baseline(name: str, engine: str) -> None:
     """Be bare interpreters with their imports, until the input ends."""
     imports(name, engine)
+    parameters = HUNGRY[name].parameters()
     workers = []
     if engine in ("both", "processes"):
         code = f"import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); import hungry; "
@@ -231,6 +249,7 @@ def baseline(name: str, engine: str) -> None:
     sys.stdin.read()
     for worker in workers:
         worker.communicate(b"\n")
+    del parameters
 
 
 def run(name: str, path: str, engine: str, max_mem_mb: int) -> dict[str, Any]:
@@ -242,6 +261,7 @@ def run(name: str, path: str, engine: str, max_mem_mb: int) -> dict[str, Any]:
     from lazyproc.engine.choose import Scheduler
 
     workload = HUNGRY[name]
+    parameters = workload.parameters()
     n_workers = 1 if engine == "serial" else N_WORKERS
     lazyproc.declared.choose_local = lambda kernel, probe, n, workers, apart: Scheduler(engine, min(workers, n_workers))
     projected, ahead, sizes, answer, told = [], [], [], {"error": None}, []
@@ -260,7 +280,8 @@ def run(name: str, path: str, engine: str, max_mem_mb: int) -> dict[str, Any]:
     output = lazyproc.Output("f4", shape_from_main=workload.filters, compression=workload.results)
     body = {"outputs": {"Out": output}, hook: staticmethod(workload.function), "process_name": name}
     process_class = type("Work", (lazyproc.Process,), body)
-    with process_class(f"{path}::/Raw_Data", cores=n_workers, max_mem_mb=max_mem_mb, verify=workload.verify) as process:
+    options = {"cores": n_workers, "max_mem_mb": max_mem_mb, "verify": workload.verify}
+    with process_class(f"{path}::/Raw_Data", parms_dict=parameters, **options) as process:
         process._progress = lambda event: sizes.append(event.n_positions) if isinstance(event, BlockDone) else None
         try:
             group = process.compute(override=not workload.is_half_done)

@@ -112,6 +112,9 @@ class Declared:
         load modules in this process that the others need anyway.
     may_be_here : bool
         Though it is `apart`, it may be called in this process if the others cannot load it: none has died of it.
+    argument_bytes : int
+        Of the function's arguments, where it is known with which ones it is called. The driver has a copy of them, and
+        another one of what is stored of them while it is written, or read to be compared.
     """
 
     process_name: str
@@ -134,6 +137,7 @@ class Declared:
     max_failures: int | None = None
     apart: bool = False
     may_be_here: bool = False
+    argument_bytes: int = 0
     _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
     """Made once for each call of a method of Process: the values are taken not to change within it."""
     _hashes: dict[str, str] = field(default_factory=dict, repr=False)
@@ -242,6 +246,11 @@ class Declared:
             max_failures=self.max_failures,
         )
 
+    def called_with(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Declared, Kernel]:
+        """Return the same where it is known with which arguments it is called, and its kernel; raises as `kernel`."""
+        kernel = self.kernel(args, kwargs)
+        return replace(self, argument_bytes=kernel.argument_bytes), kernel
+
     def memory(
         self, probe: Probe | None, scheduler: Scheduler | None = None, books_bytes: int | None = None
     ) -> MemoryModel:
@@ -259,12 +268,14 @@ class Declared:
         table = self.source.table_bytes if isinstance(self.source, ChunkSource) else 0
         kept = (probe.kept_bytes if probe else 0) + table
         fixed = (probe.fixed_bytes if probe else 0) + self.source.chunk_bytes
-        driver = kept if books_bytes is None else books_bytes
+        driver = (kept if books_bytes is None else books_bytes) + 2 * self.argument_bytes
         if scheduler is not None and scheduler.kind not in ("serial", "threads"):
             fixed += kept  # of each worker
+            if scheduler.n_processes:
+                driver += table + scheduler.sent_bytes  # packed for the others
+                fixed += 2 * scheduler.sent_bytes  # as it comes, and loaded
             if scheduler.kind == "both":
-                driver -= kept  # the driver is one of them
-            driver += table if scheduler.n_processes else 0  # packed for the others
+                driver -= kept + 2 * scheduler.sent_bytes  # the driver is one of them
         if scheduler is not None and scheduler.kind == "threads":
             fixed += _ARENA_BYTES
         return MemoryModel(
@@ -331,7 +342,7 @@ class Declared:
             log.warning("%s lies behind a handle that other processes cannot open: it is computed here", self.label)
         if probe is None:
             return Scheduler("processes" if self.cores > 1 else "serial", self.cores)
-        return choose_local(kernel, probe, n_remaining, self.cores, apart=self.apart)
+        return choose_local(kernel, probe, n_remaining, self.cores, apart=self.apart).sending(kernel)
 
     @property
     def early_processes(self) -> int:

@@ -94,7 +94,7 @@ def perform(
     Interrupted, SystemExit
         After a drain, by Ctrl-C or SIGTERM.
     """
-    kernel = declared.kernel(args, kwargs)
+    declared, kernel = declared.called_with(args, kwargs)
     work = declared.work(args, kwargs)
     drain = Drain(nothing_yet(declared.process_name), listener)
     high_water.forget()

@@ -480,8 +480,9 @@ class Process(HookContract):
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Return what `compute` would do with these arguments, without doing it; reads metadata and masks only."""
         declared = self._declared()
+        declared, kernel = declared.called_with(args, kwargs)
         work = declared.work(args, kwargs)
-        return declared.plan(work, declared.found(work), declared.kernel(args, kwargs))
+        return declared.plan(work, declared.found(work), kernel)
 
     def to_xarray(self, *args: Any, **kwargs: Any) -> xarray.Dataset:
         """Return all outputs as lazy N-D arrays: positions already committed are read, the others computed when asked.

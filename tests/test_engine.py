@@ -32,8 +32,9 @@ from lazyproc.core.specs import Output
 from lazyproc.engine.choose import Scheduler, available_cores, can_be_sent, choose_local, default_cores
 from lazyproc.engine.cluster import block_graph
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Kernel, Receipt, pack, pack_once, unpack
+from lazyproc.engine.kernel import Kernel, Receipt, pack, pack_once, run_loaded, unpack
 from lazyproc.engine.local import run_processes, run_serial, run_threads
+from lazyproc.engine.worker import Packed
 
 N_POSITIONS = 1000
 REMAINING = Runs.from_spans([(0, 17), (40, 41), (100, 640), (641, 1000)])
@@ -471,6 +472,23 @@ def test_what_showed_that_a_kernel_can_be_sent_is_sent(tmp_path: Path, kind: str
     assert times_pickled(tmp_path / "travels") == 1
     pack_once(kernel)
     assert times_pickled(tmp_path / "travels") == 2
+
+
+def test_a_worker_process_keeps_no_bytes_of_a_kernel_that_it_has_loaded() -> None:
+    kernel = kernel_of(twice)
+    packed = Packed(pack(kernel), (None, 1, True))
+    loaded = packed.load()
+    assert loaded is packed.load()
+    assert (loaded.native_threads, loaded.watched) == (1, True)
+    assert not packed.bytes
+
+
+def test_a_kernel_that_cannot_be_loaded_fails_each_block() -> None:
+    packed = Packed(b"no pickle", (None, 1, True))
+    for _ in range(2):
+        failure = run_loaded(packed.load, Block(0, (0,), (3,))).failure
+        assert failure is not None
+        assert failure.kind == "worker"
 
 
 def test_processes_that_have_a_kernel_need_not_have_it_kept(tmp_path: Path) -> None:

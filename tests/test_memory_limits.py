@@ -416,15 +416,49 @@ def test_fewer_are_computed_at_once_if_one_position_takes_more_than_its_share(sc
 
 @measures
 @pytest.mark.parametrize(
-    ("name", "engine"), [("keeps", "serial"), ("keeps", "processes"), ("holes", "serial"), ("narrow", "serial")]
+    ("name", "engine", "limit"),
+    [
+        ("keeps", "serial", 64),
+        ("keeps", "processes", 64),
+        ("holes", "serial", 64),
+        ("narrow", "serial", 64),
+        ("table", "serial", 64),
+        ("table", "threads", 64),
+        ("table", "processes", 128),
+        ("table-one", "both", 128),
+    ],
 )
-def test_what_function_and_driver_keep_is_projected(scan, name, engine):
-    """A table that comes with a module, in each process; 500,000 holes; ten million positions."""
-    measured, answer = run(name, scan(name), engine, 64)
+def test_what_function_and_driver_keep_is_projected(scan, name, engine, limit):
+    """A table that comes with a module, in each process; 500,000 holes; ten million positions; large parameters."""
+    measured, answer = run(name, scan(name), engine, limit)
     assert answer["error"] is None
     assert answer["is_done"]
     assert measured <= answer["projected"] / MEBIBYTE + NOISE_MIB
-    assert answer["projected"] <= 64 * MEBIBYTE
+    assert answer["projected"] <= limit * MEBIBYTE
+
+
+def table_of(process: lazyproc.Process, **options: Any) -> int:
+    return process.plan(**options).projected_bytes
+
+
+def test_arguments_count_for_the_plan_and_too_large_ones_are_named(tmp_path):
+    """Whether they are parameters, which are stored, or arguments of compute; the file is as it was."""
+    path, name = make_usid_file(tmp_path / "scan.h5", n_rows=5, n_cols=4)
+    table = np.ones(2**20)
+    before = Path(path).read_bytes()
+    body = {"outputs": {"Out": Output("f8")}, "_map_function": staticmethod(lambda spectrum, table=None: spectrum[0])}
+    work = type("Work", (lazyproc.Process,), body)
+    with work(f"{path}::{name}", cores=1, max_mem_mb=64) as process:
+        little = table_of(process)
+        assert table_of(process, table=table) - little == pytest.approx(2 * table.nbytes, rel=0.01)
+        assert table_of(process, table=[table, {"b": table}]) - little == pytest.approx(4 * table.nbytes, rel=0.01)
+        with pytest.raises(
+            lazyproc.MemoryLimitError, match=r"driver 9\d\.\d MiB .*arguments.* Raise max_mem_mb to 1\d\d"
+        ):
+            process.compute(table=np.ones(6 * 2**20))
+    with work(f"{path}::{name}", parms_dict={"table": table}, cores=1, max_mem_mb=64) as process:
+        assert table_of(process) - little == pytest.approx(2 * table.nbytes, rel=0.01)
+    assert Path(path).read_bytes() == before
 
 
 def doubled(block: Any) -> Any:

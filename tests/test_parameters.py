@@ -6,6 +6,7 @@ import enum
 import json
 import math
 import pathlib
+import tracemalloc
 from collections import OrderedDict, namedtuple
 from typing import Any
 
@@ -16,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lazyproc.core.canonical import canonical, same
+from lazyproc.core.canonical import canonical, digest_of, digest_of_array, same
 from lazyproc.core.errors import ParameterError, ResultsError
+from lazyproc.core.identity import code_hash
 from lazyproc.core.parameters import (
     RESERVED,
     arguments_text,
@@ -462,6 +464,43 @@ def test_arguments_are_the_same_as_themselves(value: Any) -> None:
     assert json.loads(text).keys() == {"args", "kwargs"}
     assert same_arguments(text, arguments_text([value], {"a": decode(*vars(encode("p", value)).values()), "b": 1}))
     assert not same_arguments(text, arguments_text((value, 1), {"b": 1, "a": value}))
+
+
+NUMBERS = hnp.arrays(
+    st.sampled_from(["?", "i1", ">i4", "u8", "f2", ">f4", "f8", "g", "c8", ">c16", "G"]), hnp.array_shapes(max_dims=3)
+)
+
+
+@given(a=NUMBERS, b=NUMBERS, step=st.sampled_from([1, -1, 2]), data=st.data())
+def test_arrays_are_the_same_whatever_the_pieces_in_which_they_are_looked_at(
+    a: Any, b: Any, step: int, data: Any
+) -> None:
+    """The forms made as a whole, in one piece, tell what is right."""
+    a, b = a[::step], data.draw(st.sampled_from([b, a.copy(), a.astype(a.dtype.newbyteorder()), a.T, a + 0]))
+    whole = canonical(a), canonical(a) == canonical(b), digest_of(canonical(a))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lazyproc.core.canonical._PIECE", 3)
+        assert (canonical(a), same(a, b), digest_of_array(a, "a")) == whole
+
+
+def test_to_compare_or_digest_a_large_array_takes_little_memory() -> None:
+    a = np.random.default_rng(0).standard_normal((1000, 4000)).astype("f4")
+    b = a.copy()
+    tracemalloc.start()
+    try:
+        assert same(a, b)
+        assert not same(a, b.T)
+        arguments_text((a,), {"b": b.T})
+        code_hash(lambda: a)
+        assert tracemalloc.get_traced_memory()[1] < a.nbytes / 2
+    finally:
+        tracemalloc.stop()
+
+
+def test_digests_stay_what_they_are_in_files() -> None:
+    array = np.arange(3000).reshape(2, 1500) / 7
+    stored = json.loads(arguments_text((array,), {}))["args"][0]["sha256"]
+    assert stored == "30b0b054c32e7d88db1dc7531d88660983bd4b2f8ecc69b01b3cbc502d958836"
 
 
 def test_large_arrays_among_the_arguments_become_digests() -> None:

@@ -7,9 +7,9 @@ A form is a tuple: ``("none",)``, ``(kind of leaf, shape, payload)``, ``("empty"
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,11 @@ from lazyproc.core.masked import is_masked
 LEAVES = ("bool", "int", "float", "complex", "str", "bytes")
 """The kinds of values that contain no others."""
 
+NUMBERS = {"b": "bool", "i": "int", "u": "int", "f": "float", "c": "complex"}
+"""The leaf that an array of numbers consists of, by the kind of its dtype."""
 _DEEPEST = 64  # levels of nesting
+_PIECE = 2**15
+"""Numbers of an array that are looked at at a time, so that what is made of them beside it is small."""
 _STORABLE = (
     "None, bool, int, float, complex, str, bytes, NumPy numbers and texts, NumPy arrays of these (not of objects), "
     "and lists, tuples and dicts (with texts as keys) of all these"
@@ -63,8 +67,14 @@ def canonical(value: object) -> Hashable:
 
 
 def same(a: object, b: object) -> bool:
-    """Tell whether two values are the same parameter; what has no canonical form is the same as nothing."""
+    """Tell whether two values are the same parameter; what has no canonical form is the same as nothing.
+
+    Of two large arrays of numbers no forms are made as a whole.
+    """
     try:
+        if is_of_numbers(a) and is_of_numbers(b) and a.size > _PIECE:
+            pairs = zip(_pieces(a), _pieces(b), strict=True)
+            return a.shape == b.shape and all(canonical(x) == canonical(y) for x, y in pairs)
         return canonical(a) == canonical(b)
     except ParameterError:
         return False
@@ -111,21 +121,58 @@ def _array_form(value: Any, where: str, inside: tuple[int, ...]) -> tuple[Any, .
         return ("empty", shape)
     if kind in "SUO":
         return form_of(array.tolist(), where, inside)
-    if kind == "b":
-        return ("bool", shape, array.tobytes())
-    if kind in "iu":
-        if kind == "u" and not fits(int(array.max())):
-            return ("int", shape, tuple(hex(number) for number in array.ravel().tolist()))
-        return ("int", shape, array.astype("<i8").tobytes())
-    parts = np.ascontiguousarray(array).ravel().view(array.real.dtype)
+    name, pieces = NUMBERS[kind], payload_of(array)
+    if pieces is not None:
+        return (name, shape, b"".join(pieces))
+    if kind == "u":
+        return (name, shape, tuple(hex(number) for number in array.ravel().tolist()))
+    return (name, shape, tuple(_ratio(part) for piece in _pieces(array) for part in _parts(piece)))
+
+
+def payload_of(array: NDArray[Any]) -> Iterator[bytes] | None:
+    """Return the payload of the form of an array of numbers, in pieces; None where numbers of 64 bits do not do."""
+    if array.dtype.kind == "u":
+        is_exact = fits(int(array.max()))
+    else:
+        is_exact = all(map(_is_exact, _pieces(array)))
+    return map(_in_64_bits, _pieces(array)) if is_exact else None
+
+
+def is_of_numbers(value: object) -> TypeGuard[NDArray[Any]]:
+    """Tell whether a value is an array of numbers, and not masked."""
+    return isinstance(value, np.ndarray) and value.dtype.kind in NUMBERS and not is_masked(value)
+
+
+def _pieces(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Cut an array into pieces of one dimension."""
+    flat: Any = array.reshape(-1) if array.flags.c_contiguous else array.flat
+    return (flat[start : start + _PIECE] for start in range(0, array.size, _PIECE))
+
+
+def _parts(piece: NDArray[Any]) -> NDArray[Any]:
+    """Return real and imaginary parts as numbers of their own."""
+    return np.ascontiguousarray(piece).view(piece.real.dtype)
+
+
+def _is_exact(piece: NDArray[Any]) -> bool:
+    """Tell whether numbers of 64 bits say the same."""
+    if piece.dtype.kind not in "fc":
+        return True
+    parts = _parts(piece)
     with np.errstate(all="ignore"):
-        doubles = parts.astype("<f8")
-        exact = bool(np.all((doubles == parts) | (parts != parts)))
-    name = "float" if kind == "f" else "complex"
-    if not exact:
-        return (name, shape, tuple(map(_ratio, parts)))
+        return bool(np.all((parts.astype("<f8") == parts) | (parts != parts)))
+
+
+def _in_64_bits(piece: NDArray[Any]) -> bytes:
+    """Return numbers as bytes, the same for the same numbers of any width."""
+    if piece.dtype.kind == "b":
+        return piece.tobytes()
+    if piece.dtype.kind in "iu":
+        return piece.astype("<i8").tobytes()
+    with np.errstate(all="ignore"):
+        doubles = _parts(piece).astype("<f8")
     doubles[np.isnan(doubles)] = np.nan  # one of the many bit patterns
-    return (name, shape, (doubles + 0.0).tobytes())  # -0.0 + 0.0 is 0.0
+    return (doubles + 0.0).tobytes()  # -0.0 + 0.0 is 0.0
 
 
 def _ratio(number: Any) -> str:
@@ -165,8 +212,20 @@ def _spelled(kind: str, payload: Any) -> tuple[Any, ...]:
 def digest_of(form: tuple[Any, ...]) -> Digest:
     """Reduce the form of an array to a digest."""
     kind, shape, payload = form if form[0] in LEAVES else (form[0], (), form[1:])
-    data = payload if isinstance(payload, bytes) else ascii(payload).encode()
-    return Digest(shape, hashlib.sha256(f"{kind}:{shape}:".encode() + data).hexdigest())
+    made = hashlib.sha256(f"{kind}:{shape}:".encode())
+    made.update(payload if isinstance(payload, bytes) else ascii(payload).encode())
+    return Digest(shape, made.hexdigest())
+
+
+def digest_of_array(array: NDArray[Any], where: str) -> Digest:
+    """Reduce an array to the digest of its form, which is not made as a whole if it is one of numbers."""
+    pieces = payload_of(array) if array.size and array.dtype.kind in NUMBERS else None
+    if pieces is None:
+        return digest_of(form_of(array, where, ()))
+    made = hashlib.sha256(f"{NUMBERS[array.dtype.kind]}:{array.shape}:".encode())
+    for piece in pieces:
+        made.update(piece)
+    return Digest(array.shape, made.hexdigest())
 
 
 def digested(form: tuple[Any, ...]) -> tuple[Any, ...]:

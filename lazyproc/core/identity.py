@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from lazyproc.core.canonical import canonical
+from lazyproc.core.canonical import NUMBERS, canonical, is_of_numbers, payload_of
 from lazyproc.core.errors import ParameterError
 
 _BYTE = f"byte{sys.version_info.major}{sys.version_info.minor}"
@@ -168,13 +168,20 @@ def _describe(node: Any, nodes: list[Any], numbers: dict[int, int], files: _File
 
 
 def _plain(item: Any) -> Any:
+    if is_of_numbers(item) and item.size:
+        pieces = payload_of(item)
+        if pieces is not None:  # perhaps a large array, of which no form is made as a whole
+            made = hashlib.sha256()
+            for piece in pieces:
+                made.update(piece)
+            return (NUMBERS[item.dtype.kind], item.shape, made.hexdigest())
     try:
         form = canonical(item)
     except ParameterError:
         named = callable(item) or isinstance(item, types.ModuleType)
         return ("name", getattr(item, "__name__", "") if named else "", type(item).__qualname__)
     match form:
-        case (kind, shape, bytes() as payload):  # perhaps of a large array
+        case (kind, shape, bytes() as payload):
             return (kind, shape, hashlib.sha256(payload).hexdigest())
     return form
 

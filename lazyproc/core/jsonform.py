@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.canonical import Digest, check_array, check_nesting, digest_of, form_of, refusal
+from lazyproc.core.canonical import Digest, check_array, check_nesting, digest_of_array, refusal
 
 _DIGEST_FROM = 1024  # bytes; larger arrays among the arguments are represented by a digest
 
@@ -73,7 +73,7 @@ def _array_to_json(value: NDArray[Any], where: str, digest: bool) -> dict[str, A
     array = np.asarray(value)
     head = {"$array": array.dtype.str, "shape": list(array.shape)}
     if digest and array.nbytes > _DIGEST_FROM:
-        return {**head, "sha256": digest_of(form_of(array, where, ())).sha256}
+        return {**head, "sha256": digest_of_array(array, where).sha256}
     return {**head, "values": _items_to_json(array)}
 
 
@@ -137,7 +137,7 @@ def typed(value: Any, dtype: str) -> NDArray[Any]:
     resolved = np.dtype(dtype)
     if resolved.kind not in "biufcSU":
         raise ValueError(f"dtype {dtype}")
-    return np.array(value, dtype=resolved)
+    return np.asarray(value, resolved)
 
 
 def is_clean(text: str) -> bool:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from lazyproc.core.errors import MemoryLimitError
 
@@ -16,6 +21,24 @@ FRAGMENTATION = 1.5
 SURPRISE = 6
 """So many times more than was reckoned a block may take at once without breaking the limit: where the probe has seen
 no temporaries at all, they may be five times the source, beside the source itself."""
+
+
+def bytes_of(value: Any) -> int:
+    """Count the bytes that an argument takes: arrays, texts, and lists and dicts of these; of other objects little.
+
+    Examples
+    --------
+    >>> bytes_of({"table": np.zeros(1000)}) >= 8000
+    True
+    """
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes)
+    own = sys.getsizeof(value, 0)
+    if isinstance(value, Mapping):
+        return own + sum(bytes_of(key) + bytes_of(item) for key, item in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return own + sum(map(bytes_of, value))
+    return own
 
 
 @dataclass(frozen=True)
@@ -125,7 +148,7 @@ class MemoryModel:
             f"{self._per_row(driver_writes) / MEBIBYTE:.1f} MiB (source {self.source_bytes / MEBIBYTE:.1f} MiB with "
             f"mem_multiplier {self.multiplier:g}, results {self.result_bytes / MEBIBYTE:.1f} MiB, and what was "
             f"measured of temporaries), a worker {self.fixed_bytes / MEBIBYTE:.1f} MiB whatever its block (storage "
-            f"chunks, temporaries of one call, what the function keeps), the driver {self.driver_bytes / MEBIBYTE:.1f} "
-            "MiB for the whole run (what the function keeps there, and books of many holes or chunks), and lazyproc "
-            f"itself a few more. Raise max_mem_mb to {needed} or more."
+            "chunks, temporaries of one call, what the function keeps, arguments), the driver "
+            f"{self.driver_bytes / MEBIBYTE:.1f} MiB for the whole run (what the function keeps there, arguments, "
+            f"books of many holes or chunks), and lazyproc itself a few more. Raise max_mem_mb to {needed} or more."
         )

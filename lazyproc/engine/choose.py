@@ -60,6 +60,8 @@ class Scheduler:
         Threads of BLAS and OpenMP in a worker process.
     most : int or None
         So many blocks at most are under way on a cluster; None: what keeps all its workers busy.
+    sent_bytes : int
+        What each worker process of this machine is sent of function and arguments, and loads.
     """
 
     kind: str
@@ -68,6 +70,7 @@ class Scheduler:
     n_beside: int | None = None
     worker_threads: int = 1
     most: int | None = None
+    sent_bytes: int = 0
 
     @classmethod
     def on_cluster(cls, client: Any, worker_threads: int = 1, *, wait: bool = True) -> Scheduler:
@@ -107,6 +110,12 @@ class Scheduler:
     def native_threads(self) -> int | None:
         """How many threads BLAS and OpenMP get in a worker; None where that is not for the worker to say."""
         return self.worker_threads if self.kind in ("processes", "client") else None
+
+    def sending(self, kernel: Kernel) -> Scheduler:
+        """Return the same for a kernel, which is packed if other processes of this machine are to get it."""
+        if self.n_processes and can_be_sent(kernel, logging.DEBUG):
+            return replace(self, sent_bytes=kernel.parcel.n_bytes)
+        return self
 
     def with_workers(self, n_workers: int) -> Scheduler:
         """Return the scheduler with as many workers as the memory allows; a cluster gets only so many blocks then."""

@@ -20,6 +20,7 @@ from lazyproc.core.blocks import Block
 from lazyproc.core.errors import WorkerError
 from lazyproc.core.failed import FailedPosition, FailedRows
 from lazyproc.core.highwater import high_water
+from lazyproc.core.memory import bytes_of
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.engine.failure import FailedElsewhere, Failure
@@ -143,6 +144,11 @@ class Kernel:
         kernel = replace(self, sink=sink, native_threads=native_threads, watched=watched)
         object.__setattr__(kernel, "parcel", self.parcel)
         return kernel
+
+    @property
+    def argument_bytes(self) -> int:
+        """Bytes of the function's further arguments, of which the kernel has copies of its own."""
+        return bytes_of(self.args) + bytes_of(self.kwargs)
 
     @property
     def run_details(self) -> RunDetails:
@@ -389,24 +395,24 @@ def unpack(packed: bytes) -> Kernel:
     return kernel
 
 
-def run_packed(packed: bytes, block: Block, run: RunDetails | None = None, *, anew: bool = False) -> Receipt:
-    """Do one block with a kernel that was packed, in a process that does not end because a function wants to exit.
-
-    `run` is what was not packed with it, if anything. With `anew`, what it takes of memory is over what its process has
-    now, unless another block is under way there.
-    """
+def run_loaded(load: Callable[[], Kernel], block: Block) -> Receipt:
+    """Do one block with a kernel that may have to be loaded, in a process that does not end for a function's exit."""
     try:
-        kernel = unpack(packed)
-        if run is not None:
-            sink, native_threads, watched = run
-            kernel = kernel.for_run(sink, native_threads, watched=watched)
-        if anew and kernel.watched:
-            high_water.forget()
-        return run_block(kernel, block)
+        return run_block(load(), block)
     except (Exception, SystemExit) as error:  # of loading it; `run_block` raises no Exception
         return Receipt(block, failure=Failure.of_worker(error, block))
 
 
 def run_task(packed: bytes, block: Block) -> Receipt:
-    """Do one block as a task of a cluster, whose workers keep data of others, too, and grow as long as they live."""
-    return run_packed(packed, block, anew=True)
+    """Do one block as a task of a cluster, whose workers keep data of others, too, and grow as long as they live.
+
+    What it takes of memory is over what its process has now, unless another block is under way there.
+    """
+
+    def load() -> Kernel:
+        kernel = unpack(packed)
+        if kernel.watched:
+            high_water.forget()
+        return kernel
+
+    return run_loaded(load, block)

@@ -23,6 +23,7 @@ class Parcel:
     def __init__(self) -> None:
         self.refused: str | None = None
         self._bytes: bytes | None = None
+        self._n_bytes = 0
         self._making = threading.Lock()
 
     def get(self, make: Callable[[], bytes]) -> bytes:
@@ -31,7 +32,13 @@ class Parcel:
             made = self._bytes
             if made is None:
                 made = self._bytes = make()
+                self._n_bytes = len(made)
             return made
+
+    @property
+    def n_bytes(self) -> int:
+        """How many bytes were made last, kept or not."""
+        return self._n_bytes
 
     def let_go(self) -> None:
         """Keep them no longer."""

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from lazyproc.core.blocks import Block
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Receipt, RunDetails, run_packed
+from lazyproc.engine.kernel import Kernel, Receipt, RunDetails, run_loaded
 
 LOOK_SECONDS = 0.5
 """How often a worker process looks whether its driver is still there, and the driver whether a worker is."""
@@ -63,12 +63,13 @@ def serve(descriptor: int, modules: Iterable[str] = ()) -> None:
             driver.send_bytes(b"here")
             while isinstance(run := driver.recv(), list):
                 _load(run)
-            packed = driver.recv_bytes()
+            packed = Packed(driver.recv_bytes(), run)
             driver.send_bytes(b"ready")
             work: Any = None
             while work is None or isinstance(work, Block):
                 work = driver.recv()
-                driver.send_bytes(_do(packed, run, work))
+                driver.send_bytes(_do(packed, work))
+            del packed  # another one comes, which may be as large
     except (EOFError, OSError):
         _leave()  # the driver has hung up
 
@@ -89,12 +90,37 @@ def _load(modules: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-def _do(packed: bytes, run: RunDetails, work: Any) -> bytes:
+class Packed:
+    """A kernel in bytes, which are kept until it is loaded, when there is a first block for it.
+
+    Parameters
+    ----------
+    packed : bytes
+        As `pack_once` makes them.
+    run : RunDetails
+        What `for_run` sets.
+    """
+
+    def __init__(self, packed: bytes, run: RunDetails) -> None:
+        self.bytes = packed
+        self._run = run
+        self._kernel: Kernel | None = None
+
+    def load(self) -> Kernel:
+        """Return the kernel; raises whatever loading it raises, each time."""
+        if self._kernel is None:
+            sink, native_threads, watched = self._run
+            self._kernel = pickle.loads(self.bytes).for_run(sink, native_threads, watched=watched)
+            self.bytes = b""
+        return self._kernel
+
+
+def _do(packed: Packed, work: Any) -> bytes:
     """Do a block, or whatever else answers for itself with a packed kernel."""
     if isinstance(work, Block):
-        return _dump(run_packed(packed, work, run))
+        return _dump(run_loaded(packed.load, work))
     try:
-        return pickle.dumps(work.answer(packed), pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(work.answer(packed.bytes), pickle.HIGHEST_PROTOCOL)
     except Exception as error:
         return pickle.dumps(work.failure(error))
 
