@@ -148,7 +148,7 @@ class Hungry:
     """A file's shape (float32), a function, whether it takes blocks, and whether its result is as large.
 
     And how the source and the results are compressed, whether every second position is done already, how the source
-    is verified, and the size of a table that is a parameter (MiB).
+    is verified, the size of a table that is a parameter (MiB), and the positions in a storage chunk.
     """
 
     n_positions: int
@@ -161,6 +161,7 @@ class Hungry:
     is_half_done: bool = False
     verify: str = "none"
     table_mib: int = 0
+    chunk_rows: int = 64
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters, made anew: memory of the caller's own."""
@@ -174,6 +175,7 @@ HUNGRY = {
     "fit": Hungry(512, 256, fit_one, False),
     "fit-block": Hungry(16_384, 512, fit_block, True),
     "gzip": Hungry(50_000, 512, mean_of_block, True, compression="gzip"),
+    "coarse": Hungry(65_536, 512, mean_of_block, True, compression="scaleoffset", chunk_rows=4096),
     "compressed": Hungry(50_000, 512, low_pass, True, filters=True, results="gzip"),
     "verified": Hungry(131_072, 512, mean_of_block, True, verify="sampled"),
     "narrow": Hungry(10**7, 1, first, True),
@@ -201,7 +203,9 @@ def make_file(path: str, workload: Hungry) -> None:
     if os.path.exists(path):
         return
     n, m = workload.n_positions, workload.n_spectral
-    options = {"chunks": (64, m), "compression": workload.compression} if workload.compression else {}
+    options = {"chunks": (workload.chunk_rows, m), "compression": workload.compression} if workload.compression else {}
+    if workload.compression == "scaleoffset":
+        options |= {"compression": None, "scaleoffset": 4}
     rows = max(1, 2**22 // m)
     with h5py.File(path + ".part", "w") as file:
         main = file.create_dataset("Raw_Data", (n, m), "f4", **options)
@@ -223,6 +227,8 @@ def make_file(path: str, workload: Hungry) -> None:
 def imports(name: str, engine: str) -> None:
     """Load what a run of less than a minute loads in any case: in the driver, or in a worker, and for the function."""
     source = "lazyproc.hdf5.chunks" if HUNGRY[name].compression else "lazyproc.hdf5.extents"
+    if HUNGRY[name].compression == "scaleoffset":
+        source = "lazyproc.hdf5.source"
     worker = ["threadpoolctl", "encodings.ascii", "lazyproc.engine.worker", "lazyproc.hdf5.sink", source]
     driver = [*worker, "lazyproc.engine.sending", "lazyproc.perform", "lazyproc.process"]
     function = {"fit": ["scipy.optimize"], "fit-block": ["scipy.linalg"]}.get(name, [])

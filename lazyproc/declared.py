@@ -219,6 +219,8 @@ class Declared:
         if not isinstance(self.source, FileSource) or self.source.many_files:
             return self
         self.flush_main()
+        # It reads some chunks to compare them.
+        self.blocks(Runs.full(self.n_positions), Scheduler("serial", 1), None, driver_writes=False)
         quick = chunked_source(self.main, self.source.path)
         return self if quick is None else replace(self, source=quick)
 
@@ -285,6 +287,7 @@ class Declared:
             temporary_bytes=probe.temporary_bytes if probe else 0.0,
             fixed_bytes=fixed,
             driver_bytes=max(0, driver),
+            chunk_rows=self.source.chunk_rows if self.source.chunk_bytes else 1,
         )
 
     def limit_bytes(self) -> int:

@@ -426,10 +426,15 @@ def test_fewer_are_computed_at_once_if_one_position_takes_more_than_its_share(sc
         ("table", "threads", 64),
         ("table", "processes", 128),
         ("table-one", "both", 128),
+        ("coarse", "serial", 64),
+        ("coarse", "processes", 128),
     ],
 )
 def test_what_function_and_driver_keep_is_projected(scan, name, engine, limit):
-    """A table that comes with a module, in each process; 500,000 holes; ten million positions; large parameters."""
+    """A table that comes with a module, in each process; 500,000 holes; ten million positions; large parameters.
+
+    And storage chunks of 8 MiB that HDF5 decodes.
+    """
     measured, answer = run(name, scan(name), engine, limit)
     assert answer["error"] is None
     assert answer["is_done"]

@@ -69,6 +69,17 @@ def test_more_of_anything_never_leaves_more_rows(model, limit, n_workers, driver
     )
 
 
+def test_fewer_workers_where_each_would_decode_storage_chunks_anew_for_few_positions():
+    """Two have room for 2 MiB each beside 26 MiB of chunks, one for 30 MiB; with more memory it makes no difference."""
+    model = MemoryModel(2048, 4, fixed_bytes=20 * MEBIBYTE)
+    coarse = MemoryModel(2048, 4, fixed_bytes=20 * MEBIBYTE, chunk_rows=2**17)
+    assert model.fit(64 * MEBIBYTE, 2)[0] == 2
+    assert coarse.fit(64 * MEBIBYTE, 2) == (1, model.rows(64 * MEBIBYTE, 1))
+    assert coarse.fit(1024 * MEBIBYTE, 2) == model.fit(1024 * MEBIBYTE, 2)
+    fine = MemoryModel(2048, 4, fixed_bytes=20 * MEBIBYTE, chunk_rows=64)
+    assert fine.fit(64 * MEBIBYTE, 2)[0] == 2
+
+
 @settings(max_examples=500)
 @given(model=models, limit=limits, n_workers=workers, driver_writes=st.booleans())
 def test_fit_gives_as_many_workers_as_can_run_or_says_what_to_raise(model, limit, n_workers, driver_writes):

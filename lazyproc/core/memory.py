@@ -23,6 +23,11 @@ SURPRISE = 6
 no temporaries at all, they may be five times the source, beside the source itself."""
 
 
+_MUCH_MORE = 1.5
+"""So many times more positions under way at a time are worth a worker less, where storage chunks are decoded anew for
+each block."""
+
+
 def bytes_of(value: Any) -> int:
     """Count the bytes that an argument takes: arrays, texts, and lists and dicts of these; of other objects little.
 
@@ -61,6 +66,8 @@ class MemoryModel:
     driver_bytes : int
         Bytes the driver keeps for the whole run, over the usual: books of many holes or chunks, and what the function
         keeps in its process.
+    chunk_rows : int
+        Positions of a storage chunk that is decoded as a whole, however few of them a block has.
     """
 
     source_bytes: int
@@ -69,6 +76,7 @@ class MemoryModel:
     temporary_bytes: float = 0.0
     fixed_bytes: int = 0
     driver_bytes: int = 0
+    chunk_rows: int = 1
 
     @property
     def driver_peak(self) -> int:
@@ -126,7 +134,8 @@ class MemoryModel:
     def fit(self, limit_bytes: int, n_workers: int, *, driver_writes: bool = False) -> tuple[int, int]:
         """Find how many workers can run at once, and with how many positions a block.
 
-        Fewer workers are tried before giving up: one large position a time is better than none.
+        Fewer workers are tried before giving up: one large position a time is better than none. So are they where
+        blocks of less than a storage chunk, each of which decodes it anew, would become much larger then.
 
         Returns
         -------
@@ -140,15 +149,23 @@ class MemoryModel:
         """
         for workers in range(n_workers, 0, -1):
             rows = self.rows(limit_bytes, workers, driver_writes=driver_writes)
+            if workers > 1 and rows < self.chunk_rows:
+                fewer = self.rows(limit_bytes, workers - 1, driver_writes=driver_writes)
+                if (workers - 1) * fewer > _MUCH_MORE * workers * rows:
+                    continue
             if rows:
                 return workers, rows
         needed = -(-self.peak(1, 1, driver_writes=driver_writes) // MEBIBYTE)
         raise MemoryLimitError(
             f"max_mem_mb: {limit_bytes // MEBIBYTE} MiB are allowed, but one position takes "
-            f"{self._per_row(driver_writes) / MEBIBYTE:.1f} MiB (source {self.source_bytes / MEBIBYTE:.1f} MiB with "
-            f"mem_multiplier {self.multiplier:g}, results {self.result_bytes / MEBIBYTE:.1f} MiB, and what was "
-            f"measured of temporaries), a worker {self.fixed_bytes / MEBIBYTE:.1f} MiB whatever its block (storage "
-            "chunks, temporaries of one call, what the function keeps, arguments), the driver "
-            f"{self.driver_bytes / MEBIBYTE:.1f} MiB for the whole run (what the function keeps there, arguments, "
-            f"books of many holes or chunks), and lazyproc itself a few more. Raise max_mem_mb to {needed} or more."
+            f"{_show(self._per_row(driver_writes))} (source {_show(self.source_bytes)} with mem_multiplier "
+            f"{self.multiplier:g}, results {_show(self.result_bytes)}, and what was measured of temporaries), a worker "
+            f"{_show(self.fixed_bytes)} whatever its block (storage chunks, temporaries of one call, what the function "
+            f"keeps, arguments), the driver {_show(self.driver_bytes)} for the whole run (what the function keeps "
+            "there, arguments, books of many holes or chunks), and lazyproc itself "
+            f"{_show(DRIVER_BYTES + WORKER_BYTES)}. Raise max_mem_mb to {needed} or more."
         )
+
+
+def _show(n_bytes: int) -> str:
+    return f"{n_bytes / MEBIBYTE:.1f} MiB" if n_bytes >= MEBIBYTE / 10 or not n_bytes else f"{n_bytes / 1024:.1f} KiB"

@@ -11,7 +11,6 @@ Ways, chosen once by `source_of`, all with the same face (`rows`, `shape`, `dtyp
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -48,7 +47,7 @@ class FileSource:
     chunk_rows : int
         Positions in a storage chunk; 1 where there are none.
     chunk_bytes : int
-        Decoded bytes of the storage chunks that hold one position: they are in memory while it is read.
+        What HDF5 takes for storage chunks while it reads, beside the rows.
     whole : Whole
         The files that it lies in, which must not become shorter.
     many_files : bool
@@ -149,12 +148,17 @@ def write_out(dataset: h5py.Dataset, source: Source) -> None:
 
 
 def chunk_layout(dataset: h5py.Dataset) -> tuple[int, int]:
-    """Return the positions in a storage chunk, and the decoded bytes of all chunks that hold one position."""
+    """Return the positions in a storage chunk, and the bytes that HDF5 takes to read one beside the rows.
+
+    HDF5 decodes one chunk at a time, and has it before and after each filter; what it keeps is in its cache.
+    """
     if dataset.chunks is None:
         return 1, 0
     rows, columns = dataset.chunks
-    across = math.ceil(dataset.shape[1] / columns)
-    return int(rows), int(rows * columns * across * dataset.dtype.itemsize)
+    chunk_bytes = int(rows * columns * dataset.dtype.itemsize)
+    _, cache_bytes, _ = dataset.id.get_access_plist().get_chunk_cache()
+    is_filtered = dataset.id.get_create_plist().get_nfilters() > 0
+    return int(rows), min(int(cache_bytes), int(dataset.nbytes)) + (2 * chunk_bytes if is_filtered else 0)
 
 
 @contextmanager
