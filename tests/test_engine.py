@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -421,6 +422,30 @@ def test_handlers_of_errors_stay_here_and_are_not_missed_elsewhere() -> None:
         there = [one for one in run_processes(kernel, BlockPlan(REMAINING, 500), 1, never) if one]
     assert kernel.errors == {"over": "warn", "under": "raise", "invalid": "warn"}
     assert all(one.failure is None for one in [*here, *there])
+
+
+def falls(spectrum: NDArray[Any], *, at: float, depth: int) -> Any:
+    """Fail so deep at a position, or fall for ever."""
+
+    def again(left: int) -> Any:
+        if left == 0:
+            raise ValueError("bottom")
+        return again(left - 1)
+
+    return again(depth) if spectrum[0] == at else 2 * spectrum[0]
+
+
+@pytest.mark.parametrize(("depth", "error"), [(300, ValueError), (900, ValueError), (10**6, RecursionError)])
+def test_an_error_from_ever_so_deep_comes_back_with_both_ends_of_its_traceback(depth: int, error: type) -> None:
+    kernel = kernel_of(falls, at=7.0, depth=depth)
+    receipts = list(filter(None, run_processes(kernel, BlockPlan(Runs.full(20), 5), 1, never)))
+    (failure,) = [receipt.failure for receipt in receipts if receipt.failure is not None]
+    assert (failure.kind, failure.positions) == ("function", (7, 8))
+    assert isinstance(failure.error, error)
+    names = [frame.name for frame in traceback.extract_tb(failure.error.__traceback__)]
+    assert names[0] == "falls"
+    assert names[-1] == "again"
+    assert len(names) == 50
 
 
 # -- counts: what is sent, and how often -----------------------------------------------------------------------------

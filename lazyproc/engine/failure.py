@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -14,6 +15,8 @@ from lazyproc.core.errors import FunctionError, LazyprocError, OutputError, Work
 from lazyproc.core.runs import Runs
 
 _NAMED_BLOCKS = 10
+_ENDS = 25
+"""So many of the outermost frames of a traceback travel, and of the innermost ones."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _dump_error(error: BaseException) -> tuple[bytes, Any, str]:
     from tblib import Traceback
 
     text = "".join(traceback.format_exception(error))
-    trace = Traceback(error.__traceback__).to_dict() if error.__traceback__ is not None else None
+    trace = Traceback(_short(error.__traceback__)).to_dict() if error.__traceback__ is not None else None
     try:
         import cloudpickle
 
@@ -146,6 +149,20 @@ def _dump_error(error: BaseException) -> tuple[bytes, Any, str]:
     except Exception:
         packed = b""
     return packed, trace, text
+
+
+def _short(trace: types.TracebackType) -> types.TracebackType:
+    """Leave out the middle of a traceback that is too deep to be pickled, as where a function calls itself for ever."""
+    links = [trace]
+    while links[-1].tb_next is not None:
+        links.append(links[-1].tb_next)
+    if len(links) <= 2 * _ENDS:
+        return trace
+    short: types.TracebackType | None = None
+    for link in reversed([*links[:_ENDS], *links[-_ENDS:]]):
+        short = types.TracebackType(short, link.tb_frame, link.tb_lasti, link.tb_lineno)
+    assert short is not None
+    return short
 
 
 def _load(kind: str, positions: tuple[int, int], dumped: tuple[bytes, Any, str]) -> Failure:
