@@ -10,6 +10,9 @@ from lazyproc.core.errors import ArgumentValueError, DefinitionError
 from lazyproc.core.specs import validate_outputs
 from lazyproc.hooks import HOOKS, HookContract
 
+_OPTIONS = ("on_error", "checkpoint_interval", "verify")
+"""Of the constructor, which are likely to be taken for attributes of the class, as `max_failures` is."""
+
 
 def check_definition(cls: Any) -> None:
     """Check a class that declares outputs, when it is made.
@@ -25,6 +28,12 @@ def check_definition(cls: Any) -> None:
         raise DefinitionError(
             f"{cls.__name__}: declares outputs and overrides {hooks}; expected one or the other. With outputs lazyproc "
             "creates, reads and writes the datasets itself: remove these methods."
+        )
+    options = [name for name in _OPTIONS if name in vars(cls)]
+    if options:
+        raise DefinitionError(
+            f"{cls.__name__}: sets {options[0]} as an attribute of the class, where nobody looks for it; it is an "
+            f"argument of the constructor: {cls.__name__}(h5_main, {options[0]}={vars(cls)[options[0]]!r})."
         )
     if overrides(cls, "_map_function") and hasattr(cls, "_block_function"):
         raise DefinitionError(f"{cls.__name__}: has _map_function and _block_function; expected one of them.")

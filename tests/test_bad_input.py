@@ -562,6 +562,14 @@ def test_bad_input_is_refused_and_changes_nothing(tmp_path, row, by):
     assert env.contents() == before
 
 
+@pytest.mark.parametrize(("option", "value"), [("on_error", "record"), ("verify", "none"), ("checkpoint_interval", 1)])
+def test_an_option_of_the_constructor_is_no_attribute_of_the_class(option, value):
+    """It would not be looked at."""
+    body = {"outputs": {"Out": lazyproc.Output("f8")}, "_map_function": staticmethod(np.mean), option: value}
+    with pytest.raises(lazyproc.DefinitionError, match=rf"Mean\(h5_main, {option}={value!r}\)"):
+        type("Mean", (lazyproc.Process,), body)
+
+
 def test_the_rows_of_the_table_have_names_of_their_own():
     names = [(name, by) for name, _, by in ROWS]
     assert len(names) == len(set(names))
