@@ -18,8 +18,16 @@ import click
 
 from lazyproc import __version__
 from lazyproc.clusters import cluster, configured_scheduler
-from lazyproc.core.errors import ArgumentValueError, FunctionError, Interrupted, LazyprocError, MissingFileError
-from lazyproc.drain import EXIT_STOPPED, Leave, stoppable
+from lazyproc.core.errors import (
+    EXIT_STOPPED,
+    ArgumentValueError,
+    FunctionError,
+    Interrupted,
+    InterruptedScript,
+    LazyprocError,
+    MissingFileError,
+)
+from lazyproc.drain import Leave, stoppable
 from lazyproc.engine.launch import detect
 
 log = logging.getLogger("lazyproc")
@@ -63,7 +71,8 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
             raise
         except KeyboardInterrupt as error:
             # Another one than Interrupted comes before a run has begun, or after it has ended: nothing is lost.
-            click.echo(str(error) if isinstance(error, Interrupted) else "Stopped: run again.", err=True)
+            if not isinstance(error, InterruptedScript):  # the log has said it
+                click.echo(str(error) if isinstance(error, Interrupted) else "Stopped: run again.", err=True)
             sys.exit(EXIT_STOPPED)
         except (LazyprocError, OSError) as error:
             if isinstance(error, FunctionError):

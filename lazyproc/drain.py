@@ -16,18 +16,17 @@ import logging
 import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from lazyproc.core.errors import ArgumentValueError, Interrupted
+from lazyproc.core.errors import EXIT_STOPPED, ArgumentValueError, Interrupted, InterruptedScript
 from lazyproc.core.events import Listener, Stopping
 from lazyproc.watch import NUDGE, Watch, is_free
 
-EXIT_STOPPED = 75
-"""Exit code of a run that stopped early with its work committed: run again."""
 GRACE_SECONDS = 20.0
 """How long blocks under way may take to end, if the environment does not say; Slurm kills 30 s after SIGTERM."""
 GRACE_NAME = "LAZYPROC_GRACE_SECONDS"
@@ -61,6 +60,8 @@ class Drain:
         The first signal that came; None if none did, or where signals are not watched.
     message : str
         What to say when leaving: to be kept up to date.
+    afresh : bool
+        The same call would not go on, but start afresh: for the message.
     grace : float
         Seconds for what is under way.
 
@@ -78,6 +79,7 @@ class Drain:
     def __init__(self, message: str, listener: Listener | None = None) -> None:
         self.signal: int | None = None
         self.message = message
+        self.afresh = False
         self.grace = grace_seconds()
         self._listener = listener
         self._process = os.getpid()
@@ -148,7 +150,7 @@ class Drain:
         Raises
         ------
         Interrupted
-            At the end, after Ctrl-C, with `message`.
+            At the end, after Ctrl-C, with `message`. In a script it is a SystemExit, too, with code 75.
         SystemExit
             At the end, after other signals, with code 75; the message goes to the log. Errors of the code inside go
             before both.
@@ -186,9 +188,11 @@ class Drain:
             self._leave(self.signal)
 
     def _leave(self, number: int) -> NoReturn:
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and is_interactive():
             raise Interrupted(self.message)
         log.warning(self.message)
+        if number == signal.SIGINT:
+            raise InterruptedScript(self.message)
         raise SystemExit(EXIT_STOPPED)
 
     @staticmethod
@@ -250,12 +254,17 @@ def stoppable() -> Iterator[None]:
         yield
 
 
+def is_interactive() -> bool:
+    """Tell whether somebody goes on in this interpreter after an error: at its prompt, in IPython, in a notebook."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
+
+
 def nothing_yet(name: str) -> str:
     """Say that a run is left before its first block."""
     return f"{name}: stopped before a block was computed. The same call of compute() starts, or goes on."
 
 
-def how_far(name: str, n_done: int, n_positions: int, where: str) -> str:
+def how_far(name: str, n_done: int, n_positions: int, where: str, *, afresh: bool = False) -> str:
     """Say how far a run came that is left early, or at its very end, and how to go on.
 
     Parameters
@@ -266,12 +275,21 @@ def how_far(name: str, n_done: int, n_positions: int, where: str) -> str:
         Positions that are committed, and all.
     where : str
         The file of the results.
+    afresh : bool
+        The same call would start afresh, since it was made with `override`.
     """
     if n_done == n_positions:
-        return f"{name}: stopped when all {n_positions} positions were done; the same call of compute() returns them."
+        call = "compute() without override" if afresh else "the same call of compute()"
+        return f"{name}: stopped when all {n_positions} positions were done; {call} returns them."
+    again = "The same call of compute() goes on from there."
+    if afresh:
+        again = (
+            "The same call would start afresh: use_partial_computation(), and then compute() without override, goes on "
+            "from there (lazyproc run --resume)."
+        )
     return (
-        f"{name}: stopped early; {n_done} of {n_positions} positions ({n_done / n_positions:.1%}) are done and kept in "
-        f"{where}. The same call of compute() goes on from there."
+        f"{name}: stopped early; {n_done} of {n_positions} positions ({min(n_done / n_positions, 0.999):.1%}) are done "
+        f"and kept in {where}. {again}"
     )
 
 

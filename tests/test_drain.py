@@ -470,9 +470,9 @@ def test_a_signal_while_the_function_is_tried(tmp_path: Path) -> None:
         wait_for_file(tmp_path / name / "reached", process)
         process.send_signal(signal.Signals[name])
         errors = process.communicate(timeout=60)[1]
-        assert process.returncode == (1 if name == "SIGINT" else 75)
+        assert process.returncode == 75
         assert "Slow: stopped before a block was computed. The same call of compute() starts, or goes on." in errors
-        assert ("Traceback" in errors) == (name == "SIGINT")
+        assert "Traceback" not in errors
         assert "is finished and committed" not in errors
         assert (tmp_path / name / "scan.h5").read_bytes() == before
         assert sorted(os.listdir(tmp_path / name)) == ["hangs.py", "reached", "scan.h5"]

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import errno
 
+EXIT_STOPPED = 75
+"""Exit code of a run that stopped early with its work committed: run again."""
+
 
 class LazyprocError(Exception):
     """The root of all errors raised by lazyproc on purpose."""
@@ -112,6 +115,14 @@ class Interrupted(KeyboardInterrupt):
 
     Like every KeyboardInterrupt it is no `Exception`, so that ``except Exception`` does not swallow it.
     """
+
+
+class InterruptedScript(Interrupted, SystemExit):
+    """The same in a script, which ends with code 75 if it is not caught, as after SIGTERM: run it again."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = EXIT_STOPPED
 
 
 class FunctionError(LazyprocError, RuntimeError):
