@@ -18,7 +18,7 @@ import psutil
 from numpy.typing import NDArray
 
 from lazyproc.core.blocks import BlockPlan
-from lazyproc.core.errors import ParameterError
+from lazyproc.core.errors import MemoryLimitError, ParameterError
 from lazyproc.core.identity import code_hash
 from lazyproc.core.imports import imports_to_come
 from lazyproc.core.memory import MemoryModel
@@ -45,7 +45,7 @@ from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.fingerprint import fingerprint
 from lazyproc.hdf5.place import Place
 from lazyproc.hdf5.raised import H5_ERRORS
-from lazyproc.hdf5.search import Found, Work, remaining_positions, search
+from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions, search
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.source import FileSource, HandleSource, Source, write_out
 
@@ -432,11 +432,19 @@ class Declared:
         projected = max(projected, peak_bytes(self.outputs, self.n_positions, self.cores, limit))
         return BlockSizes(plan, workers, memory, driver_writes, division, limit, projected, most)
 
-    def plan(self, work: Work, found: list[Found], kernel: Kernel) -> Plan:
-        """Return what `compute` would do; reads metadata and status masks, computes and writes nothing."""
+    def most_positions(self) -> int:
+        """Return how many positions a block may have in this process, as far as is known before the first call."""
+        try:
+            sizes = self.blocks(Runs.full(self.n_positions), Scheduler("serial", 1), None, driver_writes=False)
+        except MemoryLimitError:  # whoever computes will be told
+            return 0
+        return sizes.most_positions
+
+    def plan(self, work: Work, found: list[Found], kernel: Kernel, wanted: str | None = None) -> Plan:
+        """Return what `compute` would do, with a partial group that is wanted; computes and writes nothing."""
         duplicates = [one for one in found if one.is_complete]
         partial = [one for one in found if one.is_partial]
-        chosen = duplicates[-1] if duplicates else partial[-1] if partial else None
+        chosen = best_of(found, wanted)
         remaining = Runs.full(self.n_positions)
         probe: Probe | None = None
         if chosen is not None:
@@ -450,7 +458,7 @@ class Declared:
         return Plan(
             process_name=self.process_name,
             dataset=self.label,
-            action="return" if duplicates else "resume" if partial else "start",
+            action="start" if chosen is None else "return" if chosen.is_complete else "resume",
             group=chosen.name if chosen else None,
             duplicates=tuple(one.name for one in duplicates),
             partial=tuple(one.name for one in partial),

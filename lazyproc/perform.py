@@ -83,7 +83,7 @@ def perform(
     override : bool
         Start afresh whatever there is.
     chosen : str or None
-        The partial group to resume; None for the last one.
+        The partial group to resume, though there are finished ones; None for the last one, if there are none.
     listener : callable
         Is told of blocks and commits.
 
@@ -97,18 +97,19 @@ def perform(
     declared, kernel = declared.called_with(args, kwargs)
     work = declared.work(args, kwargs)
     drain = Drain(nothing_yet(declared.process_name), listener)
+    drain.afresh = override
     high_water.forget()
     with drain.on_signals(), locked(declared) as lock:
         declared, kernel = with_lock(declared, kernel, lock)
         with drain.interruptible(at_first=True):
             found = declared.found(work)
-        duplicates = [one for one in found if one.is_complete]
+        partial = {one.name: one for one in found if one.is_partial}
+        duplicates = [one for one in found if one.is_complete and chosen not in partial]
         if duplicates and not override:
             warn_of(duplicates[-1])
             finish_late(declared, work, duplicates[-1].name, drain)
             log.info("%s: returning the finished results %s", declared.process_name, duplicates[-1].name)
             return duplicates[-1].name
-        partial = {one.name: one for one in found if one.is_partial}
         name = None if override or not partial else chosen if chosen in partial else list(partial)[-1]
         if name is not None:
             warn_of(partial[name])
@@ -281,7 +282,8 @@ def run_group(
         outcome, cluster = _loop(declared, kernel, target, remaining, probe, committer, drain, listener, crew or Crew())
     finally:
         n_committed = n_before + committer.n_done
-        drain.message = how_far(declared.process_name, n_committed, work.n_positions, declared.place.path)
+        where = declared.place.path
+        drain.message = how_far(declared.process_name, n_committed, work.n_positions, where, afresh=drain.afresh)
         target.close()
         listener(Finished(n_committed))
     if outcome.refused:

@@ -39,7 +39,7 @@ from lazyproc.engine.mpi import mpi_attributes
 from lazyproc.hdf5.extents import ExtentSource
 from lazyproc.hdf5.files import Files, check_heaps
 from lazyproc.hdf5.place import place_of
-from lazyproc.hdf5.search import Found, examine
+from lazyproc.hdf5.search import Found, best_of, examine
 from lazyproc.hdf5.source import source_of
 from lazyproc.holding import flush_for_views
 from lazyproc.hook_ranks import leaving_alike, made_alike, opened_together
@@ -197,7 +197,9 @@ class Process(HookContract):
                 if self._declares:
                     self._stamp = stamp_of(self._main_path)
                     self._source = source_of(self.h5_main, self._main_path)
-                    self._look(self._declared(), (), {})
+                    work = self._declared()
+                    self._look(work, (), {})
+                    self._max_pos_per_read = work.most_positions()
                 else:
                     self._h5_target_group = target_handle(self._place, self._main_path, self.h5_main, self._files)
                     self._start_hooks(wanted_cores, max_mem_mb, self._multiplier)
@@ -273,9 +275,10 @@ class Process(HookContract):
         parent = self._place.group()
         self.duplicate_h5_groups = [parent.file[one.name] for one in found if one.is_complete] if parent else []
         self.partial_h5_groups = [parent.file[one.name] for one in found if one.is_partial] if parent else []
+        self._h5_target_group = parent
 
     def use_partial_computation(self, h5_partial_group: h5py.Group | None = None) -> None:
-        """Choose the partial results that `compute` resumes.
+        """Choose the partial results that `compute` resumes, though there are finished ones; `plan` tells, too.
 
         Parameters
         ----------
@@ -319,6 +322,8 @@ class Process(HookContract):
         ------
         ArgumentTypeError
             If it is no group.
+        ParameterError
+            If the function cannot be called with these arguments.
         ResultsError
             If it is so damaged that HDF5 would never return from reading it.
         """
@@ -332,6 +337,7 @@ class Process(HookContract):
         if not isinstance(group, h5py.Group):
             raise ArgumentTypeError("group: expected a results group, or its name in the file of the results.")
         check_heaps(group)
+        declared.called_with(args, kwargs)  # may it be?
         one = examine(group, declared.work(args, kwargs))
         lines = list(one.differences) or [
             f"no difference: {one.n_done} of {one.n_positions} positions of the same work are done"
@@ -372,7 +378,8 @@ class Process(HookContract):
         LockingError
             If the file system cannot lock files; says what can be set.
         Interrupted
-            After Ctrl-C (it is a KeyboardInterrupt); what was finished is committed.
+            After Ctrl-C (it is a KeyboardInterrupt; in a script it is a SystemExit, too, with code 75); what was
+            finished is committed.
         SystemExit
             With code 75, after SIGTERM or SIGUSR1; what was finished is committed.
 
@@ -445,6 +452,7 @@ class Process(HookContract):
             self._stamp = stamp_of(self._main_path)
         self._look(declared, args, kwargs)
         self.h5_results_grp = self._place.results(name)
+        self._h5_status_dset = self.h5_results_grp.get(self._status_dset_name)
         return self.h5_results_grp
 
     def test(self, positions: int | Any = None, **kwargs: Any) -> dict[str, np.ndarray]:
@@ -482,7 +490,7 @@ class Process(HookContract):
         declared = self._declared()
         declared, kernel = declared.called_with(args, kwargs)
         work = declared.work(args, kwargs)
-        return declared.plan(work, declared.found(work), kernel)
+        return declared.plan(work, declared.found(work), kernel, self._chosen)
 
     def to_xarray(self, *args: Any, **kwargs: Any) -> xarray.Dataset:
         """Return all outputs as lazy N-D arrays: positions already committed are read, the others computed when asked.
@@ -526,18 +534,18 @@ class Process(HookContract):
         )
 
     def _committed(self, found: list[Found]) -> Committed | None:
-        """Return the results that a view reads: the finished ones, else the partial ones that would be resumed."""
-        best = [one for one in found if one.is_complete] or [one for one in found if one.is_partial]
+        """Return the results that a view reads: those that `compute` would return or resume."""
+        best = best_of(found, self._chosen)
         parent = self._place.group()
-        if not best or parent is None:
+        if best is None or parent is None:
             return None
-        group = parent.file[best[-1].name]
+        group = parent.file[best.name]
         mask = self._status_dset_name if self._status_dset_name in group else ""
-        if not mask and best[-1].is_partial:
+        if not mask and best.is_partial:
             return None
         path = self._place.path if not self._place.by_handle else path_of_group(group)
         handle = None if path else group
-        return Committed(path, handle, best[-1].name, group_id(group), self._outputs, mask)
+        return Committed(path, handle, best.name, group_id(group), self._outputs, mask)
 
     @property
     def results_path(self) -> str:

@@ -21,7 +21,7 @@ from lazyproc.engine.failure import Failure
 from lazyproc.hdf5.failures import positions_to_retry, read_failures
 from lazyproc.hdf5.finish import adopt
 from lazyproc.hdf5.record import ensure_room, note_reopened
-from lazyproc.hdf5.search import Found, Work, remaining_positions
+from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions
 from lazyproc.holding import locked, with_lock
 from lazyproc.perform import run_group
 from lazyproc.probing import probe_function
@@ -41,7 +41,7 @@ def retry(
     args, kwargs
         The arguments of `compute`.
     chosen : str or None
-        The partial group; None for the last one. Finished results go before partial ones.
+        The partial group, which goes before finished ones; None for the last finished one, else the last partial one.
     listener : callable
         Is told of blocks and commits.
 
@@ -101,17 +101,14 @@ def _group(declared: Declared, name: str) -> h5py.Group:
 
 def _latest(declared: Declared, found: list[Found], chosen: str | None) -> Found:
     """Return the results that `compute` would return or resume."""
-    complete = [one for one in found if one.is_complete]
-    partial = {one.name: one for one in found if one.is_partial}
-    if complete:
-        return complete[-1]
-    if not partial:
+    best = best_of(found, chosen)
+    if best is None:
         raise ResultsError(
             f"{declared.process_name}: there are no results of this work in {declared.place.path}::"
             f"{declared.place.name}; expected some with failed positions. Call compute() first, with the same "
             "arguments; why_not_duplicate(group) tells what is different about a group."
         )
-    return partial[chosen] if chosen in partial else list(partial.values())[-1]
+    return best
 
 
 def _positions(declared: Declared, work: Work, name: str) -> tuple[Runs, Runs]:

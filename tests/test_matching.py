@@ -18,7 +18,8 @@ from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
 import lazyproc.hdf5.fingerprint
-from lazyproc.core.errors import ArgumentValueError, FunctionError, ParameterError, ResultsError
+from lazyproc.core.errors import ArgumentValueError, FunctionError, Interrupted, ParameterError, ResultsError
+from lazyproc.core.events import BlockDone
 from lazyproc.status import file_status
 
 N_ROWS, N_COLS = 40, 50
@@ -252,6 +253,51 @@ def test_override_leaves_partial_results_alone(scan):
         assert group.name != partial
         assert [one.name for one in process.partial_h5_groups] == [partial]
         assert process.compute().name == group.name
+
+
+def test_a_partial_group_that_was_chosen_goes_before_finished_ones(scan):
+    """In what is planned, shown and computed; without a choice the finished one is returned."""
+    done, _ = run(Mean, scan)
+    with Mean(scan, cores=1) as process:
+        partial = [process.compute(override=True).name for _ in range(2)]
+    with h5py.File(file_of(scan), "r+") as file:
+        for name, n_done in zip(partial, (7, 9), strict=True):
+            file[name]["completed_positions"][n_done:] = 0
+            file[name]["Value"][n_done:] = -1
+    CALLS.clear()
+    with Mean(scan, cores=1) as process:
+        assert process.plan().group == process.compute().name == done
+        process.use_partial_computation(process.partial_h5_groups[0])
+        plan = process.plan()
+        assert (plan.action, plan.group, plan.n_remaining) == ("resume", partial[0], N_POSITIONS - 7)
+        view = process.to_xarray()
+        assert not CALLS
+        assert sorted(view.Value.values.ravel().tolist()) == pytest.approx(means(scan).tolist())
+        assert sorted(CALLS) == list(range(7, N_POSITIONS)), "the others were read from that group"
+        CALLS.clear()
+        assert process.compute().name == partial[0]
+        assert sorted(set(CALLS)) == list(range(7, N_POSITIONS))
+        assert process.compute().name == partial[0], "the last finished one"
+
+
+def test_a_fresh_start_that_is_stopped_says_how_to_go_on(scan):
+    run(Mean, scan)
+    name = stop_half_way_afresh(Mean, scan)
+    with Mean(scan, cores=1) as process:
+        process.use_partial_computation()
+        assert process.compute().name == name
+
+
+def stop_half_way_afresh(cls, address):
+    def stop(event):
+        if isinstance(event, BlockDone):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with cls(address, cores=1, max_mem_mb=64) as process:
+        process._progress = stop
+        with pytest.raises(Interrupted, match=r"would start afresh: use_partial_computation\(\), and then compute\(\)"):
+            process.compute(override=True)
+        return process.partial_h5_groups[-1].name
 
 
 # -- exactly the same work -------------------------------------------------------------------------------------------
@@ -690,6 +736,45 @@ def test_changed_code_reuses_the_results_and_says_so(scan, caplog):
     assert "override=True" in record.message
     with MeanWithOtherCode(scan) as process:
         assert "code has changed" in process.why_not_duplicate(name)
+
+
+def test_another_lambda_is_other_work(scan):
+    """Its name says nothing. With a name of the process it is as for any function."""
+    outputs = {"Value": VALUE}
+    values = []
+    for function in (lambda x: x.max(), lambda x: x.min(), lambda x: x.max()):
+        group = lazyproc.map_positions(function, scan, outputs, cores=1)
+        values.append((group.name[-3:], float(group["Value"][0, 0])))
+    assert values == [("000", 1.0), ("001", 0.0), ("000", 1.0)]
+    named = [
+        lazyproc.map_positions(function, scan, outputs, process_name="Limit", cores=1).name
+        for function in (lambda x: x.max(), lambda x: x.min())
+    ]
+    assert named[0] == named[1]
+
+
+def test_a_second_file_with_the_same_values_gets_results_of_its_own(tmp_path):
+    """In a file that both share; a file that was moved since keeps its own."""
+    addresses = []
+    for name in ("one", "two"):
+        path, main = make_usid_file(
+            tmp_path / f"{name}.h5", n_rows=N_ROWS, n_cols=N_COLS, n_spectral=4, data=numbered()
+        )
+        addresses.append(f"{path}::{main}")
+    target = f"{tmp_path / 'results.h5'}::/"
+    names = [run(Mean, address, h5_target_group=target)[0] for address in (*addresses, *addresses)]
+    assert names[0] == names[2] != names[1] == names[3]
+    with h5py.File(tmp_path / "results.h5") as file:
+        assert [file[name].attrs["source_file_path"] for name in names[:2]] == [file_of(one) for one in addresses]
+    moved = tmp_path / "moved.h5"
+    os.rename(tmp_path / "two.h5", moved)
+    assert run(Mean, addresses[1].replace(str(tmp_path / "two.h5"), str(moved)), h5_target_group=target)[0] == names[1]
+
+
+def test_what_the_function_cannot_take_is_an_error_also_where_differences_are_told(scan):
+    name, _ = run(Mean, scan, parms_dict={"power": 2})
+    with Mean(scan, parms_dict={"power": 2}) as process, pytest.raises(ParameterError, match="power"):
+        process.why_not_duplicate(name, power=3)
 
 
 def test_changed_code_resumes_and_says_so(scan, caplog):

@@ -125,6 +125,21 @@ def least_mb(address: str, **options) -> int:
     return int(str(caught.value).rpartition("Raise max_mem_mb to ")[2].split()[0])
 
 
+def test_a_declared_process_has_the_attributes_of_subclasses(tmp_path):
+    path, name = make_usid_file(tmp_path / "scan.h5", n_rows=5, n_cols=4)
+    body = {"outputs": {"Out": lazyproc.Output("f8")}, "_map_function": staticmethod(np.mean)}
+    work = type("Mean", (lazyproc.Process,), body)
+    with work(f"{path}::{name}", cores=1) as process:
+        assert process._max_pos_per_read >= process.plan().block_positions > 0
+        assert process._cores == 1
+        assert process._h5_target_group.name == name.rpartition("/")[0]
+        assert process._status_dset_name == "completed_positions"
+        assert (process._h5_status_dset, process._results, process.data) == (None, None, None)
+        assert process._get_pixels_in_current_batch is not None
+        group = process.compute()
+        assert process._h5_status_dset == group["completed_positions"]
+
+
 def remaining_of(process):
     from lazyproc.core.runs import Runs
     from lazyproc.engine.choose import Scheduler

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,14 @@ class Found:
         return not self.differences and self.n_done < self.n_positions
 
 
+def best_of(found: Sequence[Found], chosen: str | None = None) -> Found | None:
+    """Return the partial group that was chosen, else the last finished one, else the last partial one, if any."""
+    partial = [one for one in found if one.is_partial]
+    wanted = [one for one in partial if one.name == chosen]
+    best = wanted or [one for one in found if one.is_complete] or partial
+    return best[-1] if best else None
+
+
 def search(target: h5py.Group | None, work: Work) -> list[Found]:
     """Examine all groups below `target` that bear the name of the work, in the order of their numbers."""
     if target is None:
@@ -173,6 +181,7 @@ def examine(group: h5py.Group, work: Work, *, thorough: bool = True) -> Found:
             lines += differences(read_parameters(group), work.parameters)
             lines += _argument_differences(group, work)
             lines += _output_differences(group, work)
+            lines += _nameless_differences(group, work)
             lines += _source_differences(group, work, verify=thorough or not lines)
             remarks = tuple(_remarks(group, work))
             if not lines:
@@ -296,6 +305,8 @@ def _source_differences(group: h5py.Group, work: Work, *, verify: bool) -> Itera
         if now:
             if now != stored:
                 yield f"source: the values of {work.main_name} have changed since (fingerprint {stored}, now {now})"
+            elif os.path.exists(_source_file(group) or ""):  # else it was moved, or has another name by now
+                yield from file_differences(group, work.main_file)
             return
     if stored and not verify:
         return
@@ -343,12 +354,18 @@ def _same_path(stored: str, now: str) -> bool:
     return stored == "" or os.path.realpath(stored) == os.path.realpath(now)
 
 
+def _nameless_differences(group: h5py.Group, work: Work) -> Iterable[str]:
+    """Compare the code where the name of the work says nothing: that of a lambda is ``lambda``."""
+    if work.process_name == "lambda" and code_changed(text_attribute(group, "lazyproc_code"), work.code):
+        yield "function: stored results of another lambda; give process_name to tell by its name what is computed"
+
+
 def _remarks(group: h5py.Group, work: Work) -> Iterable[str]:
     stored = text_attribute(group, "lazyproc_code")
     if stored and code_changed(stored, work.code):
         yield (
             "the function's code has changed since these results were computed; they are used as they are. "
-            "compute(override=True) computes afresh."
+            "override=True computes afresh."
         )
 
 
