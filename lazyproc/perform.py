@@ -19,6 +19,7 @@ from lazyproc.core.identity import function_name
 from lazyproc.core.memory import DRIVER_BYTES, MEBIBYTE
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
+from lazyproc.core.signature import slips
 from lazyproc.declared import Declared, stored_probe
 from lazyproc.drain import Drain, how_far, nothing_yet
 from lazyproc.engine.choose import Scheduler, can_be_sent
@@ -95,6 +96,11 @@ def perform(
         After a drain, by Ctrl-C or SIGTERM.
     """
     declared, kernel = declared.called_with(args, kwargs)
+    for slip, meant in slips(declared.function, declared.parameters).items():
+        log.warning(
+            "%s: the parameter %r is stored, but no argument of the function; is %r meant?",
+            declared.process_name, slip, meant,
+        )  # fmt: skip
     work = declared.work(args, kwargs)
     drain = Drain(nothing_yet(declared.process_name), listener)
     drain.afresh = override

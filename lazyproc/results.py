@@ -20,7 +20,7 @@ from lazyproc.hdf5.failures import has_failures, read_failures
 from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.grid import position_grid, spectroscopic_grid
 from lazyproc.hdf5.on_disk import real_path
-from lazyproc.hdf5.seal import check_places
+from lazyproc.hdf5.seal import PLACES, SEAL, check_places
 from lazyproc.hdf5.search import text_attribute
 from lazyproc.hdf5.steady import read_steadily
 from lazyproc.hdf5.usid import is_main, read_text
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _ADVICE = "Compute it again with override=True, or restore the file from a copy."
 _STATUS = "status"
 _SPECTRAL = "spectral"
+_OF_THE_FILE = (SEAL, PLACES, "lazyproc_probe")
+"""Attributes that mean something only to runs on the file."""
 _NOTHING = Axis((), (), (), {})
 
 Result = TypeVar("Result")
@@ -129,8 +131,9 @@ def path_of_group(group: h5py.Group) -> str | None:
 
 
 def _dataset_of_group(group: h5py.Group, path: str | None) -> xarray.Dataset:
-    check_places(group)
+    declared = check_places(group)
     names = [name for name, item in members(group, follow=True) if isinstance(item, h5py.Dataset) and is_main(item)]
+    names.sort(key=lambda name: declared.index(name) if name in declared else len(declared))
     if not names:
         raise ResultsError(
             f"{path or group.file.filename}::{group.name}: holds no main dataset; expected a results group, such as "
@@ -226,13 +229,15 @@ def _name_inner(outputs: Sequence[ResolvedOutput], axes: Sequence[Axis], positio
 
 
 def _attributes(group: h5py.Group) -> dict[str, Any]:
-    """Return parameters and provenance; references are left out, since they mean nothing outside the file."""
-    natural = {
+    """Return parameters, and then provenance; what means nothing outside the file is left out."""
+    parameters = read_parameters(group)
+    left_out = {*parameters, MANIFEST, *_OF_THE_FILE}
+    provenance = {
         name: read_text(value).strip() if isinstance(value, str | bytes) else value
         for name, value in attributes(group).items()
-        if name != MANIFEST and not isinstance(value, h5py.Reference | h5py.RegionReference)
+        if name not in left_out and not isinstance(value, h5py.Reference | h5py.RegionReference)
     }
-    return {name: _plain(value) for name, value in (natural | read_parameters(group)).items()}
+    return {name: _plain(value) for name, value in (parameters | provenance).items()}
 
 
 def _plain(value: Any) -> Any:

@@ -753,6 +753,21 @@ def test_another_lambda_is_other_work(scan):
     assert named[0] == named[1]
 
 
+def test_a_parameter_with_a_slip_in_its_name_is_told_once(scan, caplog):
+    """It is stored, and decides what is the same work, as any that the function does not take."""
+    with caplog.at_level(logging.WARNING, "lazyproc"):
+        for parameters in ({"powr": 2}, {"operator": "A"}, {"power": 2, "powr": 2}):
+            run(Mean, scan, parms_dict=parameters)
+    (message,) = [record.message for record in caplog.records]
+    assert message == "Mean: the parameter 'powr' is stored, but no argument of the function; is 'power' meant?"
+
+    def fit(spectrum, window):
+        return window
+
+    with pytest.raises(ParameterError, match=r"missing .*'window'.*it takes none that is called \['windw'\]"):
+        lazyproc.map_positions(fit, scan, {"Value": VALUE}, params={"windw": 2})
+
+
 def test_a_second_file_with_the_same_values_gets_results_of_its_own(tmp_path):
     """In a file that both share; a file that was moved since keeps its own."""
     addresses = []

@@ -141,6 +141,19 @@ def test_dimensions_coordinates_units_and_attributes(tmp_path):
     assert {view[name].dtype.str for name in ("Mean", "Twice")} == {"<f8"}
 
 
+def test_results_come_in_the_order_of_declaration_and_parameters_first(tmp_path):
+    address = address_of(make_usid_file(tmp_path / "a.h5"))
+    outputs = {name: Output("f8") for name in ("Zero", "Area", "Mid")}
+    group = lazyproc.map_positions(
+        lambda x: (0, 1, 2), address, outputs, process_name="Three", params={"window": 3}, cores=1
+    )
+    found = lazyproc.open_results(group)
+    assert list(found.data_vars) == [*outputs, "status"]
+    assert next(iter(found.attrs)) == "window"
+    assert found.attrs["lazyproc_function"].endswith("<lambda>")
+    assert not {"lazyproc_seal", "lazyproc_places", "lazyproc_probe"} & set(found.attrs)
+
+
 SCANS = [
     ((6,), (0,)),
     ((3, 4), (1, 0)),

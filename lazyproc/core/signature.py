@@ -8,6 +8,8 @@ from typing import Any
 
 from lazyproc.core.errors import ParameterError
 
+_ALIKE = 0.8
+"""How like two names are, of 0 to 1, where one may be meant by the other: those of one slip of five letters or more."""
 _KEYWORDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -57,16 +59,41 @@ def keyword_arguments(
     double = sorted(by_position & (set(parameters) | set(kwargs)))
     if double:
         raise ParameterError(f"{name}: {double[0]!r} is given by position and by name; give it once.")
+    unused = [] if takes_any else [key for key in parameters if key not in accepted]
     given = {key: value for key, value in parameters.items() if takes_any or key in accepted} | dict(kwargs)
     _check_number(name, own, args)
     try:
         signature.bind(None, *args, **given)
     except TypeError as error:
+        stored = f" (it takes none that is called {unused}, of parms_dict)" if unused else ""
         raise ParameterError(
-            f"{name}: {error}. It is called with the data and {sorted(given) or 'nothing else'}; give the missing ones "
-            "in parms_dict, or as arguments of compute."
+            f"{name}: {error}. It is called with the data and {sorted(given) or 'nothing else'}{stored}; give the "
+            "missing ones in parms_dict, or as arguments of compute."
         ) from error
     return given
+
+
+def slips(function: Callable[..., Any], parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Return parameters that the function does not take, with the argument, given no value, that was perhaps meant.
+
+    Examples
+    --------
+    >>> slips(lambda spectrum, smoothing=3: spectrum, {"smothing": 5, "operator": "A"})
+    {'smothing': 'smoothing'}
+    """
+    try:
+        own = list(inspect.signature(function).parameters.values())[1:]
+    except (TypeError, ValueError):  # some functions written in C do not tell
+        return {}
+    accepted = [parameter.name for parameter in own if parameter.kind in _KEYWORDS]
+    unused = [key for key in parameters if key not in accepted]
+    if not unused or any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+        return {}
+    import difflib
+
+    free = [name for name in accepted if name not in parameters]
+    alike = {key: difflib.get_close_matches(key, free, 1, _ALIKE) for key in unused}
+    return {key: names[0] for key, names in alike.items() if names}
 
 
 def _check_number(name: str, own: Sequence[inspect.Parameter], args: Sequence[Any]) -> None:

@@ -78,8 +78,13 @@ def check_seal(group: h5py.Group) -> None:
             )
 
 
-def check_places(group: h5py.Group) -> None:
+def check_places(group: h5py.Group) -> tuple[str, ...]:
     """Make sure that the datasets of a results group are those that it was created with, and where they were.
+
+    Returns
+    -------
+    tuple of str
+        Their names, outputs first and in the order in which they were declared; none without a record of places.
 
     Raises
     ------
@@ -89,7 +94,7 @@ def check_places(group: h5py.Group) -> None:
     """
     with reading(f"Results group {group.name!r}", _ADVICE):
         if PLACES not in group.attrs:
-            return
+            return ()
         recorded = json.loads(attribute(group, PLACES))
         now = {name: _place_of_member(group, name) for name in recorded}
         for name, (_, *form) in recorded.items():
@@ -107,6 +112,7 @@ def check_places(group: h5py.Group) -> None:
                 f"{recorded[moved[0]][0]}, while others of the group have not moved: another program has replaced it, "
                 f"or the file is damaged. {_ADVICE}"
             )
+        return tuple(recorded)
 
 
 def _seal_of(group: h5py.Group) -> str:
