@@ -87,8 +87,8 @@ def check_multiplier(mem_multiplier: Any) -> float:
 
 
 def check_flag(value: Any, name: str) -> bool:
-    """Check a truth value."""
-    if not isinstance(value, bool | np.bool_):
+    """Check a truth value: True or False, or the whole numbers 1 and 0 that stand for them in older programs."""
+    if not isinstance(value, bool | np.bool_ | int | np.integer) or value not in (0, 1):
         raise ArgumentTypeError(f"{name}: {value!r} came; expected True or False.")
     return bool(value)
 
