@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import socket
 import sys
@@ -137,7 +138,8 @@ def create_group(
         "last_pixel": np.int64(0),
     }
     if not same_file:
-        attrs["source_file_path"] = work.main_file
+        main_file = work.main_file
+        attrs["source_file_path"] = os.path.abspath(main_file) if os.path.exists(main_file) else main_file
     n_failures = None if max_failures is None else min(max_failures, work.n_positions)
     outside: dict[str, External] = {}
     if rows is not None:
