@@ -7,6 +7,7 @@ through the handles that are open. Where that changes the structure of a file, a
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,11 +18,19 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.errors import ArgumentValueError, DefinitionError, FileBusyError, ReadOnlyFileError, ResultsError
+from lazyproc.core.errors import (
+    ArgumentValueError,
+    DefinitionError,
+    FileBusyError,
+    LazyprocError,
+    ReadOnlyFileError,
+    ResultsError,
+)
 from lazyproc.core.events import BlockDone, Finished, Started
 from lazyproc.core.runs import Runs
 from lazyproc.drain import Drain, how_far
 from lazyproc.engine.cluster import active_client
+from lazyproc.hdf5.create import create_status_mask
 from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.guard import BatchGuards, finish_pending, guarded
 from lazyproc.hdf5.hook_record import WriteWatch, sync_files
@@ -35,6 +44,8 @@ from lazyproc.hdf5.whole import Whole
 
 if TYPE_CHECKING:
     from lazyproc.hooks import HookContract
+
+log = logging.getLogger("lazyproc")
 
 _HELD: ContextVar[frozenset[str]] = ContextVar("lazyproc_held", default=frozenset())
 """Files whose lock this thread holds: a hook may run another process on the same file."""
@@ -112,6 +123,21 @@ def settle_end(group: h5py.Group, n_positions: int, status_name: str) -> None:
             note_end(group, n_positions, status_name)
 
 
+def complete_mask(group: h5py.Group, n_positions: int, status_name: str) -> None:
+    """Give finished results that have nothing but ``last_pixel`` a status mask, as pyUSID does; not if that is refused.
+
+    It carries no record: what is not known of results by older programs is not claimed.
+    """
+    if group.file.mode == "r" or group.file.driver == "mpio":
+        return
+    try:
+        with locked(group.file), guarded([group.file], own=[str(group.name)]):
+            if status_name not in group:
+                create_status_mask(group, n_positions, status_name)[...] = 1
+    except LazyprocError as error:  # the results are there, whatever keeps the mask from being added
+        log.info("%s: no status mask was added: %s", group.name, error)
+
+
 class Batches:
     """The positions that remain, handed out batch after batch.
 
@@ -166,6 +192,7 @@ class HookLoop:
         self._status_name = str(mask.name).rpartition("/")[2]
         self._remaining = remaining_positions(self._group, self._n_positions, self._status_name)
         process._lazyproc_batches = Batches(self._remaining)
+        process._lazyproc_one_each = False
         self._guards = BatchGuards()
         self._whole = whole_main(process)
 
@@ -282,19 +309,30 @@ def _lazy_on_cluster(lazy: bool) -> Iterator[None]:
 def check_number(process: HookContract, n_positions: int) -> None:
     """Raise ResultsError if ``self._results`` is a list with a number of results that cannot be right.
 
-    It is right for one result a position or a row of ``self.data``, for several a position, and for columns with one
-    value a position. Whatever else a subclass keeps there is its own business.
+    What the base's `_unit_computation` left is right with one result a position or a row of ``self.data``, with several
+    a position, and as columns with one value a position. What a subclass's own leaves is its own business, until it has
+    left one result a position for a batch: then fewer of them for another batch are results that were lost.
     """
     results, rows = process._results, process._lazyproc_rows
-    if type(results) is not list or not results or (rows is None and not _are_numbers(results)):
+    if type(results) is not list or not results:
         return
+    if rows is None:
+        is_lost = process._lazyproc_one_each and len(results) < n_positions and _are_numbers(results)
+        process._lazyproc_one_each = len(results) == n_positions
+        if not is_lost:
+            return
     fitting = {n_positions, rows, _length(process._data)}
-    if len(results) in fitting or len(results) % n_positions == 0 or all(_length(one) in fitting for one in results):
+    if len(results) in fitting or len(results) % n_positions == 0 or all(_fits(one, fitting) for one in results):
         return
     raise ResultsError(
         f"{type(process).__name__}: self._results has {len(results)} results for {n_positions} positions; expected "
         "one for each. The batch is not written and not marked as done."
     )
+
+
+def _fits(value: Any, lengths: set[int | None]) -> bool:
+    """Tell whether a column, or several of them in one array, has as many values as there are positions."""
+    return _length(value) in lengths or not lengths.isdisjoint(getattr(value, "shape", ()))
 
 
 def _length(value: Any) -> int:

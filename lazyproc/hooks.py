@@ -46,7 +46,16 @@ from lazyproc.hdf5.hook_record import (
 )
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.source import source_of, write_out
-from lazyproc.hook_loop import Batches, HookLoop, allocate_results, check_group, files_of, locked, settle_end
+from lazyproc.hook_loop import (
+    Batches,
+    HookLoop,
+    allocate_results,
+    check_group,
+    complete_mask,
+    files_of,
+    locked,
+    settle_end,
+)
 from lazyproc.hook_ranks import RankedLoop, counter_of, locked_by_first, opened_together, ranks_of
 
 if TYPE_CHECKING:
@@ -88,6 +97,7 @@ class HookContract:
     partial_h5_groups: list[h5py.Group]
     _results: Any = None
     _lazyproc_rows: int | None = None
+    _lazyproc_one_each: bool = False
     _status_dset_name: str
     _h5_status_dset: Any = None
     _h5_target_group: Any = None
@@ -267,6 +277,8 @@ class HookContract:
                 self.h5_results_grp = finished[-1]
                 if has_record(finished[-1], work.status_name):
                     settle_end(finished[-1], work.n_positions, work.status_name)
+                elif work.status_name not in finished[-1]:
+                    complete_mask(finished[-1], work.n_positions, work.status_name)
                 return finished[-1]
             if self.h5_results_grp is None:
                 self._take_partial(work, arguments)

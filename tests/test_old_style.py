@@ -1,0 +1,204 @@
+"""What owners of old subclasses do beyond the clauses of the contract: flags as numbers, plans, groups of old files."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hook_classes import make_mean, mean_of
+from usid_files import make_usid_file
+
+import lazyproc
+from lazyproc import Process
+from lazyproc.core.errors import ArgumentTypeError, ResultsError
+from lazyproc.hdf5.lock import RunLock
+
+Mean = make_mean(Process)
+MASK = "completed_positions"
+
+
+class Declared(Process):
+    outputs = {"Mean": lazyproc.Output("f4")}
+
+    @staticmethod
+    def _map_function(spectrum):
+        return np.mean(spectrum)
+
+
+@pytest.fixture
+def main(tmp_path):
+    """A main dataset of 20 positions and 6 values, in a file open for reading and writing."""
+    path, name = make_usid_file(tmp_path / "scan.h5")
+    with h5py.File(path, "r+") as file:
+        yield file[name]
+
+
+def made(cls, main, batch=6, **options):
+    process = cls(main, **{"cores": 1, **options})
+    process._max_pos_per_read = batch
+    return process
+
+
+def expected_means(main):
+    return np.array([mean_of(row) for row in main[()]], "f4")[:, None]
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize("cls", [Mean, Declared])
+@pytest.mark.parametrize("number", [1, np.int64(1), np.uint8(1), np.bool_(True)])
+def test_flags_may_be_the_numbers_0_and_1(main, cls, number):
+    process = cls(main, cores=1, lazy=0, verbose=number)
+    assert process.verbose is True
+    first = process.compute(number - number if not isinstance(number, np.bool_) else False)
+    assert process.compute(0) == first
+    assert process.compute(number) != first
+    assert cls(main, cores=1, lazy=number, verbose=0)._lazy is True
+
+
+@pytest.mark.parametrize("value", [2, -1, 1.0, np.float32(0), "1", None, [1], np.array([1])])
+def test_other_things_are_no_flags(main, value):
+    with pytest.raises(ArgumentTypeError, match="verbose"):
+        Mean(main, verbose=value)
+    with pytest.raises(ArgumentTypeError, match="lazy"):
+        Mean(main, lazy=value)
+    with pytest.raises(ArgumentTypeError, match="override"):
+        Mean(main).compute(value)
+
+
+# ---- self._results of classes that compute and write themselves
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        lambda data: [np.stack([data.mean(1), data.max(1)])],
+        lambda data: [np.stack([data.mean(1), data.max(1)]), {"rows": len(data)}],
+        lambda data: [float(data.mean()), float(data.max()), 3.0, 4.0],
+        lambda data: [np.array([1.0, 2.0]), np.array([3.0, 4.0]), np.array([1.0, 2.0]), np.array([3.0, 4.0])],
+    ],
+)
+def test_a_class_that_computes_and_writes_itself_may_keep_any_list(main, results):
+    class Own(Mean):
+        def _unit_computation(self):
+            self._results = results(self.data)
+
+        def _write_results_chunk(self):
+            self.h5_results[self._get_pixels_in_current_batch(), 0] = np.mean(self.data.astype("f8"), axis=1)
+
+    process = made(Own, main)
+    np.testing.assert_array_equal(process.compute()["Results"], expected_means(main))
+    assert process.h5_results_grp[MASK][()].all()
+
+
+def test_what_the_base_has_computed_may_be_stacked(main):
+    class Stacking(Mean):
+        def _unit_computation(self):
+            super()._unit_computation()
+            self._results = [np.stack([self._results, self._results])]
+
+        def _write_results_chunk(self):
+            self.h5_results[self._get_pixels_in_current_batch(), 0] = self._results[0][0]
+
+    np.testing.assert_array_equal(made(Stacking, main).compute()["Results"], expected_means(main))
+
+
+def test_what_the_base_has_computed_may_not_get_lost_in_the_first_batch(main):
+    class Losing(Mean):
+        def _unit_computation(self):
+            super()._unit_computation()
+            self._results.pop()
+
+        def _write_results_chunk(self):
+            pixels = self._get_pixels_in_current_batch()
+            self.h5_results[pixels[: len(self._results)], 0] = np.array(self._results)
+
+    with pytest.raises(ResultsError, match="5 results for 6"):
+        made(Losing, main).compute()
+
+
+# ---- finished groups that have last_pixel alone
+
+
+def legacy_group(main, last_pixel):
+    process = Mean(main, cores=1)
+    process._create_results_datasets()
+    group = process.h5_results_grp
+    group["Results"][...] = expected_means(main)
+    group.attrs["last_pixel"] = last_pixel
+    main.file.flush()
+    return group
+
+
+def test_finished_results_without_a_mask_get_one_from_compute_as_from_pyusid(main):
+    group = legacy_group(main, 20)
+    before = sorted(group)
+    process = Mean(main, cores=1)
+    assert sorted(group) == before, "the constructor does not write"
+    assert process.duplicate_h5_groups == [group]
+    assert process.compute() == group
+    assert sorted(group) == sorted([*before, MASK])
+    assert group[MASK].dtype == np.uint8
+    assert group[MASK][()].tolist() == [1] * 20
+    assert group.attrs["last_pixel"] == 20
+    again = Mean(main, cores=1)
+    assert again.duplicate_h5_groups == [group]
+    assert again.compute() == group
+    assert len([name for name in main.parent if "Mean_Hooks" in name]) == 1
+
+
+def test_the_mask_that_was_added_is_one_for_pyusid(main):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = pytest.importorskip("pyUSID.processing.process")
+        group = legacy_group(main, 20)
+        Mean(main, cores=1).compute()
+        process = make_mean(old.Process)(main, cores=1)
+        assert process.duplicate_h5_groups == [group]
+
+
+def test_finished_results_in_a_file_open_for_reading_are_returned_without_a_mask(main):
+    path, name = Path(main.file.filename), main.name
+    before = sorted(legacy_group(main, 20))
+    main.file.close()
+    content = path.read_bytes()
+    with h5py.File(path, "r") as file, h5py.File(path.with_name("out.h5"), "w") as out:
+        process = Mean(file[name], cores=1, h5_target_group=out)
+        process._h5_target_group = file[name].parent
+        process.duplicate_h5_groups, _ = process._check_for_duplicates()
+        assert sorted(process.compute()) == before
+    assert path.read_bytes() == content
+
+
+def test_finished_results_are_returned_without_a_mask_while_somebody_computes_into_the_file(main):
+    before = sorted(legacy_group(main, 20))
+    process = Mean(main, cores=1)
+    lock = RunLock(main.file.filename, "another")
+    lock.acquire()
+    with contextlib.closing(contextlib.ExitStack()) as stack:
+        stack.callback(lock.release)
+        assert sorted(process.compute()) == before
+    assert MASK in process.compute()
+
+
+# ---- where results came from
+
+
+@pytest.mark.parametrize("cls", [Mean, Declared])
+@pytest.mark.parametrize("by", ["handles", "handle and address", "addresses"])
+def test_the_source_of_results_elsewhere_is_an_absolute_path(tmp_path, monkeypatch, cls, by):
+    monkeypatch.chdir(tmp_path)
+    _, name = make_usid_file(Path("scan.h5"))
+    with contextlib.ExitStack() as stack:
+        main = f"scan.h5::{name}" if by == "addresses" else stack.enter_context(h5py.File("scan.h5", "r"))[name]
+        target = stack.enter_context(h5py.File("out.h5", "w")) if by == "handles" else "out.h5::/"
+        process = stack.enter_context(cls(main, cores=1, h5_target_group=target))
+        group = process.compute()
+        assert group.attrs["source_file_path"] == str(tmp_path / "scan.h5")
+        again = stack.enter_context(cls(main, cores=1, h5_target_group=target))
+        assert [one.name for one in again.duplicate_h5_groups] == [group.name]
