@@ -40,6 +40,7 @@ from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.settled import allocate, datasets_below, is_settled
 from lazyproc.hdf5.source import source_of
+from lazyproc.hdf5.unmark import take_back
 from lazyproc.hdf5.whole import Whole
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ class Batches:
 
             if dataset.file.mode != "r":
                 dataset.file.flush()
+                take_back(dataset.file)
             return lazy_rows(source_of(dataset), "positions", runs)
         rows = np.empty((len(pixels), *dataset.shape[1:]), dataset.dtype)
         place = 0

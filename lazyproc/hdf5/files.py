@@ -25,6 +25,7 @@ from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.overlay import Overlay
 from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.transaction import read_journal, recover_locked
+from lazyproc.hdf5.unmark import close_unmarked, opening
 
 _LARGEST_PLACE = 2**63 - 1 - 2**32
 """Bytes: no file reaches so far, and a read from here does not leave the numbers that the system has for places."""
@@ -119,7 +120,8 @@ class Files:
             log.warning("%s: a change that was cut off has been settled", path)
         option = hdf5_option(path)
         try:
-            file = h5py.File(path, "r+", locking=option)
+            with opening(path) as opened:
+                opened.append(file := h5py.File(path, "r+", locking=option))
         except PermissionError as error:
             raise ReadOnlyFileError(f"{path}: the file cannot be written: {error}.") from error
         except OSError as error:
@@ -139,7 +141,7 @@ class Files:
         while self._opened:
             file, raw = self._opened.pop()
             if file:
-                file.close()
+                close_unmarked(file)
             if raw is not None:
                 raw.close()
 

@@ -28,6 +28,7 @@ from lazyproc.hdf5.session import session_of
 from lazyproc.hdf5.settled import address_of, datasets_below, is_settled
 from lazyproc.hdf5.undo import refuse_pending
 from lazyproc.hdf5.undo_journal import drop_undo, kept_fresh, load_undo, read_ranges, write_undo
+from lazyproc.hdf5.unmark import take_back
 
 LARGEST = 256 * 2**20
 """Bytes of metadata: of more no journal is kept."""
@@ -129,6 +130,7 @@ def finish_pending(file: h5py.File, path: str) -> None:
             with writing(path, "what was to be written before"):
                 file.flush()
                 file.flush()
+                take_back(file)
                 os.fdatasync(file.id.get_vfd_handle())
         except NoRoomError:
             raise
@@ -225,6 +227,7 @@ class _Guard:
     def _begin(self) -> None:
         if self._file:
             finish_pending(self._file, self.path)
+            take_back(self._file)  # which may have been flushed by a hook
         for _ in range(_MOST_TRIES):
             self._keep()
             if self._kept is None or not self.changed():
@@ -287,6 +290,7 @@ class _Guard:
         self._file.flush()  # the first one may free space at the end of the file, and the second one cut it off
         descriptor = int(self._file.id.get_vfd_handle())
         with using(self.path, "its structure"):
+            take_back(self._file)
             os.fdatasync(descriptor)
         return descriptor
 

@@ -26,6 +26,7 @@ from lazyproc.hdf5.extents import using
 from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.search import file_differences, named_groups, remaining_positions, source_name
+from lazyproc.hdf5.unmark import take_back
 from lazyproc.hdf5.usid import read_text
 
 NO_ARGUMENTS = arguments_text((), {})
@@ -258,6 +259,7 @@ def sync_files(files: Iterable[h5py.File]) -> None:
             file.flush()
             if path is not None:
                 with using(path, "what was written"):
+                    take_back(file)
                     os.fdatasync(file.id.get_vfd_handle())
 
 
