@@ -103,6 +103,8 @@ class HookContract:
     _h5_target_group: Any = None
     _cores: int
     _lazyproc_asked: int | None = None
+    _multiplier: float
+    _max_bytes: int | None
     _max_pos_per_read: Any
     _client: Any
     _main_path: str | None
@@ -212,8 +214,8 @@ class HookContract:
         limit = check_memory(man_mem_limit if man_mem_limit is not None else mem)
         available = int(psutil.virtual_memory().available)
         limit = available if limit is None else min(limit, available)
-        source = self.h5_main.dtype.itemsize * self.h5_main.shape[1]
-        position = source * (check_multiplier(mem_multiplier) + _COPIES) + _OBJECT_BYTES
+        self._multiplier = check_multiplier(mem_multiplier)
+        source, position = self._bytes_per_position()
         self._max_pos_per_read = int(max(0, limit - DRIVER_BYTES) // position)
         if self._max_pos_per_read < 1:
             needed = -(-int(position + DRIVER_BYTES) // MEBIBYTE)
@@ -221,6 +223,11 @@ class HookContract:
                 f"max_mem_mb: {limit // MEBIBYTE} MiB are allowed, but one position of {source / MEBIBYTE:.1f} MiB "
                 f"takes {position / MEBIBYTE:.1f} MiB with its copies and results. Raise max_mem_mb to {needed}."
             )
+
+    def _bytes_per_position(self) -> tuple[int, float]:
+        """Return the bytes of a position of the source, and what it is taken to need with its copies and results."""
+        source = int(self.h5_main.dtype.itemsize * self.h5_main.shape[1])
+        return source, source * (self._multiplier + _COPIES) + _OBJECT_BYTES
 
     def _check_for_duplicates(self) -> tuple[list[h5py.Group], list[h5py.Group]]:
         """Return the results groups of the same work, finished and partial; reads the attributes as they are now."""
@@ -324,6 +331,24 @@ class HookContract:
             return str(target.name)
         return f"{str(target.name).rstrip('/')}/{name}"
 
+    def _next_step(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[str, h5py.Group | None, list[h5py.Group], list[h5py.Group]]:
+        """Return what `_compute_hooks` would do without override: return, resume or start, the group, and all found."""
+        work, arguments = self._hook_work(), text_of(args, kwargs)
+        finished = _of_same_work([group for group in self.duplicate_h5_groups if group], work, arguments)
+        partial = _of_same_work([group for group in self.partial_h5_groups if group], work, arguments)
+        held = self.h5_results_grp
+        if finished:
+            return "return", finished[-1], finished, partial
+        if held is None:
+            group = partial[-1] if partial and self._can_resume() else None
+        elif self._is_done_here(work, arguments):
+            return "return", held, finished, partial
+        else:
+            group = None if self._why_afresh(work, arguments) else held
+        return "start" if group is None else "resume", group, finished, partial
+
     def _compute_together(
         self,
         work: HookWork,
@@ -378,16 +403,22 @@ class HookContract:
 
     def _goes_on(self, work: HookWork, arguments: str) -> bool:
         """Tell whether to go on in the group that is held: begun for the same work, or this phase not yet begun."""
+        why = self._why_afresh(work, arguments)
+        if why == "other":
+            name = self.h5_results_grp.name
+            log.info("%s: %s holds results of other parameters or arguments", work.process_name, name)
+        elif why:
+            self._warn_afresh(self.h5_results_grp)
+        return not why
+
+    def _why_afresh(self, work: HookWork, arguments: str) -> str:
+        """Tell why the group that is held is not gone on with: ``"other"`` work, ``"cannot resume"``, or no reason."""
         group = self.h5_results_grp
         if work.status_name not in group:
-            return True
+            return ""
         if not self._is_same(group, work, arguments):
-            log.info("%s: %s holds results of other parameters or arguments", work.process_name, group.name)
-            return False
-        if not self._can_resume() and self._chosen != group.name:
-            self._warn_afresh(group)
-            return False
-        return True
+            return "other"
+        return "cannot resume" if not self._can_resume() and self._chosen != group.name else ""
 
     @staticmethod
     def _is_same(group: h5py.Group, work: HookWork, arguments: str) -> bool:

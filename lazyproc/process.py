@@ -42,6 +42,7 @@ from lazyproc.hdf5.place import place_of
 from lazyproc.hdf5.search import Found, best_of, examine
 from lazyproc.hdf5.source import source_of
 from lazyproc.holding import flush_for_views
+from lazyproc.hook_plan import open_target, plan_of_hooks, why_not_of_hooks
 from lazyproc.hook_ranks import leaving_alike, made_alike, opened_together
 from lazyproc.hooks import HookContract
 from lazyproc.main_handle import MainDatasetHandle
@@ -214,8 +215,8 @@ class Process(HookContract):
         if not self._declares:
             raise DefinitionError(
                 f"{type(self).__name__}: declares no outputs; expected a dict such as "
-                "outputs = {'Mean': Output('f4')}. A class with the hooks of the old contract has compute(), and "
-                "test() if it writes one."
+                "outputs = {'Mean': Output('f4')}. A class with the hooks of the old contract has compute(), "
+                "plan(), why_not_duplicate(), and test() if it writes one."
             )
         if not self.h5_main:
             raise ArgumentValueError(
@@ -327,8 +328,8 @@ class Process(HookContract):
         ResultsError
             If it is so damaged that HDF5 would never return from reading it.
         """
-        declared = self._declared()
-        parent = self._place.group()
+        declared = self._declared() if self._declares else None
+        parent = self._place.group() if declared else open_target(self)
         if isinstance(group, str):
             name = group.rpartition("::")[2]
             group = (
@@ -337,6 +338,8 @@ class Process(HookContract):
         if not isinstance(group, h5py.Group):
             raise ArgumentTypeError("group: expected a results group, or its name in the file of the results.")
         check_heaps(group)
+        if declared is None:
+            return why_not_of_hooks(self, group, args, kwargs)
         declared.called_with(args, kwargs)  # may it be?
         one = examine(group, declared.work(args, kwargs))
         lines = list(one.differences) or [
@@ -487,6 +490,8 @@ class Process(HookContract):
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Return what `compute` would do with these arguments, without doing it; reads metadata and masks only."""
+        if not self._declares:
+            return plan_of_hooks(self, args, kwargs)
         declared = self._declared()
         declared, kernel = declared.called_with(args, kwargs)
         work = declared.work(args, kwargs)

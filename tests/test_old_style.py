@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from hook_classes import make_mean, mean_of
+from hook_classes import Stop, make_mean, mean_of
 from usid_files import make_usid_file
 
 import lazyproc
 from lazyproc import Process
-from lazyproc.core.errors import ArgumentTypeError, ResultsError
+from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, ResultsError
 from lazyproc.hdf5.lock import RunLock
 
 Mean = make_mean(Process)
@@ -184,6 +185,172 @@ def test_finished_results_are_returned_without_a_mask_while_somebody_computes_in
         stack.callback(lock.release)
         assert sorted(process.compute()) == before
     assert MASK in process.compute()
+
+
+# ---- plan and why_not_duplicate
+
+
+class Stopping(Mean):
+    """Stops after its first batch, so that partial results stay."""
+
+    def _write_results_chunk(self):
+        super()._write_results_chunk()
+        if self._get_pixels_in_current_batch()[0] >= 6:
+            raise Stop
+
+
+class NoResume(Stopping):
+    _get_existing_datasets = Process._get_existing_datasets
+
+
+def partial_group(main, cls=Stopping, *args, **options):
+    process = made(cls, main, **options)
+    with pytest.raises(Stop):
+        process.compute(False, *args)
+    return process
+
+
+def state(main):
+    main.file.flush()
+    path = Path(main.file.filename)
+    return path.read_bytes(), sorted(one.name for one in path.parent.iterdir())
+
+
+def test_a_plan_tells_what_the_old_class_kept_in_mangled_names(main):
+    process = made(Mean, main, max_mem_mb=100, mem_multiplier=3.0)
+    before = state(main)
+    plan = process.plan()
+    assert state(main) == before
+    assert (plan.action, plan.group, plan.duplicates, plan.partial) == ("start", None, (), ())
+    assert (plan.n_positions, plan.n_done, plan.n_remaining) == (20, 0, 20)
+    assert (plan.n_blocks, plan.block_positions) == (4, 6)
+    source = 6 * main.dtype.itemsize
+    assert plan.source_bytes == 20 * source
+    assert plan.bytes_per_position >= 3 * source
+    assert plan.projected_bytes <= plan.allowed_bytes <= 100 * 2**20
+    assert plan.result_bytes is None
+    assert plan.seconds is None
+    assert "start afresh" in repr(plan)
+    assert "to write" not in repr(plan)
+    assert "<table>" in plan._repr_html_()
+    assert json.loads(json.dumps(plan.as_dict()))["result_bytes"] is None
+
+
+def test_a_plan_of_partial_and_of_finished_results(main):
+    group = partial_group(main).h5_results_grp
+    process = made(Mean, main)
+    before = state(main)
+    plan = process.plan()
+    assert (plan.action, plan.group, plan.partial) == ("resume", group.name, (group.name,))
+    assert (plan.n_done, plan.n_remaining, plan.n_blocks) == (6, 14, 3)
+    assert plan.result_bytes == 14 * (4 + 1)
+    assert made(Mean, main).plan(2).action == "start", "other arguments are other work"
+    assert state(main) == before
+    assert process.compute() == group
+    assert (process.plan().action, process.plan().group) == ("return", group.name)
+    plan = made(Mean, main).plan()
+    assert (plan.action, plan.group, plan.duplicates) == ("return", group.name, (group.name,))
+    assert (plan.n_done, plan.n_remaining, plan.n_blocks) == (20, 0, 0)
+
+
+def test_a_plan_of_results_that_were_chosen(main):
+    first = partial_group(main).h5_results_grp
+    process = made(Stopping, main)
+    with pytest.raises(Stop):
+        process.compute(override=True)
+    second = process.h5_results_grp
+    process = made(Mean, main)
+    assert process.plan().group == second.name
+    process.use_partial_computation(first)
+    assert process.plan().group == first.name
+    assert process.compute() == first
+
+
+def test_a_plan_of_a_class_that_cannot_resume(main, caplog):
+    group = partial_group(main, NoResume).h5_results_grp
+    process = made(NoResume, main)
+    plan = process.plan()
+    assert (plan.action, plan.group, plan.partial) == ("start", None, (group.name,))
+    assert plan.n_remaining == 20
+    assert not caplog.records
+    assert "cannot be resumed" in process.why_not_duplicate(group)
+
+
+@pytest.mark.parametrize("most", [2.5, 100])
+def test_a_plan_counts_the_batches_that_there_will_be(main, most):
+    process = made(Counting, main, batch=most)
+    wanted = process.plan().n_blocks
+    process.compute()
+    assert process.n_batches == wanted
+
+
+class Counting(Mean):
+    n_batches = 0
+
+    def _unit_computation(self):
+        super()._unit_computation()
+        self.n_batches += 1
+
+
+def test_plans_by_address_and_after_closing(main):
+    address = f"{main.file.filename}::{main.name}"
+    main.file.close()
+    with made(Mean, address) as process:
+        assert process.plan().dataset == address
+        group = process.compute()
+        assert process.why_not_duplicate(group.name).startswith("no difference: 20 of 20")
+        name = group.name
+    with pytest.raises(ArgumentValueError, match="closed"):
+        process.plan()
+    with pytest.raises(ArgumentValueError, match="closed"):
+        process.why_not_duplicate(name)
+
+
+def test_why_not_duplicate_tells_parameters_arguments_and_source(main):
+    table = np.arange(5000.0)
+    parms = {"a": 1, "b": [1, 2], "c": None, "table": table, "gone": "x"}
+    group = made(Mean, main, parms_dict=parms).compute()
+    before = state(main)
+    same = made(Mean, main, parms_dict=parms)
+    assert same.why_not_duplicate(group) == "no difference: 20 of 20 positions of the same work are done"
+    other = made(Mean, main, parms_dict={"a": 2, "b": [1, 2], "c": 3, "table": table + 1, "new": 1.5})
+    lines = other.why_not_duplicate(group, 2).splitlines()
+    assert lines[:2] == ["a: stored 1, wanted 2", "c: stored None, wanted 3"]
+    assert [line.partition(":")[0] for line in lines] == ["a", "c", "gone", "table", "new", "arguments of compute"]
+    assert "wanted {" in lines[-1]
+    assert state(main) == before
+    main[0, 0] += 1
+    main.file.flush()
+    assert same.why_not_duplicate(group).startswith("source: the values of")
+
+
+def test_why_not_duplicate_of_results_by_other_programs(main):
+    group = legacy_group(main, 20)
+    group.attrs["a"], group.attrs["note"] = 1, "by hand"
+    assert made(Mean, main, parms_dict={"a": 1}).why_not_duplicate(group).startswith("no difference: 20 of 20")
+    lines = made(Mean, main, parms_dict={"a": 2, "b": 1, "note": None}).why_not_duplicate(group).splitlines()
+    assert lines == ["a: stored 1, wanted 2", "b: stored none, wanted 1", "note: stored 'by hand', wanted None"]
+    other = made(Mean, main, process_name="Other").why_not_duplicate(group)
+    assert other.startswith("name: looked for are groups in")
+    del group.attrs["last_pixel"]
+    assert "there is no status mask" in made(Mean, main).why_not_duplicate(group)
+    assert "cannot be compared" in made(Mean, main, parms_dict={"a": main.ref}).why_not_duplicate(group)
+
+
+@pytest.mark.parametrize("stored", [{}, {"a": 1}, {"a": 1.0}, {"a": [1, 2]}, {"a": None}])
+@pytest.mark.parametrize("wanted", [{}, {"a": 1}, {"a": 1.0}, {"a": (1, 2)}, {"a": None}, {"a": 1, "b": None}])
+def test_why_not_duplicate_says_what_compute_does(main, stored, wanted):
+    group = made(Mean, main, parms_dict=stored).compute()
+    process = made(Mean, main, parms_dict=wanted)
+    told = process.why_not_duplicate(group).startswith("no difference")
+    assert (process.plan().action == "return") == told
+    assert (process.compute() == group) == told
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "Raw_Data", 3])
+def test_why_not_duplicate_of_what_is_no_group(main, wrong):
+    with pytest.raises(ArgumentTypeError, match="results group"):
+        made(Mean, main).why_not_duplicate(wrong)
 
 
 # ---- where results came from

@@ -87,7 +87,18 @@ def test_every_name_of_the_package_is_there():
 FLOORS = [
     {"core"},
     {"hdf5", "engine"},
-    {"arguments", "clusters", "collective", "declared", "definition", "drain", "hook_loop", "hook_ranks", "hooks"}
+    {
+        "arguments",
+        "clusters",
+        "collective",
+        "declared",
+        "definition",
+        "drain",
+        "hook_loop",
+        "hook_plan",
+        "hook_ranks",
+        "hooks",
+    }
     | {"layout", "main_handle", "opening"}
     | {"adapt", "finishing", "holding", "perform", "probing", "progress", "recording", "results", "retry", "run"}
     | {"status", "views", "watch"},

@@ -39,8 +39,10 @@ class Plan:
         What a position takes while it is computed.
     worker_bytes, projected_bytes, allowed_bytes : int
         Peak of one worker, of everything together, and what `max_mem_mb` allows.
-    source_bytes, result_bytes : int
-        Size of what would be read and of what would be written.
+    source_bytes : int
+        Size of what would be read.
+    result_bytes : int or None
+        Size of what would be written; None where the class creates its results itself, and has not done so yet.
     seconds : float or None
         Estimate for what remains, if the function has been measured.
     disk_bytes : int
@@ -68,7 +70,7 @@ class Plan:
     projected_bytes: int
     allowed_bytes: int
     source_bytes: int
-    result_bytes: int
+    result_bytes: int | None
     seconds: float | None
     disk_bytes: int = 0
 
@@ -93,10 +95,11 @@ class Plan:
         if self.n_failed:
             rows.append(("failed", f"{self.n_failed:,} of those done; retry_failed() computes them again"))
         if self.n_remaining:
+            written = "" if self.result_bytes is None else f", {format_bytes(self.result_bytes)} to write"
             rows += [
                 ("blocks", f"{self.n_blocks:,} of up to {self.block_positions:,} positions"),
                 ("workers", f"{self.n_workers} at most, {self.scheduler}"),
-                ("data", f"{format_bytes(self.source_bytes)} to read, {format_bytes(self.result_bytes)} to write"),
+                ("data", f"{format_bytes(self.source_bytes)} to read{written}"),
                 (
                     "memory",
                     f"{format_bytes(self.projected_bytes)} projected, {format_bytes(self.allowed_bytes)} allowed",

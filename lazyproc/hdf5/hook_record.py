@@ -8,8 +8,9 @@ stand among the group's attributes, exactly.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,12 @@ import numpy as np
 
 from lazyproc.core.canonical import same
 from lazyproc.core.errors import ParameterError, ResultsError
+from lazyproc.core.jsonform import dumps, from_json, show
 from lazyproc.core.parameters import arguments_text, same_arguments
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.attributes import read_parameters
 from lazyproc.hdf5.create import create_status_mask
+from lazyproc.hdf5.damage import reading
 from lazyproc.hdf5.extents import using
 from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.room import writing
@@ -115,17 +118,69 @@ def has_record(group: h5py.Group, status_name: str) -> bool:
     return _PHASE in _record(group, status_name)
 
 
+def group_differences(group: h5py.Group, work: HookWork, arguments: str) -> list[str]:
+    """Tell in words why a group is not one of the same work, or not one that can be used; empty if it is."""
+    lines: list[str] = []
+    try:
+        with reading(f"Results group {group.name!r}"):
+            if not (_same_parameters(group, work, True) and same_parameters_recorded(group, work)):
+                lines += _parameter_differences(group, work)
+            if not same_arguments_recorded(group, work, arguments):
+                stored = read_text(_record(group, work.status_name).get(_ARGUMENTS, NO_ARGUMENTS))
+                wanted = arguments or "some that cannot be compared"
+                lines.append(f"arguments of compute: stored {stored or 'some that could not be'}, wanted {wanted}")
+            lines += _source_differences(group, work)
+            remaining_positions(group, work.n_positions, work.status_name)
+    except ResultsError as error:
+        lines.append(str(error))
+    return lines
+
+
+def _parameter_differences(group: h5py.Group, work: HookWork) -> list[str]:
+    """Tell how the parameters differ, by name; at least one line."""
+    wanted_text = text_of((), work.parameters)
+    if wanted_text == NOT_COMPARABLE:
+        return ["parameters: some of them, such as HDF5 references, cannot be compared, so no results count as theirs"]
+    stored_text = read_text(_record(group, work.status_name).get(_PARAMETERS, NOT_COMPARABLE))
+    lines: list[str] = []
+    if stored_text.startswith("{"):
+        stored, wanted = (json.loads(text)["kwargs"] for text in (stored_text, wanted_text))
+        for name in dict.fromkeys((*stored, *wanted)):
+            pair = [dumps({"args": [], "kwargs": {name: one[name]}}) if name in one else "" for one in (stored, wanted)]
+            if not same_arguments(*pair):
+                told = [show(from_json(one[name])) if name in one else "none" for one in (stored, wanted)]
+                lines.append(f"{name}: stored {told[0]}, wanted {told[1]}")
+    elif stored_text == NOT_COMPARABLE:
+        attributes = read_parameters(group)
+        for name, value in work.parameters.items():
+            if value is None and name in attributes:
+                lines.append(f"{name}: stored {show(attributes[name])}, wanted None")
+            elif value is not None and name not in attributes:
+                lines.append(f"{name}: stored none, wanted {show(value)}")
+            elif value is not None and not same(attributes[name], value):
+                lines.append(f"{name}: stored {show(attributes[name])}, wanted {show(value)}")
+    return lines or ["parameters: stored others, which are too long, or of a kind, to be told"]
+
+
 def _same_source(group: h5py.Group, work: HookWork) -> bool:
+    return next(_source_differences(group, work), None) is None
+
+
+def _source_differences(group: h5py.Group, work: HookWork) -> Iterator[str]:
     record = _record(group, work.status_name)
     stored = read_text(record.get(_FINGERPRINT, ""))
     recorded_name = read_text(record[_SOURCE]) if _SOURCE in record else source_name(group)
     if stored and recorded_name == work.main_name:
         now = work.fingerprint(stored)
         if now:
-            return now == stored
+            if now != stored:
+                yield f"source: the values of {work.main_name} have changed since (fingerprint {stored}, now {now})"
+            return
     # A later phase may have worked on another dataset of the same group; the group tells what the first one was.
     first_name = source_name(group)
-    return first_name in (None, work.main_name) and not list(file_differences(group, work.main_file))
+    if first_name not in (None, work.main_name):
+        yield f"source: stored results of {first_name}, wanted {work.main_name}"
+    yield from file_differences(group, work.main_file)
 
 
 def _same_parameters(group: h5py.Group, work: HookWork, exact: bool) -> bool:
