@@ -128,6 +128,7 @@ class RankedLoop:
         """Run batches until there are none, or any rank has failed; return what failed here."""
         process = self._process
         process._lazyproc_batches = batches
+        process._lazyproc_one_each = False
         try:
             process._read_data_chunk()
             while process._data is not None:

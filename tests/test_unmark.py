@@ -229,6 +229,19 @@ def test_without_room_for_the_journal_the_file_is_opened_all_the_same(
     files.close()
 
 
+@pytest.mark.parametrize("setting", [("LAZYPROC_LOCKING", "none"), ("HDF5_USE_FILE_LOCKING", "FALSE")])
+def test_without_locks_there_is_no_journal_that_could_be_taken_for_another(
+    scan: Path, monkeypatch: pytest.MonkeyPatch, setting: tuple[str, str]
+) -> None:
+    monkeypatch.setenv(*setting)
+    monkeypatch.setattr(unmark, "write_undo", None)
+    files = Files()
+    files.open_for_writing(str(scan))["more"] = 1
+    assert flags(scan) == 0
+    files.close()
+    assert flags(scan) == 0
+
+
 def test_behind_a_user_block(tmp_path: Path) -> None:
     path = tmp_path / "block.h5"
     with h5py.File(path, "w", libver="latest", userblock_size=1024) as file:

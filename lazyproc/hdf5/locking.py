@@ -162,6 +162,11 @@ def lock_hdf5(descriptor: int, path: str, kind: str) -> bool:
         return True
 
 
+def hdf5_locks() -> bool:
+    """Tell whether the environment lets HDF5 lock the files that it opens."""
+    return os.environ.get("HDF5_USE_FILE_LOCKING", "").upper() not in ("FALSE", "0")
+
+
 def hdf5_option(path: str) -> bool | None:
     """Return the option `locking` for `h5py.File`: None leaves it to HDF5; False where locks fail and need not be.
 
@@ -177,7 +182,7 @@ def hdf5_option(path: str) -> bool | None:
     try:
         lock(descriptor, path, FLOCK, exclusive=False)
     except LockingError:
-        if os.environ.get("HDF5_USE_FILE_LOCKING", "").upper() in ("FALSE", "0"):
+        if not hdf5_locks():
             return None
         if locking() == FLOCK:
             raise

@@ -29,6 +29,7 @@ import numpy as np
 
 from lazyproc.core.errors import LazyprocError
 from lazyproc.hdf5.durable import write_all
+from lazyproc.hdf5.locking import NONE, hdf5_locks, locking
 from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.undo_journal import drop_undo, load_undo, write_undo
 
@@ -54,7 +55,8 @@ def opening(path: str) -> Iterator[list[h5py.File]]:
     Notes
     -----
     Of other formats nothing is read but the first bytes. A death within the context leaves an undo journal that puts
-    the superblock back. Without one, as where its folder cannot be written, the mark is there for some microseconds.
+    the superblock back. Without one, as where its folder cannot be written, or files are not locked, the mark is there
+    for some microseconds.
     """
     opened: list[h5py.File] = []
     superblock = _unmarked_superblock(path)
@@ -143,7 +145,12 @@ def _without_mark(superblock: bytes, bit: int = 1) -> bytes:
 
 
 def _keep(path: str, place: int, superblock: bytes) -> bool:
-    """Write an undo journal of the superblock, if nobody has the file open; tell whether there is one now."""
+    """Write an undo journal of the superblock, if nobody has the file open; tell whether there is one now.
+
+    Without locks that cannot be known, and a journal that lies there may be somebody else's a moment later.
+    """
+    if not hdf5_locks() or locking() == NONE:
+        return False
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:  # HDF5 will say it
