@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 
-from lazyproc.arguments import check_max_failures
+from lazyproc.arguments import check_max_failures, check_name
 from lazyproc.core.errors import ArgumentTypeError
 from lazyproc.core.specs import Output
 from lazyproc.process import Process
@@ -74,7 +74,7 @@ def map_positions(
     """
     if not callable(function):
         raise ArgumentTypeError(f"function: {function!r} came; expected a function of one position.")
-    name = process_name or _name_of(function)
+    name = _name_of(function) if process_name is None else check_name(process_name)
     kind = "_block_function" if vectorized else "_map_function"
     declared = {name: outputs} if isinstance(outputs, Output) else outputs
     attributes: dict[str, Any] = {"outputs": declared, kind: staticmethod(function)}

@@ -14,7 +14,15 @@ import xarray
 from usid_files import make_usid_file
 
 import lazyproc
-from lazyproc import ArgumentTypeError, DefinitionError, Dimension, FunctionError, Output, ParameterError
+from lazyproc import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    DefinitionError,
+    Dimension,
+    FunctionError,
+    Output,
+    ParameterError,
+)
 
 MEAN = {"Out": Output("f8", units="nA")}
 
@@ -210,3 +218,11 @@ def test_a_view_of_what_another_function_has_computed_says_so(address, caplog):
     caplog.clear()
     lazyproc.map_positions(lambda spectrum: mean_of(spectrum, 9.0), address, MEAN, lazy=True)
     assert "code has changed" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a/b", 5])
+def test_a_name_that_cannot_be_is_refused(address, name):
+    content = Path(address.partition("::")[0]).read_bytes()
+    with pytest.raises((ArgumentTypeError, ArgumentValueError), match="process_name: "):
+        lazyproc.map_positions(np.mean, address, MEAN, process_name=name)
+    assert Path(address.partition("::")[0]).read_bytes() == content
