@@ -35,14 +35,14 @@ def probe_function(
         failure = failure_of(error, block_of(error, remaining))
     else:
         if isinstance(probe, Failure):
-            probe.raise_error(declared.process_name, declared.label)
+            probe.raise_error(declared.process_name, declared.label, could_record=declared.max_failures is None)
         if begun or probe.first is None:
             return probe
         if not probe.all_failed:
             check_limit(declared, probe)
             return probe
         failure = failure_of(probe.first, block_of(probe.first, remaining))
-    failure.raise_error(declared.process_name, declared.label)
+    failure.raise_error(declared.process_name, declared.label, could_record=declared.max_failures is None)
 
 
 def block_of(error: Exception, remaining: Runs) -> Block:

@@ -29,6 +29,7 @@ from lazyproc.arguments import (
 from lazyproc.collective import perform_together
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, DefinitionError, FileChangedError
 from lazyproc.core.events import Listener
+from lazyproc.core.jsonform import show
 from lazyproc.core.plan import Plan, html_table
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import STATUS_MASK, Output, check_status_name, resolve_outputs, validate_outputs
@@ -618,7 +619,10 @@ class Process(HookContract):
             ("main dataset", f"{self._main_path or self.h5_main.file.filename}::{self.h5_main.name}"),
             ("shape", f"{n_positions:,} positions x {n_spectral:,} values, {self.h5_main.dtype}"),
             ("outputs", self._output_texts()),
-            ("parameters", ", ".join(f"{key}={value!r}" for key, value in (self.parms_dict or {}).items()) or "none"),
+            (
+                "parameters",
+                ", ".join(f"{key}={show(value)}" for key, value in (self.parms_dict or {}).items()) or "none",
+            ),
             ("target group", f"{self._place.path}::{self._place.name}"),
             ("finished results", ", ".join(_names(self.duplicate_h5_groups)) or "none"),
             ("partial results", ", ".join(_names(self.partial_h5_groups)) or "none"),

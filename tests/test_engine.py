@@ -621,3 +621,15 @@ def test_the_function_goes_to_each_worker_of_a_cluster_once(
         receipts = [one for one in scheduler.run(kernel, plan, never, "travels") if one is not None]
     check_travels(tmp_path / "travels", receipts)
     assert tasks == {False: plan.count()} | ({True: 1} if n_bytes > 10**4 else {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "one", "two"),
+    [
+        ("threads", "1 thread", "2 threads"),
+        ("processes", "1 process", "2 processes"),
+        ("client", "Dask cluster, 1 thread", "Dask cluster, 2 threads"),
+    ],
+)
+def test_a_scheduler_counts_in_words(kind, one, two):
+    assert [str(Scheduler(kind, n)) for n in (1, 2)] == [one, two]

@@ -348,6 +348,18 @@ def test_a_process_and_its_plan_show_themselves(address):
     assert "closed" in text_of(process._repr_html_())
 
 
+@pytest.mark.parametrize("large", [np.arange(500.0), list(range(1000)), "long" * 200, {"axis": np.zeros(1000)}])
+def test_a_large_parameter_takes_one_short_line(address, large):
+    with Shown(address, parms_dict={"large": large, "smoothing": 5}, cores=1) as process:
+        forms = repr(process), text_of(process._repr_html_())
+        (line,) = (line for line in forms[0].splitlines() if line.startswith("  parameters "))
+    assert len(line) < 150, line
+    assert "smoothing=5" in line
+    for form in forms:
+        assert "large=" in form
+        assert len(form) < 1000
+
+
 def test_results_show_what_they_are(address):
     with Shown(address, cores=1) as process:
         for dataset in (process.to_xarray(), lazyproc.open_results(process.compute())):
@@ -440,6 +452,9 @@ def check_failure(caught: pytest.ExceptionInfo[FunctionError], address: str) -> 
     assert frames[0][:2] in [("test_people.py", "fails_at_250"), ("test_people.py", "fails_in_the_block_of_250")]
     assert len(frames) == 2, "the user's own frames, no others"
     assert f"of {address}: BadValue: " in str(caught.value)
+    assert str(caught.value).endswith(
+        " (To note such positions and compute the others: on_error='record', or --on-error record.)"
+    )
 
 
 SCHEDULERS = ["serial", "threads", "processes"]
@@ -536,6 +551,25 @@ def test_a_failure_is_shown_as_one_chain(numbered, tmp_path):
     assert "in deep" in own
     assert "KeyError" in own
     assert "FunctionError: function: the function failed at position 250 of" in ours
+
+
+def returns_nothing(spectrum):
+    spectrum.mean()
+
+
+@pytest.mark.parametrize("outputs", [Output("f4"), {"Low": Output("f4"), "High": Output("f4")}])
+def test_a_function_that_returns_nothing_is_asked_for_its_return(numbered, outputs):
+    with pytest.raises(OutputError, match=r"returned None \(NoneType; a missing return\?\)"):
+        lazyproc.map_positions(returns_nothing, numbered, outputs, cores=1)
+
+
+def test_where_failures_are_recorded_no_error_advises_to_record_them(numbered):
+    def fails(spectrum):
+        raise BadValue("cannot be", 0)
+
+    with pytest.raises(FunctionError, match="the function failed at position 0 of") as caught:
+        lazyproc.map_positions(fails, numbered, Output("f4"), on_error="record")
+    assert "--on-error" not in str(caught.value)
 
 
 def test_a_wrong_result_is_named_with_its_position(numbered):

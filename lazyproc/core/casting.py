@@ -179,6 +179,8 @@ def describe(value: Any) -> str:
     """Show a value that came, in a few words."""
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if value is None:
+        return "None (NoneType; a missing return?)"
     text = repr(value)
     return f"{text if len(text) < 60 else text[:57] + '...'} ({type(value).__name__})"
 

@@ -96,9 +96,9 @@ class Scheduler:
         names = {
             "serial": "this process",
             "both": f"this process and {self.n_workers - 1} more",
-            "threads": f"{self.n_workers} threads",
-            "processes": f"{self.n_workers} processes",
-            "client": f"Dask cluster, {self.n_workers} threads",
+            "threads": counted(self.n_workers, "thread"),
+            "processes": counted(self.n_workers, "process", "processes"),
+            "client": f"Dask cluster, {counted(self.n_workers, 'thread')}",
         }
         return names[self.kind]
 
@@ -233,6 +233,11 @@ def can_be_sent(kernel: Kernel, log_level: int = logging.WARNING) -> bool:
         parcel.refused,
     )
     return False
+
+
+def counted(n: int, one: str, many: str | None = None) -> str:
+    """Return a number with what it counts: ``"1 thread"``, ``"2 threads"``."""
+    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def available_cores() -> int:

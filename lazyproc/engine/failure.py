@@ -71,14 +71,17 @@ class Failure:
     def __reduce__(self) -> tuple[Any, ...]:
         return _load, (self.kind, self.positions, _dump_error(self.error))
 
-    def raise_error(self, process_name: str, dataset: str) -> NoReturn:
-        """Raise what the user shall see."""
+    def raise_error(self, process_name: str, dataset: str, *, could_record: bool = False) -> NoReturn:
+        """Raise what the user shall see; with `could_record` that such failures might be recorded, too."""
         first, last = self.positions
         where = f"at position {first}" if last - first == 1 else f"in the block of positions {first} to {last - 1}"
         what = f"{type(self.error).__name__}: {self.error}"
+        advice = ""
+        if could_record:
+            advice = " (To note such positions and compute the others: on_error='record', or --on-error record.)"
         if self.kind == "function":
             raise FunctionError(
-                f"{process_name}: the function failed {where} of {dataset}: {what}", self.positions
+                f"{process_name}: the function failed {where} of {dataset}: {what}{advice}", self.positions
             ) from (self.error)
         if self.kind == "output":
             raise OutputError(f"{process_name}: {where} of {dataset}: {self.error}") from None
@@ -109,7 +112,7 @@ def raise_failures(failures: Sequence[Failure], process_name: str, dataset: str)
     """Raise what the user shall see of all failures: what stopped the run, else all blocks whose workers died."""
     stopping = [one for one in failures if one.kind != "lost"]
     if stopping:
-        stopping[0].raise_error(process_name, dataset)
+        stopping[0].raise_error(process_name, dataset, could_record=True)  # else it would have been
     blocks = sorted(one.positions for one in failures)
     spans = ", ".join(_span(*positions) for positions in blocks[:_NAMED_BLOCKS])
     more = f" and {len(blocks) - _NAMED_BLOCKS} more blocks" if len(blocks) > _NAMED_BLOCKS else ""
