@@ -271,6 +271,7 @@ def plan(as_json: bool, **options: Any) -> None:
 @_reported
 def status(file: str, as_json: bool) -> None:
     """Show the results in FILE and how far they are; also while a run goes on."""
+    from lazyproc.core.plan import format_share
     from lazyproc.status import file_status
 
     state = file_status(file)
@@ -281,12 +282,12 @@ def status(file: str, as_json: bool) -> None:
         about = ", ".join(f"{what} {state.running.get(what, 'unknown')}" for what in ("host", "pid", "since"))
         click.echo(f"running: {about}")
     for one in state.results:
-        share = one.n_done / one.n_positions if one.n_positions else 0.0
         failed = f", {one.n_failed:,} of them failed" if one.n_failed else ""
         if one.problem:
             text = one.problem + (f" It was finished {one.finished}." if one.finished else "")
         else:
-            text = f"{share:7.1%}  {one.n_done:,} of {one.n_positions:,} positions{failed}"
+            share = format_share(one.n_done, one.n_positions)
+            text = f"{share:>7}  {one.n_done:,} of {one.n_positions:,} positions{failed}"
             text += f", finished {one.finished}" if one.finished else ""
         click.echo(f"{one.group}\n    {text}")
     if not state.results:

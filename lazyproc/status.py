@@ -125,7 +125,7 @@ def _examine(name: str, group: h5py.Group | Exception) -> ResultsStatus:
             check_rows(group)
     except ResultsError as error:
         problem = str(error).removeprefix(f"{name}: ")
-    finished = _text(group, "lazyproc_finished")
+    finished = _text(group, "lazyproc_finished") if problem or n_done == n_positions else ""
     return ResultsStatus(name, process, n_positions, n_done, started, finished, problem, n_failed)
 
 

@@ -17,6 +17,7 @@ from usid_files import CHANNEL, make_usid_file
 import lazyproc
 from lazyproc import MemoryLimitError, Output, ParameterError, Process
 from lazyproc.core.memory import MEBIBYTE
+from lazyproc.core.plan import format_share
 
 
 class Never(Process):
@@ -284,3 +285,18 @@ def test_results_of_another_group_are_told_of(address):
     assert f"return the finished results {second}" in text
     assert f"also there{'':>8}{first}".split() == next(line for line in text.splitlines() if "also" in line).split()
     assert first.startswith(CHANNEL)
+
+
+def test_a_share_is_rounded_down(tmp_path):
+    address = "::".join(make_usid_file(tmp_path / "b.h5", n_rows=64, n_cols=64, n_spectral=4))
+    with Works(address, cores=1) as process:
+        name = process.compute().name
+    with h5py.File(tmp_path / "b.h5", "r+") as file:
+        file[name]["completed_positions"][17] = 0
+    with Works(address, cores=1) as process:
+        plan = process.plan()
+    assert plan.n_done == 4095
+    assert f"resume {name}, 99.9% done" in repr(plan)
+    assert "width:99.9%" in plan._repr_html_()
+    assert "100.0%" not in repr(plan) + plan._repr_html_()
+    assert [format_share(done, 3) for done in range(4)] == ["0.0%", "33.3%", "66.6%", "100.0%"]

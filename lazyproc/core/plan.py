@@ -80,10 +80,10 @@ class Plan:
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the plan as labels and texts, for people."""
-        share = self.n_done / self.n_positions
+        share = format_share(self.n_done, self.n_positions)
         actions = {
             "return": f"return the finished results {self.group}",
-            "resume": f"resume {self.group}, {share:.1%} done",
+            "resume": f"resume {self.group}, {share} done",
             "start": "start afresh",
         }
         rows = [
@@ -121,11 +121,11 @@ class Plan:
         return "\n".join(["<lazyproc.Plan>", *(f"  {label:<{width}}  {text}" for label, text in rows)])
 
     def _repr_html_(self) -> str:
-        return html_table("lazyproc.Plan", self.lines(), done=self.n_done / self.n_positions)
+        return html_table("lazyproc.Plan", self.lines(), done=format_share(self.n_done, self.n_positions))
 
 
-def html_table(title: str, rows: list[tuple[str, str]], done: float | None = None) -> str:
-    """Return labels and texts as a small HTML table, with a bar for the share that is done."""
+def html_table(title: str, rows: list[tuple[str, str]], done: str | None = None) -> str:
+    """Return labels and texts as a small HTML table, with a bar for the share done, as of `format_share`."""
     import html  # which has a dictionary of all entities
 
     cells = "".join(
@@ -137,9 +137,15 @@ def html_table(title: str, rows: list[tuple[str, str]], done: float | None = Non
     if done is not None:
         bar = (
             "<div style='width:20em;height:.6em;background:#ddd;border-radius:.3em;overflow:hidden'>"
-            f"<div style='width:{100 * done:.1f}%;height:100%;background:#2a7f62'></div></div>"
+            f"<div style='width:{done};height:100%;background:#2a7f62'></div></div>"
         )
     return f"<div><strong>{html.escape(title)}</strong>{bar}<table>{cells}</table></div>"
+
+
+def format_share(n_done: int, n_positions: int) -> str:
+    """Return the share that is done, rounded down, so that 100.0% are all: ``"99.9%"``."""
+    tenths = 1000 * n_done // n_positions if n_positions else 0
+    return f"{tenths // 10}.{tenths % 10}%"
 
 
 def format_bytes(count: float) -> str:
