@@ -233,9 +233,12 @@ def _parameters(pairs: tuple[str, ...]) -> dict[str, Any]:
 @main.command()
 @_work_options
 @click.option("--override", is_flag=True, help="Compute afresh, whatever there is.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the last unfinished results, as of a stopped --override, if there are any."
+)
 @_on_cluster(ranks=True)
 @_reported
-def run(as_json: bool, override: bool, **options: Any) -> None:
+def run(as_json: bool, override: bool, resume: bool, **options: Any) -> None:
     """Compute PROCESS (module:Class, path/to/file.py:Class or a registered name) over a main dataset.
 
     Finished results of the same work are returned, partial ones resumed. The same under mpiexec and srun, and on the
@@ -244,7 +247,11 @@ def run(as_json: bool, override: bool, **options: Any) -> None:
     from lazyproc.core.specs import STATUS_MASK
     from lazyproc.hdf5.failures import count_failed
 
+    if override and resume:
+        raise click.UsageError("--override and --resume: to start afresh and to go on exclude each other; give one.")
     with _make(**options) as process:
+        if resume and process.partial_h5_groups:
+            process.use_partial_computation()
         group = process.compute(override)
         address = f"{process.results_path}::{group.name}"
         if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 
@@ -75,9 +76,14 @@ class SlurmJob:
         finishes the blocks under way, commits and leaves with code 75, and the script submits itself again. So it does
         if the command was ended by that signal, which came before lazyproc was there to take it. With any other code it
         ends with that code. A job whose node fails is queued again by Slurm itself.
+
+        ``lazyproc run … --override`` starts afresh in the first job alone: what comes after it, by either way, runs
+        with ``--resume`` in its place.
         """
         launch = _LAUNCHERS[self.launcher] if self.ntasks > 1 else ""
-        command = f"{launch} {shlex.join(self.command)}".strip()
+        restarts = self._starts_afresh()
+        words = ['"$begin"' if number in restarts else shlex.quote(word) for number, word in enumerate(self.command)]
+        command = " ".join([launch, *words]).strip()
         directives = [
             f"--ntasks={self.ntasks}",
             f"--cpus-per-task={self.cpus_per_task}",
@@ -92,12 +98,28 @@ class SlurmJob:
             directives="\n".join(f"#SBATCH {one}" for one in directives),
             threads=threads,
             grace=max(1, self.drain_seconds * 2 // 3),
+            begin=_BEGIN if restarts else "",
             command=command,
             ended="yes138|yes10" if launch == "mpiexec" else "yes138",  # mpiexec does not add 128
             path=shlex.quote(self.path),
             max_jobs=self.max_jobs,
         )
 
+    def _starts_afresh(self) -> list[int]:
+        """Return which words of the command tell `lazyproc run` to start afresh."""
+        if "run" not in self.command:
+            return []
+        before = self.command[: self.command.index("run")]
+        if not any(os.path.basename(word) == "lazyproc" or word == "lazyproc.cli" for word in before):
+            return []
+        return [number for number, word in enumerate(self.command) if word == "--override" and number > len(before)]
+
+
+_BEGIN = """
+# Afresh in the first job; a later one, or one that is queued again, goes on with what was begun.
+begin=--override
+if [ "$job" -gt 1 ] || [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then begin=--resume; fi
+"""
 
 _TEMPLATE = """#!/bin/bash
 {directives}
@@ -109,7 +131,7 @@ export LAZYPROC_GRACE_SECONDS=${{LAZYPROC_GRACE_SECONDS:-{grace}}}
 
 job=${{LAZYPROC_JOB:-1}}
 echo "job $SLURM_JOB_ID, number $job in a row, on $SLURM_JOB_NODELIST"
-
+{begin}
 {command} &
 child=$!
 # Before the wall time Slurm signals this shell; the run finishes its blocks, commits and leaves with code 75.
