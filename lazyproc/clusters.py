@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from lazyproc.engine.launch import Launch, detect
 
 _DASHBOARD = "127.0.0.1:0"
 _WORKERS_SECONDS = 60.0
+_A_SCHEDULER = "a file that `dask scheduler --scheduler-file` has written, or an address such as tcp://10.0.0.1:8786"
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def cluster(
     LaunchError
         If the launcher and the MPI library do not belong together.
     ArgumentValueError
-        If a scheduler is given where there is a client already, or MPI; or the file says nothing of one.
+        If a scheduler is given where there is a client already, or MPI; or it is no address, nor a file that has one.
     SystemExit
         With code 75, if SIGTERM or SIGUSR1 comes while no run is under way in the context: a job is to end, and what
         is open in the context is closed before. A run itself finishes its blocks first.
@@ -142,21 +144,25 @@ def configured_scheduler(wanted: str | None = None) -> str | None:
     Raises
     ------
     ArgumentValueError
-        If what is wanted is a file that names none.
+        If what is wanted is a file that names none, or is neither a file nor an address.
     """
     if wanted is None:
         import dask
 
         return dask.config.get("scheduler-address", None) or None
     if not os.path.isfile(wanted):
+        if "://" not in wanted and not re.search(r":\d+$", wanted):
+            raise ArgumentValueError(
+                f"there is no scheduler file {wanted}, and an address ends with a port; expected {_A_SCHEDULER}."
+            )
         return wanted
     try:
         with open(wanted, encoding="utf-8") as file:
             return str(json.load(file)["address"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArgumentValueError(
-            f"scheduler: {wanted} is a file that names no address ({type(error).__name__}: {error}); expected one that "
-            "`dask scheduler --scheduler-file` has written, or an address such as tcp://10.0.0.1:8786."
+            f"scheduler: {wanted} is a file that names no address ({type(error).__name__}: {error}); expected "
+            f"{_A_SCHEDULER}."
         ) from error
 
 
@@ -184,7 +190,15 @@ def _of_this_machine(
 def _connect(opened: ExitStack, to: Any, timeout: float | None) -> Any:
     from distributed import Client
 
-    return opened.enter_context(Client(to, timeout=_WORKERS_SECONDS if timeout is None else timeout))
+    try:
+        client = Client(to, timeout=_WORKERS_SECONDS if timeout is None else timeout)
+    except ValueError as error:
+        if not isinstance(to, str):
+            raise
+        raise ArgumentValueError(
+            f"scheduler: {to} is no address of a Dask scheduler ({error}); expected {_A_SCHEDULER}."
+        ) from error
+    return opened.enter_context(client)
 
 
 def _dashboard(client: Any, listens_at: str) -> str:
