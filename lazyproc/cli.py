@@ -32,6 +32,9 @@ from lazyproc.engine.launch import detect
 
 log = logging.getLogger("lazyproc")
 
+_DEFAULT_MIB = 4096
+_EXIT_UNREAD = 128 + 13
+"""What a shell says of programs that SIGPIPE has ended."""
 _AT_LEAST_1 = click.IntRange(min=1)
 _WALL_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", re.ASCII)
 _NO_TEXT_BEGINS_SO = ("[", "{", '"', "'")
@@ -74,13 +77,32 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
             if not isinstance(error, InterruptedScript):  # the log has said it
                 click.echo(str(error) if isinstance(error, Interrupted) else "Stopped: run again.", err=True)
             sys.exit(EXIT_STOPPED)
-        except (LazyprocError, OSError) as error:
+        except (LazyprocError, OSError, NotImplementedError) as error:
+            if isinstance(error, NotImplementedError) and not _is_ours(error):
+                raise
             if isinstance(error, FunctionError):
                 _show_cause(error)
             click.echo(f"Error: {error}", err=True)
             sys.exit(1)
 
     return wrapper
+
+
+def _say(text: str) -> None:
+    """Write to standard output; end quietly, as other programs do, if who read it has ended (``| head``)."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it is written at the exit
+        sys.exit(_EXIT_UNREAD)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Tell whether lazyproc itself has raised an error, not a function or a hook that it has called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(os.path.dirname(__file__) + os.sep)
 
 
 def _on_cluster(*, ranks: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -94,7 +116,7 @@ def _on_cluster(*, ranks: bool) -> Callable[[Callable[..., None]], Callable[...,
         @functools.wraps(command)
         def wrapper(*args: Any, scheduler: str | None, **kwargs: Any) -> None:
             launched = detect() is not None
-            say = click.echo if ranks and not kwargs.get("as_json") else log.info
+            say = _say if ranks and not kwargs.get("as_json") else log.info
             if launched and ranks:
                 sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # what functions print shall be seen
 
@@ -143,7 +165,11 @@ def _work_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--target", metavar="FILE::GROUP", help="Where results go. Default: beside the main dataset."),
         click.option(
-            "--max-mem-mb", type=_AT_LEAST_1, default=4096, show_default=True, help="MiB for everything together."
+            "--max-mem-mb",
+            type=_AT_LEAST_1,
+            default=_DEFAULT_MIB,
+            show_default=True,
+            help="MiB for everything together.",
         ),
         click.option("--cores", type=_AT_LEAST_1, help="CPU cores. Default: all."),
         click.option(
@@ -180,6 +206,7 @@ def _make(
     """Make the process; what was typed wrongly is a usage error."""
     from lazyproc.engine.choose import available_cores
     from lazyproc.loading import LoadingError, load_process
+    from lazyproc.making import ConstructorError, make_process
 
     if max_failures is not None and on_error != "record":
         raise click.UsageError("--max-failures: without --on-error record the first failure stops the run; give both.")
@@ -198,17 +225,18 @@ def _make(
         )
     if not os.path.exists(file):
         raise click.UsageError(f"{file}: there is no such file.")
-    if on_error is not None:
-        more["on_error"] = on_error
-    made = process_class(
-        address,
-        parms_dict=parameters,
-        cores=available_cores() if cores is None else cores,
-        max_mem_mb=max_mem_mb,
-        h5_target_group=target,
-        verbose=verbose,
-        **more,
-    )
+    wanted = {"h5_target_group": target, "cores": cores, "on_error": on_error, "verbose": verbose or None}
+    wanted["max_mem_mb"] = None if max_mem_mb == _DEFAULT_MIB else max_mem_mb
+    try:
+        made = make_process(
+            process_class,
+            address,
+            parameters=parameters,
+            options={name: value for name, value in wanted.items() if value is not None},
+            defaults={"cores": available_cores(), "max_mem_mb": _DEFAULT_MIB, **more},
+        )
+    except ConstructorError as error:
+        raise click.UsageError(str(error)) from error
     if max_failures is not None:
         made.max_failures = max_failures
     return made
@@ -234,7 +262,9 @@ def _parameters(pairs: tuple[str, ...]) -> dict[str, Any]:
 @_work_options
 @click.option("--override", is_flag=True, help="Compute afresh, whatever there is.")
 @click.option(
-    "--resume", is_flag=True, help="Go on with the last unfinished results, as of a stopped --override, if there are any."
+    "--resume",
+    is_flag=True,
+    help="Go on with the last unfinished results, as of a stopped --override, if there are any.",
 )
 @_on_cluster(ranks=True)
 @_reported
@@ -256,9 +286,9 @@ def run(as_json: bool, override: bool, resume: bool, **options: Any) -> None:
         address = f"{process.results_path}::{group.name}"
         if as_json:
             n_positions, n_failed = int(process.h5_main.shape[0]), count_failed(group, STATUS_MASK)
-            click.echo(json.dumps({"results": address, "n_positions": n_positions, "n_failed": n_failed}))
+            _say(json.dumps({"results": address, "n_positions": n_positions, "n_failed": n_failed}))
         else:
-            click.echo(address)
+            _say(address)
 
 
 @main.command()
@@ -269,7 +299,7 @@ def plan(as_json: bool, **options: Any) -> None:
     """Show what `run` would do, without doing it."""
     with _make(lazy=True, **options) as process:
         planned = process.plan()
-        click.echo(json.dumps(planned.as_dict()) if as_json else repr(planned))
+        _say(json.dumps(planned.as_dict()) if as_json else repr(planned))
 
 
 @main.command()
@@ -283,11 +313,11 @@ def status(file: str, as_json: bool) -> None:
 
     state = file_status(file)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(state)))
+        _say(json.dumps(dataclasses.asdict(state)))
         return
     if state.running is not None:
         about = ", ".join(f"{what} {state.running.get(what, 'unknown')}" for what in ("host", "pid", "since"))
-        click.echo(f"running: {about}")
+        _say(f"running: {about}")
     for one in state.results:
         failed = f", {one.n_failed:,} of them failed" if one.n_failed else ""
         if one.problem:
@@ -296,9 +326,9 @@ def status(file: str, as_json: bool) -> None:
             share = format_share(one.n_done, one.n_positions)
             text = f"{share:>7}  {one.n_done:,} of {one.n_positions:,} positions{failed}"
             text += f", finished {one.finished}" if one.finished else ""
-        click.echo(f"{one.group}\n    {text}")
+        _say(f"{one.group}\n    {text}")
     if not state.results:
-        click.echo(f"{file}: no results")
+        _say(f"{file}: no results")
 
 
 @main.command()
@@ -317,9 +347,9 @@ def recover(file: str, as_json: bool, force: bool = False) -> None:
     changed = recover_locked(file, force=force)
     changed = remove_leftovers_locked(file) or changed
     if as_json:
-        click.echo(json.dumps({"path": file, "recovered": changed}))
+        _say(json.dumps({"path": file, "recovered": changed}))
     else:
-        click.echo(f"{file}: " + ("a change that was cut off has been settled" if changed else "nothing to recover"))
+        _say(f"{file}: " + ("a change that was cut off has been settled" if changed else "nothing to recover"))
 
 
 def _check_hdf5(file: str) -> None:
@@ -358,7 +388,7 @@ def slurm(command: tuple[str, ...], output: str, wall_time: str, options: tuple[
     path = os.path.abspath(output)
     job = SlurmJob(command, path, time=wall_time, options=options, **more)
     _write_script(path, job.script())
-    click.echo(f"{path}\nsubmit it with: sbatch {path}")
+    _say(f"{path}\nsubmit it with: sbatch {path}")
 
 
 def _write_script(path: str, text: str) -> None:
@@ -384,9 +414,9 @@ def demo(directory: str, as_json: bool) -> None:
     """Simulate a band-excitation scan, fit it, resume once on purpose, and draw the maps, in DIRECTORY."""
     from lazyproc.demo.command import run_demo
 
-    summary = run_demo(directory, say=lambda text: click.echo(text, err=as_json))
+    summary = run_demo(directory, say=lambda text: click.echo(text, err=True) if as_json else _say(text))
     if as_json:
-        click.echo(json.dumps(summary))
+        _say(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -341,6 +341,9 @@ def test_a_cluster_that_exists_is_used(folder: Path, existing: Any, how: str) ->
     ("scheduler", "environ", "message"),
     [
         ("nonsense.json", {}, "is a file that names no address"),
+        ("nofile.json", {}, "there is no scheduler file nofile.json, and an address ends with a port; expected a file"),
+        ("tcp://127.0.0.1", {}, "is no address of a Dask scheduler (missing port number"),
+        ("foo://127.0.0.1:1", {}, "is no address of a Dask scheduler (unknown address scheme"),
         ("tcp://127.0.0.1:1", {"PMI_SIZE": "1", "PMI_RANK": "0"}, "this was launched by mpiexec or srun"),
     ],
 )
@@ -348,8 +351,10 @@ def test_a_scheduler_that_cannot_be_is_named(folder: Path, scheduler: str, envir
     (folder / "nonsense.json").write_text("{}")
     done = lazyproc_command("run", PROCESS, ADDRESS, "--scheduler", scheduler, cwd=folder, env=environ)
     assert done.returncode == 1, done
-    assert done.stderr.startswith(f"Error: scheduler: {scheduler} ")
+    assert done.stderr.startswith("Error: ")
+    assert scheduler in done.stderr
     assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
 
 
@@ -407,6 +412,7 @@ USAGE = [
     pytest.param([PROCESS, ADDRESS, "-p", "window={1: a}"], "and is none; expected JSON or Python", id="half a dict"),
     pytest.param([PROCESS, ADDRESS, "-p", "sign='+"], """as a text: -p 'sign="'"'"'+"'""", id="half a text"),
     pytest.param([PROCESS], "FILE::DATASET", id="an argument missing"),
+    pytest.param([PROCESS, ADDRESS, "--override", "--resume"], "--override and --resume: to start", id="both"),
     pytest.param([PROCESS, ADDRESS, "--nonsense"], "--nonsense", id="no such option"),
 ]
 
@@ -453,6 +459,166 @@ def test_what_cannot_be_done_exits_with_1(folder, words, message):
     assert (sorted(os.listdir(folder)), (folder / "scan.h5").read_bytes()) == before
 
 
+UNWRITTEN = """
+    import lazyproc
+
+
+    class Nothing(lazyproc.Process):
+        pass
+
+
+    class Own(lazyproc.Process):
+        def _create_results_datasets(self):
+            raise NotImplementedError("of the class itself")
+"""
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_class_that_says_nothing_is_told_what_to_write(folder, json_too):
+    (folder / "unwritten.py").write_text(textwrap.dedent(UNWRITTEN))
+    more = ["--json"] * json_too
+    done = lazyproc_command("run", "unwritten.py:Nothing", ADDRESS, *more, cwd=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: _create_results_datasets: write it: ")
+    assert "or declare outputs" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    done = lazyproc_command("run", "unwritten.py:Own", ADDRESS, *more, cwd=folder)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, True), "what the class raises is shown where it does"
+
+
+# --- constructors of the user's own ----------------------------------------------------------------------------------
+
+CONSTRUCTORS = """
+    import lazyproc
+
+
+    class Scaled(lazyproc.Process):
+        outputs = {"Mean": lazyproc.Output("f8")}
+
+        @staticmethod
+        def _map_function(spectrum, scale=1, shift=0):
+            return spectrum.mean() * scale + shift
+
+
+    class Handing(Scaled):
+        def __init__(self, h5_main, scale=1, **kwargs):
+            lazyproc.Process.__init__(self, h5_main, "Handing", parms_dict={"scale": scale}, **kwargs)
+
+
+    class Below(Handing):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+
+    class Closed(Scaled):
+        def __init__(self, h5_main, scale=1):
+            super().__init__(h5_main, "Closed", parms_dict={"scale": scale})
+
+
+    class OneCore(Scaled):
+        def __init__(self, h5_main, **kwargs):
+            super().__init__(h5_main, "OneCore", cores=1, **kwargs)
+
+
+    class Needing(Scaled):
+        def __init__(self, h5_main, scale, **kwargs):
+            super().__init__(h5_main, "Needing", parms_dict={"scale": scale}, **kwargs)
+
+
+    class Asking(Scaled):
+        def __init__(self, h5_main, parms_dict, scale=0, **kwargs):
+            super().__init__(h5_main, "Asking", {"scale": 1, **parms_dict}, **kwargs)
+
+
+    class Wrong(Scaled):
+        def __init__(self, h5_main, **kwargs):
+            super().__init__(h5_main, **kwargs)
+            len(5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "parameters"),
+    [
+        ("Handing", [], {"scale": 1}),
+        ("Handing", ["-p", "scale=3", "--cores", "1", "--target", "out.h5"], {"scale": 3}),
+        ("Below", ["-p", "scale=3"], {"scale": 3}),
+        ("Closed", ["-p", "scale=3"], {"scale": 3}),
+        ("OneCore", ["-p", "scale=3"], {"scale": 3}),
+        ("OneCore", ["--max-mem-mb", "200"], {}),
+        ("Needing", ["-p", "scale=3"], {"scale": 3}),
+        ("Asking", [], {"scale": 1}),
+        ("Asking", ["-p", "scale=3"], {"scale": 3}),
+    ],
+)
+def test_parameters_go_to_a_constructor_that_makes_its_own_dict(folder, name, words, parameters):
+    (folder / "own.py").write_text(textwrap.dedent(CONSTRUCTORS))
+    plan = lazyproc_command("plan", f"own.py:{name}", ADDRESS, *words, cwd=folder)
+    assert (plan.returncode, plan.stderr) == (0, "")
+    done = lazyproc_command("run", f"own.py:{name}", ADDRESS, *words, cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    results = lazyproc.open_results(done.stdout.strip())
+    assert {key: results.attrs[key] for key in ("scale", "shift") if key in results.attrs} == parameters
+    path, _, group = done.stdout.strip().partition("::")
+    assert Path(path).name == ("out.h5" if "out.h5" in words else "scan.h5")
+    with h5py.File(folder / "scan.h5") as file, h5py.File(path) as target:
+        means = file[f"{CHANNEL}/Raw_Data"][()].mean(axis=1) * parameters.get("scale", 1)
+        np.testing.assert_allclose(target[group]["Mean"][:, 0], means, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("Handing", ["-p", "shift=3"], "takes (h5_main, scale=1, **kwargs), and this came: -p shift=3 ("),
+        ("Handing", ["-p", "cores=3"], "and this came: -p cores=3 ("),
+        ("Closed", ["-p", "width=a", "-p", "scale=1"], "takes (h5_main, scale=1), and this came: -p width='a' ("),
+        ("Closed", ["--cores", "2"], "this came: --cores (Closed.__init__() got an unexpected"),
+        ("Closed", ["--target", "out.h5"], "this came: --target ("),
+        ("OneCore", ["--cores", "2"], "this came: --cores ("),
+        ("Needing", [], "missing 1 required positional argument: 'scale'). Expected what it takes; -p goes to scale."),
+    ],
+)
+def test_a_constructor_that_does_not_take_what_came_is_named(folder, name, words, message):
+    (folder / "own.py").write_text(textwrap.dedent(CONSTRUCTORS))
+    before = sorted(os.listdir(folder))
+    done = lazyproc_command("run", f"own.py:{name}", ADDRESS, *words, cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"Error: {name}: its constructor takes" in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_an_error_within_a_constructor_is_shown_as_it_is(folder):
+    (folder / "own.py").write_text(textwrap.dedent(CONSTRUCTORS))
+    done = lazyproc_command("run", "own.py:Wrong", ADDRESS, cwd=folder)
+    assert (done.returncode, "TypeError: object of type 'int' has no len()" in done.stderr) == (1, True)
+    assert done.stderr.count("Traceback") == 1
+
+
+# --- go on ------------------------------------------------------------------------------------------------------------
+
+
+def test_resume_goes_on_with_what_an_override_left(folder):
+    counter = folder / "calls"
+    words = ["run", PROCESS, ADDRESS, "-p", f"counter={counter}"]
+    first = lazyproc_command(*words, "--resume", cwd=folder)
+    assert (first.returncode, counter.stat().st_size) == (0, 100), "nothing is unfinished: as without it"
+    assert lazyproc_command(*words, "--resume", cwd=folder).stdout == first.stdout
+    afresh = lazyproc_command(*words, "--override", cwd=folder).stdout
+    path, _, group = afresh.strip().partition("::")
+    with h5py.File(path, "r+") as file:
+        file[group]["completed_positions"][40:] = 0
+    counter.unlink()
+    assert lazyproc_command(*words, cwd=folder).stdout == first.stdout
+    assert not counter.exists()
+    resumed = lazyproc_command(*words, "--resume", cwd=folder)
+    assert (resumed.returncode, resumed.stdout) == (0, afresh), resumed.stderr
+    assert counter.stat().st_size == 60
+    with h5py.File(path, "r") as file:
+        assert file[group]["completed_positions"][()].all()
+
+
 # --- plan, status, recover -------------------------------------------------------------------------------------------
 
 
@@ -487,6 +653,44 @@ def test_status_as_text_and_as_json(folder):
     assert missing.returncode == 2
     (folder / "text.h5").write_text("nothing of the kind")
     assert lazyproc_command("status", "text.h5", cwd=folder).returncode == 1
+
+
+@pytest.mark.parametrize("n_positions", [4096, 100])
+def test_status_rounds_down_and_calls_finished_only_what_is_complete(folder, n_positions):
+    n_rows = n_positions // 64 or 1
+    path, name = make_usid_file(folder / "many.h5", n_rows=n_rows, n_cols=n_positions // n_rows, n_spectral=4)
+    done = lazyproc_command("run", PROCESS, f"{path}::{name}", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "100.0%" in lazyproc_command("status", path, cwd=folder).stdout
+    with h5py.File(path, "r+") as file:
+        file[done.stdout.strip().partition("::")[2]]["completed_positions"][17] = 0
+    text = lazyproc_command("status", path, cwd=folder).stdout
+    assert (
+        text.splitlines()[1].split()
+        == {
+            4096: ["99.9%", "4,095", "of", "4,096", "positions"],
+            100: ["99.0%", "99", "of", "100", "positions"],
+        }[n_positions]
+    )
+    (state,) = json.loads(lazyproc_command("status", path, "--json", cwd=folder).stdout)["results"]
+    assert (state["n_done"], state["finished"]) == (n_positions - 1, "")
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_reader_that_ends_early_is_left_in_peace(folder, json_too):
+    """As of ``lazyproc status scan.h5 | head -1``."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [*COMMAND, "status", "scan.h5", *["--json"] * json_too],
+        cwd=folder,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_status_of_a_real_file_with_what_pyusid_left(tmp_path):

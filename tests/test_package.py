@@ -103,7 +103,7 @@ FLOORS = [
     | {"adapt", "finishing", "holding", "perform", "probing", "progress", "recording", "results", "retry", "run"}
     | {"status", "views", "watch"},
     {"process"},
-    {"compat", "loading", "mapping", "slurm"},
+    {"compat", "loading", "making", "mapping", "slurm"},
     {"demo"},
     {"cli"},
 ]
