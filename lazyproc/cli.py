@@ -183,6 +183,11 @@ def _work_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="ADDRESS",
             help="A Dask cluster's scheduler, or the file that it has written. Default: Dask's configuration.",
         ),
+        click.option(
+            "--resume",
+            is_flag=True,
+            help="Go on with the last unfinished results, as of a stopped --override, if there are any.",
+        ),
         click.option("--verbose", is_flag=True, help="Say what is done."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     ]
@@ -200,6 +205,7 @@ def _make(
     cores: int | None,
     on_error: str | None,
     max_failures: int | None,
+    resume: bool,
     verbose: bool,
     **more: Any,
 ) -> Any:
@@ -239,6 +245,8 @@ def _make(
         raise click.UsageError(str(error)) from error
     if max_failures is not None:
         made.max_failures = max_failures
+    if resume and made.partial_h5_groups:
+        made.use_partial_computation()
     return made
 
 
@@ -261,14 +269,9 @@ def _parameters(pairs: tuple[str, ...]) -> dict[str, Any]:
 @main.command()
 @_work_options
 @click.option("--override", is_flag=True, help="Compute afresh, whatever there is.")
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="Go on with the last unfinished results, as of a stopped --override, if there are any.",
-)
 @_on_cluster(ranks=True)
 @_reported
-def run(as_json: bool, override: bool, resume: bool, **options: Any) -> None:
+def run(as_json: bool, override: bool, **options: Any) -> None:
     """Compute PROCESS (module:Class, path/to/file.py:Class or a registered name) over a main dataset.
 
     Finished results of the same work are returned, partial ones resumed. The same under mpiexec and srun, and on the
@@ -277,11 +280,9 @@ def run(as_json: bool, override: bool, resume: bool, **options: Any) -> None:
     from lazyproc.core.specs import STATUS_MASK
     from lazyproc.hdf5.failures import count_failed
 
-    if override and resume:
+    if override and options["resume"]:
         raise click.UsageError("--override and --resume: to start afresh and to go on exclude each other; give one.")
     with _make(**options) as process:
-        if resume and process.partial_h5_groups:
-            process.use_partial_computation()
         group = process.compute(override)
         address = f"{process.results_path}::{group.name}"
         if as_json:

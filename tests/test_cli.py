@@ -612,6 +612,9 @@ def test_resume_goes_on_with_what_an_override_left(folder):
     counter.unlink()
     assert lazyproc_command(*words, cwd=folder).stdout == first.stdout
     assert not counter.exists()
+    for more, action, n_left in (([], "return", 0), (["--resume"], "resume", 60)):
+        plan = json.loads(lazyproc_command("plan", *words[1:], *more, "--json", cwd=folder).stdout)
+        assert (plan["action"], plan["n_remaining"]) == (action, n_left)
     resumed = lazyproc_command(*words, "--resume", cwd=folder)
     assert (resumed.returncode, resumed.stdout) == (0, afresh), resumed.stderr
     assert counter.stat().st_size == 60
