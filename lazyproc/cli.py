@@ -280,10 +280,9 @@ def run(as_json: bool, override: bool, **options: Any) -> None:
     from lazyproc.core.specs import STATUS_MASK
     from lazyproc.hdf5.failures import count_failed
 
-    if override and options["resume"]:
-        raise click.UsageError("--override and --resume: to start afresh and to go on exclude each other; give one.")
     with _make(**options) as process:
-        group = process.compute(override)
+        goes_on = options["resume"] and process.partial_h5_groups
+        group = process.compute(override and not goes_on)
         address = f"{process.results_path}::{group.name}"
         if as_json:
             n_positions, n_failed = int(process.h5_main.shape[0]), count_failed(group, STATUS_MASK)

@@ -77,12 +77,14 @@ class SlurmJob:
         if the command was ended by that signal, which came before lazyproc was there to take it. With any other code it
         ends with that code. A job whose node fails is queued again by Slurm itself.
 
-        ``lazyproc run … --override`` starts afresh in the first job alone: what comes after it, by either way, runs
-        with ``--resume`` in its place.
+        ``lazyproc run … --override`` starts afresh in the first job: what comes after it, by either way, runs with
+        ``--resume``, too, and so goes on with what that job has begun.
         """
         launch = _LAUNCHERS[self.launcher] if self.ntasks > 1 else ""
         restarts = self._starts_afresh()
-        words = ['"$begin"' if number in restarts else shlex.quote(word) for number, word in enumerate(self.command)]
+        words = [
+            shlex.quote(word) + (" $resume" if number in restarts else "") for number, word in enumerate(self.command)
+        ]
         command = " ".join([launch, *words]).strip()
         directives = [
             f"--ntasks={self.ntasks}",
@@ -98,7 +100,7 @@ class SlurmJob:
             directives="\n".join(f"#SBATCH {one}" for one in directives),
             threads=threads,
             grace=max(1, self.drain_seconds * 2 // 3),
-            begin=_BEGIN if restarts else "",
+            resume=_RESUME if restarts else "",
             command=command,
             ended="yes138|yes10" if launch == "mpiexec" else "yes138",  # mpiexec does not add 128
             path=shlex.quote(self.path),
@@ -115,10 +117,10 @@ class SlurmJob:
         return [number for number, word in enumerate(self.command) if word == "--override" and number > len(before)]
 
 
-_BEGIN = """
-# Afresh in the first job; a later one, or one that is queued again, goes on with what was begun.
-begin=--override
-if [ "$job" -gt 1 ] || [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then begin=--resume; fi
+_RESUME = """
+# Afresh in the first job; a later one, or one that is queued again, goes on with what was begun, if anything was.
+resume=
+if [ "$job" -gt 1 ] || [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then resume=--resume; fi
 """
 
 _TEMPLATE = """#!/bin/bash
@@ -131,7 +133,7 @@ export LAZYPROC_GRACE_SECONDS=${{LAZYPROC_GRACE_SECONDS:-{grace}}}
 
 job=${{LAZYPROC_JOB:-1}}
 echo "job $SLURM_JOB_ID, number $job in a row, on $SLURM_JOB_NODELIST"
-{begin}
+{resume}
 {command} &
 child=$!
 # Before the wall time Slurm signals this shell; the run finishes its blocks, commits and leaves with code 75.

@@ -412,7 +412,6 @@ USAGE = [
     pytest.param([PROCESS, ADDRESS, "-p", "window={1: a}"], "and is none; expected JSON or Python", id="half a dict"),
     pytest.param([PROCESS, ADDRESS, "-p", "sign='+"], """as a text: -p 'sign="'"'"'+"'""", id="half a text"),
     pytest.param([PROCESS], "FILE::DATASET", id="an argument missing"),
-    pytest.param([PROCESS, ADDRESS, "--override", "--resume"], "--override and --resume: to start", id="both"),
     pytest.param([PROCESS, ADDRESS, "--nonsense"], "--nonsense", id="no such option"),
 ]
 
@@ -599,7 +598,8 @@ def test_an_error_within_a_constructor_is_shown_as_it_is(folder):
 # --- go on ------------------------------------------------------------------------------------------------------------
 
 
-def test_resume_goes_on_with_what_an_override_left(folder):
+@pytest.mark.parametrize("both", [["--resume"], ["--override", "--resume"]], ids=" ".join)
+def test_resume_goes_on_with_what_an_override_left(folder, both):
     counter = folder / "calls"
     words = ["run", PROCESS, ADDRESS, "-p", f"counter={counter}"]
     first = lazyproc_command(*words, "--resume", cwd=folder)
@@ -615,11 +615,13 @@ def test_resume_goes_on_with_what_an_override_left(folder):
     for more, action, n_left in (([], "return", 0), (["--resume"], "resume", 60)):
         plan = json.loads(lazyproc_command("plan", *words[1:], *more, "--json", cwd=folder).stdout)
         assert (plan["action"], plan["n_remaining"]) == (action, n_left)
-    resumed = lazyproc_command(*words, "--resume", cwd=folder)
+    resumed = lazyproc_command(*words, *both, cwd=folder)
     assert (resumed.returncode, resumed.stdout) == (0, afresh), resumed.stderr
     assert counter.stat().st_size == 60
     with h5py.File(path, "r") as file:
         assert file[group]["completed_positions"][()].all()
+    last = lazyproc_command(*words, *both, cwd=folder)
+    assert (last.stdout == afresh) == ("--override" not in both), "nothing is unfinished: as without --resume"
 
 
 # --- plan, status, recover -------------------------------------------------------------------------------------------

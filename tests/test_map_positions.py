@@ -214,9 +214,9 @@ def takes_an_object(spectrum, scale):
 
 
 def test_a_view_of_what_another_function_has_computed_says_so(address, caplog):
-    lazyproc.map_positions(lambda spectrum: mean_of(spectrum, 1.0), address, MEAN, cores=1)
+    lazyproc.map_positions(lambda spectrum: mean_of(spectrum, 1.0), address, MEAN, process_name="Mean", cores=1)
     caplog.clear()
-    lazyproc.map_positions(lambda spectrum: mean_of(spectrum, 9.0), address, MEAN, lazy=True)
+    lazyproc.map_positions(lambda spectrum: mean_of(spectrum, 9.0), address, MEAN, process_name="Mean", lazy=True)
     assert "code has changed" in caplog.text
 
 

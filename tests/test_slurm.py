@@ -203,16 +203,16 @@ def test_command_line_writes_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "begin"),
+    ("environ", "more"),
     [
-        ({}, "--override"),
-        ({"SLURM_RESTART_COUNT": "0"}, "--override"),
-        ({"SLURM_RESTART_COUNT": "2"}, "--resume"),
-        ({"LAZYPROC_JOB": "2"}, "--resume"),
-        ({"LAZYPROC_JOB": "2", "SLURM_RESTART_COUNT": "1"}, "--resume"),
+        ({}, []),
+        ({"SLURM_RESTART_COUNT": "0"}, []),
+        ({"SLURM_RESTART_COUNT": "2"}, ["--resume"]),
+        ({"LAZYPROC_JOB": "2"}, ["--resume"]),
+        ({"LAZYPROC_JOB": "2", "SLURM_RESTART_COUNT": "1"}, ["--resume"]),
     ],
 )
-def test_what_goes_on_does_not_start_afresh_again(tmp_path: Path, environ: dict[str, str], begin: str) -> None:
+def test_what_goes_on_does_not_start_afresh_again(tmp_path: Path, environ: dict[str, str], more: list[str]) -> None:
     (tmp_path / "bin").mkdir()
     stand_in = tmp_path / "bin" / "lazyproc"
     stand_in.write_text('#!/bin/sh\nfor word; do echo "word $word"; done\n')
@@ -223,7 +223,7 @@ def test_what_goes_on_does_not_start_afresh_again(tmp_path: Path, environ: dict[
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     words = [line.removeprefix("word ") for line in out.splitlines() if line.startswith("word ")]
-    assert words == ["run", "a.py:B", "my file.h5::/data", begin, "--cores", "2"]
+    assert words == ["run", "a.py:B", "my file.h5::/data", "--override", *more, "--cores", "2"]
 
 
 def test_only_an_override_of_lazyproc_run_is_exchanged(tmp_path: Path) -> None:
@@ -232,8 +232,8 @@ def test_only_an_override_of_lazyproc_run_is_exchanged(tmp_path: Path) -> None:
     plain = SlurmJob(("lazyproc", "run", "a.py:B", "f.h5::/data"), str(tmp_path / "job.sh")).script()
     assert "--resume" not in own + plain
     module = SlurmJob(("python", "-m", "lazyproc.cli", "run", "a.py:B", "f.h5::/x", "--override"), "/job.sh").script()
-    assert '\npython -m lazyproc.cli run a.py:B f.h5::/x "$begin" &\n' in module
-    assert "begin=--override\n" in module
+    assert "\npython -m lazyproc.cli run a.py:B f.h5::/x --override $resume &\n" in module
+    assert "resume=\n" in module
 
 
 def test_the_recipe_for_lsf_ends_with_the_code_of_the_command(tmp_path: Path) -> None:
