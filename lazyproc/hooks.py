@@ -280,7 +280,7 @@ class HookContract:
         afresh = override
         if not override:
             finished = _of_same_work(self.duplicate_h5_groups, work, arguments)
-            if finished:
+            if finished and not self._holds_chosen():
                 self.h5_results_grp = finished[-1]
                 if has_record(finished[-1], work.status_name):
                     settle_end(finished[-1], work.n_positions, work.status_name)
@@ -320,6 +320,10 @@ class HookContract:
             HookLoop(self, mask).go(args, kwargs, drain)
         return self.h5_results_grp
 
+    def _holds_chosen(self) -> bool:
+        """Tell whether the group that is held was chosen by `use_partial_computation`: it goes before finished ones."""
+        return bool(self.h5_results_grp) and self._chosen == str(self.h5_results_grp.name)
+
     def _own_group(self) -> str:
         """Return the path of the group that is written to, or that is about to be made by the usual name."""
         if self.h5_results_grp is not None:
@@ -339,7 +343,7 @@ class HookContract:
         finished = _of_same_work([group for group in self.duplicate_h5_groups if group], work, arguments)
         partial = _of_same_work([group for group in self.partial_h5_groups if group], work, arguments)
         held = self.h5_results_grp
-        if finished:
+        if finished and not self._holds_chosen():
             return "return", finished[-1], finished, partial
         if held is None:
             group = partial[-1] if partial and self._can_resume() else None

@@ -266,6 +266,23 @@ def test_a_plan_of_results_that_were_chosen(main):
     assert process.compute() == first
 
 
+def test_results_that_were_chosen_go_before_finished_ones(main):
+    partial = partial_group(main).h5_results_grp
+    process = made(Mean, main)
+    finished = process.compute(override=True)
+    assert finished != partial
+    process = made(Mean, main)
+    assert (process.plan().group, process.compute()) == (finished.name, finished)
+    process = made(Mean, main)
+    process.use_partial_computation()
+    plan = process.plan()
+    assert (plan.action, plan.group) == ("resume", partial.name)
+    assert process.compute() == partial
+    assert partial[MASK][()].all()
+    np.testing.assert_array_equal(partial["Results"], expected_means(main))
+    assert process.compute() == partial, "once more: it is done"
+
+
 def test_a_plan_of_a_class_that_cannot_resume(main, caplog):
     group = partial_group(main, NoResume).h5_results_grp
     process = made(NoResume, main)
