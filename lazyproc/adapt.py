@@ -56,7 +56,7 @@ class Adapting:
         self._driver_writes = sizes.driver_writes
         self._division = self._first_division = sizes.division
         self._limit = sizes.limit
-        self._books = sizes.memory.driver_bytes
+        self._books = max(0, sizes.memory.driver_bytes - declared.argument_books)  # which will be added again
         self.room, self._learner = self._learning(sizes, sizes.memory)
         self._n_threads = scheduler.n_workers
         self.feed = BlockFeed(sizes.plan, probe.seconds_per_position, self._divide, scheduler.n_workers)

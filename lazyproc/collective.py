@@ -34,7 +34,7 @@ from lazyproc.hdf5.marks import has_status
 from lazyproc.hdf5.on_disk import find_extent
 from lazyproc.hdf5.place import HandlePlace
 from lazyproc.hdf5.record import Provenance, create_group, ensure_mask, environment, note_end
-from lazyproc.hdf5.search import Found, Work, remaining_positions
+from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.source import source_of
 from lazyproc.hdf5.target import InPlaceTarget
@@ -81,15 +81,16 @@ def perform_together(
         declared = _by_bytes(declared)
         kernel, work = declared.kernel(args, kwargs), declared.work(args, kwargs)
         drain = Drain(nothing_yet(declared.process_name))
+        drain.afresh = override
         declared.main.file.flush()
         path = os.path.abspath(declared.place.path)
         with drain.on_signals(), locked_by_first(path, ranks) as lock:
             found = ranks.first(declared.found(work))
-            duplicates = [one for one in found if one.is_complete]
-            if duplicates and not override:
+            best = None if override else best_of(found, chosen)
+            if best is not None and best.is_complete:
                 agree_on_signal(drain, ranks)
-                return duplicates[-1].name
-            name, remaining, probe = _begin(declared, work, kernel, ranks, found, override, chosen)
+                return best.name
+            name, remaining, probe = _begin(declared, work, kernel, ranks, best)
             _run(declared, work, kernel, name, lock.fence, remaining, probe, ranks, drain, listener)
             return name
 
@@ -134,13 +135,10 @@ def _begin(
     work: Work,
     kernel: Kernel,
     ranks: Ranks,
-    found: list[Found],
-    override: bool,
-    chosen: str | None,
+    partial: Found | None,
 ) -> tuple[str, Runs, Probe]:
-    """Find the group to resume, or probe and create one; on all ranks the same."""
-    partial = {one.name: one for one in found if one.is_partial}
-    if override or not partial:
+    """Resume a group, or probe and create one; on all ranks the same."""
+    if partial is None:
         _refuse_compression(declared)
         probe = ranks.once(lambda: _probe(declared, kernel, Runs.full(declared.n_positions), begun=False))
         provenance = ranks.once(lambda: _provenance(declared, probe))
@@ -150,9 +148,9 @@ def _begin(
         name = create_group(group, declared.main, work, provenance, None)
         group.file.flush()
         return name, Runs.full(declared.n_positions), probe
-    name = chosen if chosen in partial else list(partial)[-1]
+    name = partial.name
     if ranks.rank == 0:
-        warn_of(partial[name])
+        warn_of(partial)
     group = declared.place.results(name)
     if FAILED_POSITIONS in group:
         raise ArgumentValueError(
@@ -215,7 +213,8 @@ def _run(
     counter.free()
     n_done = n_before + sum(end[1] for end in ends)
     tell(Finished(n_done))
-    drain.message = how_far(declared.process_name, n_done, work.n_positions, declared.place.path)
+    where = declared.place.path
+    drain.message = how_far(declared.process_name, n_done, work.n_positions, where, afresh=drain.afresh)
     agree_on_signal(drain, ranks)
     failures = [failure for end in ends for failure in pickle.loads(end[0])]
     if n_done == work.n_positions:

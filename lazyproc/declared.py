@@ -248,6 +248,11 @@ class Declared:
             max_failures=self.max_failures,
         )
 
+    @property
+    def argument_books(self) -> int:
+        """Bytes that the driver has for arguments at most: see `argument_bytes`."""
+        return 2 * self.argument_bytes
+
     def called_with(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Declared, Kernel]:
         """Return the same where it is known with which arguments it is called, and its kernel; raises as `kernel`."""
         kernel = self.kernel(args, kwargs)
@@ -270,7 +275,7 @@ class Declared:
         table = self.source.table_bytes if isinstance(self.source, ChunkSource) else 0
         kept = (probe.kept_bytes if probe else 0) + table
         fixed = (probe.fixed_bytes if probe else 0) + self.source.chunk_bytes
-        driver = (kept if books_bytes is None else books_bytes) + 2 * self.argument_bytes
+        driver = (kept if books_bytes is None else books_bytes) + self.argument_books
         if scheduler is not None and scheduler.kind not in ("serial", "threads"):
             fixed += kept  # of each worker
             if scheduler.n_processes:

@@ -221,7 +221,8 @@ class HookLoop:
                     self._read(drain)
         finally:
             where = str(self._group.file.filename) if self._group else "its file"
-            drain.message = how_far(str(process.process_name), n_done, self._n_positions, where)
+            name = str(process.process_name)
+            drain.message = how_far(name, n_done, self._n_positions, where, afresh=drain.afresh)
             process._progress(Finished(n_done))
             process._lazyproc_batches = None
         note_end(self._group, self._n_positions, self._status_name)

@@ -111,7 +111,8 @@ class RankedLoop:
         n_done = self._n_positions - left.n_positions
         if ranks.rank == 0:
             process._progress(Finished(n_done))
-        drain.message = how_far(str(process.process_name), n_done, self._n_positions, self._path)
+        name = str(process.process_name)
+        drain.message = how_far(name, n_done, self._n_positions, self._path, afresh=drain.afresh)
         agree_on_signal(drain, ranks)
         if errors:
             with ranks.agreeing():

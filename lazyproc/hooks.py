@@ -296,6 +296,7 @@ class HookContract:
         if afresh and self.h5_results_grp is not None and _belongs_to_one_phase(self.h5_results_grp, work):
             self.h5_results_grp = None
         drain = Drain(nothing_yet(str(self.process_name)), self._progress)
+        drain.afresh = override
         if opened_together(self.h5_main):
             return self._compute_together(work, arguments, afresh, drain, args, kwargs)
         with ExitStack() as locks:

@@ -40,7 +40,7 @@ from lazyproc.hdf5.record import (
     lacks_room,
     open_target,
 )
-from lazyproc.hdf5.search import Found, Work, remaining_positions
+from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.target import Target
 from lazyproc.holding import locked, target_file, with_lock
@@ -109,25 +109,23 @@ def perform(
         declared, kernel = with_lock(declared, kernel, lock)
         with drain.interruptible(at_first=True):
             found = declared.found(work)
-        partial = {one.name: one for one in found if one.is_partial}
-        duplicates = [one for one in found if one.is_complete and chosen not in partial]
-        if duplicates and not override:
-            warn_of(duplicates[-1])
-            finish_late(declared, work, duplicates[-1].name, drain)
-            log.info("%s: returning the finished results %s", declared.process_name, duplicates[-1].name)
-            return duplicates[-1].name
-        name = None if override or not partial else chosen if chosen in partial else list(partial)[-1]
-        if name is not None:
-            warn_of(partial[name])
+        best = None if override else best_of(found, chosen)
+        if best is not None:
+            warn_of(best)
+        if best is not None and best.is_complete:
+            finish_late(declared, work, best.name, drain)
+            log.info("%s: returning the finished results %s", declared.process_name, best.name)
+            return best.name
         declared = declared.settled()
         kernel = replace(kernel, source=declared.source)
         with Crew([Sink.__module__, type(kernel.source).__module__, *_FIRST_LOADED]) as crew:
             n_left = declared.n_positions
-            if name is None:
+            if best is None:
                 declared = _spare_imports(declared, kernel, crew)
                 name, remaining, probe = _start(declared, work, kernel, drain, crew)
             else:
-                n_left -= partial[name].n_done
+                name = best.name
+                n_left -= best.n_done
                 remaining, probe = _resume(declared, work, kernel, name, n_left, drain, crew)
             while True:
                 run_group(

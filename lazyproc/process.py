@@ -443,6 +443,7 @@ class Process(HookContract):
         if self._lazy:
             self._place.check_writable()
         declared = self._declared()
+        self._h5_status_dset = None  # h5py would go on showing what it has read of it
         try:
             with self._logging():
                 name = work(declared, args, kwargs)

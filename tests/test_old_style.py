@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import warnings
 from pathlib import Path
 
@@ -281,6 +283,29 @@ def test_results_that_were_chosen_go_before_finished_ones(main):
     assert partial[MASK][()].all()
     np.testing.assert_array_equal(partial["Results"], expected_means(main))
     assert process.compute() == partial, "once more: it is done"
+
+
+def test_a_second_file_with_the_same_values_gets_results_of_its_own(tmp_path):
+    sources = [make_usid_file(tmp_path / name) for name in ("one.h5", "two.h5")]
+    names = []
+    with h5py.File(tmp_path / "results.h5", "w") as results:
+        for path, main in (*sources, *sources):
+            with h5py.File(path, "r+") as file:
+                process = made(Mean, file[main], h5_target_group=results)
+                names.append(process.compute().name)
+    assert names[0] == names[2] != names[1] == names[3]
+
+
+def test_a_fresh_start_that_is_stopped_says_how_to_go_on(main):
+    made(Mean, main).compute()
+
+    def stop(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return Mean._read_data_chunk(self)
+
+    cls = type("Signalled", (Mean,), {"_read_data_chunk": stop, "process_name": "Mean"})
+    with pytest.raises(lazyproc.Interrupted, match="would start afresh"):
+        made(cls, main).compute(override=True)
 
 
 def test_a_plan_of_a_class_that_cannot_resume(main, caplog):

@@ -21,8 +21,6 @@ FRAGMENTATION = 1.5
 SURPRISE = 6
 """So many times more than was reckoned a block may take at once without breaking the limit: where the probe has seen
 no temporaries at all, they may be five times the source, beside the source itself."""
-
-
 _MUCH_MORE = 1.5
 """So many times more positions under way at a time are worth a worker less, where storage chunks are decoded anew for
 each block."""

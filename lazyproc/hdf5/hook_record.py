@@ -28,7 +28,13 @@ from lazyproc.hdf5.damage import reading
 from lazyproc.hdf5.extents import using
 from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.room import writing
-from lazyproc.hdf5.search import file_differences, named_groups, remaining_positions, source_name
+from lazyproc.hdf5.search import (
+    file_differences,
+    named_groups,
+    other_file_differences,
+    remaining_positions,
+    source_name,
+)
 from lazyproc.hdf5.unmark import take_back
 from lazyproc.hdf5.usid import read_text
 
@@ -175,6 +181,7 @@ def _source_differences(group: h5py.Group, work: HookWork) -> Iterator[str]:
         if now:
             if now != stored:
                 yield f"source: the values of {work.main_name} have changed since (fingerprint {stored}, now {now})"
+            yield from other_file_differences(group, work.main_file)
             return
     # A later phase may have worked on another dataset of the same group; the group tells what the first one was.
     first_name = source_name(group)

@@ -305,8 +305,7 @@ def _source_differences(group: h5py.Group, work: Work, *, verify: bool) -> Itera
         if now:
             if now != stored:
                 yield f"source: the values of {work.main_name} have changed since (fingerprint {stored}, now {now})"
-            elif os.path.exists(_source_file(group) or ""):  # else it was moved, or has another name by now
-                yield from file_differences(group, work.main_file)
+            yield from other_file_differences(group, work.main_file)
             return
     if stored and not verify:
         return
@@ -320,6 +319,12 @@ def file_differences(group: h5py.Group, main_file: str) -> Iterable[str]:
         yield f"source: the file that these results were made from is not known, wanted {main_file}"
     elif not _same_path(stored_file, main_file):
         yield f"source: stored results of the file {stored_file}, wanted {main_file}"
+
+
+def other_file_differences(group: h5py.Group, main_file: str) -> Iterable[str]:
+    """Tell whether the recorded file is there, and another one; else the main dataset's was moved or renamed."""
+    if os.path.exists(_source_file(group) or ""):
+        yield from file_differences(group, main_file)
 
 
 def source_name(group: h5py.Group) -> str | None:
