@@ -459,6 +459,25 @@ def test_a_damaged_group_is_named_and_passed_over(scan):
         assert process.compute().name != name
 
 
+def test_results_of_other_parameters_cost_a_search_only_their_parameters(scan, monkeypatch):
+    """A sweep leaves many of them, and each further call looks at all."""
+    for power in (2, 3, 4):
+        run(Mean, scan, parms_dict={"power": power})
+    read = []
+    take = h5py.AttributeManager.__getitem__
+
+    def noted(attributes, name):
+        read.append(name)
+        return take(attributes, name)
+
+    monkeypatch.setattr(h5py.AttributeManager, "__getitem__", noted)
+    with Mean(scan, parms_dict={"power": 5}) as process:
+        assert process.duplicate_h5_groups == process.partial_h5_groups == []
+    of_results = read[read.index("lazyproc_parameter_kinds") :]
+    assert of_results.count("lazyproc_parameter_kinds") == of_results.count("power") == 3
+    assert not {"tool", "lazyproc_arguments", "lazyproc_code", "lazyproc_fingerprint"} & set(of_results)
+
+
 def test_why_not_duplicate_tells_all_differences_at_once(scan):
     name, _ = run(Mean, scan, parms_dict={"power": 2})
     with h5py.File(file_of(scan), "r+") as file:

@@ -169,20 +169,19 @@ def examine(group: h5py.Group, work: Work, *, thorough: bool = True) -> Found:
     work : Work
         What is wanted.
     thorough : bool
-        Tell all differences. Else the values of the main dataset, which take a while to read, are compared only if
-        nothing else is different.
+        Tell all differences. Else the first aspect that differs is enough: among many results of other parameters, as a
+        sweep leaves them, a search is quick, and the values of the main dataset are read only where all else is equal.
     """
     lines: list[str] = []
     remarks: tuple[str, ...] = ()
     n_done = n_failed = 0
     try:
         with reading(f"Results group {group.name!r}"):
-            lines += _name_differences(group, work)
-            lines += differences(read_parameters(group), work.parameters)
-            lines += _argument_differences(group, work)
-            lines += _output_differences(group, work)
-            lines += _nameless_differences(group, work)
-            lines += _source_differences(group, work, verify=thorough or not lines)
+            for compare in _ASPECTS:
+                lines += compare(group, work)
+                if lines and not thorough:
+                    return Found(str(group.name), tuple(lines), remarks, n_done, work.n_positions)
+            lines += _source_differences(group, work)
             remarks = tuple(_remarks(group, work))
             if not lines:
                 n_done = count_done(group, work.n_positions, work.status_name)
@@ -294,20 +293,17 @@ def _has_null_references(dataset: h5py.Dataset) -> bool:
     return any(isinstance(value, h5py.Reference) and not value for value in values)
 
 
-def _source_differences(group: h5py.Group, work: Work, *, verify: bool) -> Iterable[str]:
+def _source_differences(group: h5py.Group, work: Work) -> Iterable[str]:
     stored_name = source_name(group)
     if stored_name is not None and stored_name != work.main_name:
         yield f"source: stored results of {stored_name}, wanted {work.main_name}"
         return
     stored = text_attribute(group, "lazyproc_fingerprint")
-    if stored and verify:
-        now = work.fingerprint(stored)
-        if now:
-            if now != stored:
-                yield f"source: the values of {work.main_name} have changed since (fingerprint {stored}, now {now})"
-            yield from other_file_differences(group, work.main_file)
-            return
-    if stored and not verify:
+    now = work.fingerprint(stored) if stored else ""
+    if now:
+        if now != stored:
+            yield f"source: the values of {work.main_name} have changed since (fingerprint {stored}, now {now})"
+        yield from other_file_differences(group, work.main_file)
         return
     yield from file_differences(group, work.main_file)
 
@@ -363,6 +359,20 @@ def _nameless_differences(group: h5py.Group, work: Work) -> Iterable[str]:
     """Compare the code where the name of the work says nothing: that of a lambda is ``lambda``."""
     if work.process_name == "lambda" and code_changed(text_attribute(group, "lazyproc_code"), work.code):
         yield "function: stored results of another lambda; give process_name to tell by its name what is computed"
+
+
+def _parameter_differences(group: h5py.Group, work: Work) -> Iterable[str]:
+    yield from differences(read_parameters(group), work.parameters)
+
+
+_ASPECTS = (
+    _parameter_differences,
+    _name_differences,
+    _argument_differences,
+    _output_differences,
+    _nameless_differences,
+)
+"""What is compared before the main dataset, in this order."""
 
 
 def _remarks(group: h5py.Group, work: Work) -> Iterable[str]:
