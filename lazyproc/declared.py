@@ -23,7 +23,6 @@ from lazyproc.core.identity import code_hash
 from lazyproc.core.imports import imports_to_come
 from lazyproc.core.memory import MemoryModel
 from lazyproc.core.parameters import arguments_text
-from lazyproc.core.plan import Plan
 from lazyproc.core.probe import Probe, run_probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.signature import keyword_arguments
@@ -33,9 +32,8 @@ from lazyproc.engine.choose import HELP_PAYS, POOL_PAYS, Scheduler, can_be_sent,
 from lazyproc.engine.cluster import active_client
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.handshake import why_not_in_place
 from lazyproc.engine.kernel import BlockSink, Kernel, pack_for_cluster
-from lazyproc.engine.mpi import native_threads
+from lazyproc.engine.own_job import native_threads
 from lazyproc.engine.trial import Trial, try_in_process, try_on_cluster
 from lazyproc.hdf5.chunks import ChunkSource, chunked_source
 from lazyproc.hdf5.compress import peak_bytes
@@ -45,7 +43,7 @@ from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.fingerprint import fingerprint
 from lazyproc.hdf5.place import Place
 from lazyproc.hdf5.raised import H5_ERRORS
-from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions, search
+from lazyproc.hdf5.search import Found, Work, search
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.source import FileSource, HandleSource, Source, write_out
 
@@ -394,6 +392,8 @@ class Declared:
             return False
         if scheduler.client is None:
             return True
+        from lazyproc.engine.handshake import why_not_in_place
+
         reason = why_not_in_place(scheduler.client, sink.trial())
         if reason:
             log.warning("%s: results travel to the driver, which writes them: %s", self.process_name, reason)
@@ -444,47 +444,6 @@ class Declared:
         except MemoryLimitError:  # whoever computes will be told
             return 0
         return sizes.most_positions
-
-    def plan(self, work: Work, found: list[Found], kernel: Kernel, wanted: str | None = None) -> Plan:
-        """Return what `compute` would do, with a partial group that is wanted; computes and writes nothing."""
-        duplicates = [one for one in found if one.is_complete]
-        partial = [one for one in found if one.is_partial]
-        chosen = best_of(found, wanted)
-        remaining = Runs.full(self.n_positions)
-        probe: Probe | None = None
-        if chosen is not None:
-            group = self.place.results(chosen.name)
-            remaining = remaining_positions(group, self.n_positions, self.status_name)
-            probe = stored_probe(group)
-        scheduler = self.scheduler(kernel, probe, remaining.n_positions, wait=False)
-        sizes = self.blocks(remaining, scheduler, probe, driver_writes=self.place.lock_path is None)
-        memory = sizes.memory
-        rows = min(sizes.plan.max_positions, max(1, remaining.n_positions))
-        return Plan(
-            process_name=self.process_name,
-            dataset=self.label,
-            action="start" if chosen is None else "return" if chosen.is_complete else "resume",
-            group=chosen.name if chosen else None,
-            duplicates=tuple(one.name for one in duplicates),
-            partial=tuple(one.name for one in partial),
-            n_positions=self.n_positions,
-            n_done=self.n_positions - remaining.n_positions,
-            n_remaining=remaining.n_positions,
-            n_failed=chosen.n_failed if chosen else 0,
-            n_blocks=sizes.plan.count(),
-            block_positions=sizes.plan.max_positions,
-            chunk_positions=self.source.chunk_rows,
-            n_workers=sizes.n_workers,
-            scheduler=str(scheduler) if probe or scheduler.client else "chosen after a look at the function",
-            bytes_per_position=memory.bytes_per_position,
-            worker_bytes=rows * memory.bytes_per_position + memory.fixed_bytes,
-            projected_bytes=sizes.projected,
-            allowed_bytes=sizes.limit,
-            source_bytes=remaining.n_positions * memory.source_bytes,
-            result_bytes=remaining.n_positions * memory.result_bytes,
-            seconds=None if probe is None else probe.seconds_per_position * remaining.n_positions / sizes.n_workers,
-            disk_bytes=2 * sum(self.n_positions * one.row_bytes for one in self.outputs if one.filters is not None),
-        )
 
 
 @dataclass(frozen=True)

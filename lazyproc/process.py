@@ -26,36 +26,33 @@ from lazyproc.arguments import (
     check_positions,
     check_verify,
 )
-from lazyproc.collective import perform_together
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, DefinitionError, FileChangedError
 from lazyproc.core.events import Listener
 from lazyproc.core.jsonform import show
-from lazyproc.core.plan import Plan, html_table
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import STATUS_MASK, Output, check_status_name, resolve_outputs, validate_outputs
 from lazyproc.declared import Declared
 from lazyproc.definition import check_definition, check_hook_style, check_recordable, function_of
 from lazyproc.engine.choose import available_cores, default_cores
-from lazyproc.engine.mpi import mpi_attributes
+from lazyproc.engine.own_job import mpi_attributes
 from lazyproc.hdf5.extents import ExtentSource
 from lazyproc.hdf5.files import Files, check_heaps
 from lazyproc.hdf5.place import place_of
 from lazyproc.hdf5.search import Found, best_of, examine
 from lazyproc.hdf5.source import source_of
 from lazyproc.holding import flush_for_views
-from lazyproc.hook_plan import open_target, plan_of_hooks, why_not_of_hooks
 from lazyproc.hook_ranks import leaving_alike, made_alike, opened_together
 from lazyproc.hooks import HookContract
 from lazyproc.main_handle import MainDatasetHandle
 from lazyproc.opening import open_main, stamp_of, target_handle
 from lazyproc.perform import compute_here, perform, warn_of
 from lazyproc.progress import ProgressBar, has_standard_error
-from lazyproc.results import lazy_results, path_of_group
-from lazyproc.retry import retry
-from lazyproc.views import Committed, group_id, lazy_rows
 
 if TYPE_CHECKING:
     import xarray
+
+    from lazyproc.core.plan import Plan
+    from lazyproc.views import Committed
 
 
 class Process(HookContract):
@@ -329,6 +326,8 @@ class Process(HookContract):
         ResultsError
             If it is so damaged that HDF5 would never return from reading it.
         """
+        from lazyproc.hook_plan import open_target, why_not_of_hooks
+
         declared = self._declared() if self._declares else None
         parent = self._place.group() if declared else open_target(self)
         if isinstance(group, str):
@@ -397,7 +396,9 @@ class Process(HookContract):
             if not self._declares:
                 with self._logging():
                     return self._compute_hooks(bool(override), args, kwargs)
-            run = perform_together if opened_together(self.h5_main) else perform
+            run = perform
+            if opened_together(self.h5_main):
+                from lazyproc.collective import perform_together as run
             return self._settle(
                 partial(run, override=bool(override), chosen=self._chosen, listener=self._progress), args, kwargs
             )
@@ -436,6 +437,8 @@ class Process(HookContract):
                 "h5_main: the dataset of a file that several ranks have opened with driver='mpio' came; expected one "
                 "that this process has to itself. Give its address, under lazyproc.cluster(), to retry."
             )
+        from lazyproc.retry import retry
+
         return self._settle(partial(retry, chosen=self._chosen, listener=self._progress), args, kwargs)
 
     def _settle(self, work: Callable[..., str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> h5py.Group:
@@ -493,11 +496,14 @@ class Process(HookContract):
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Return what `compute` would do with these arguments, without doing it; reads metadata and masks only."""
         if not self._declares:
+            from lazyproc.hook_plan import plan_of_hooks
+
             return plan_of_hooks(self, args, kwargs)
-        declared = self._declared()
-        declared, kernel = declared.called_with(args, kwargs)
+        from lazyproc.planning import plan_of
+
+        declared, kernel = self._declared().called_with(args, kwargs)
         work = declared.work(args, kwargs)
-        return declared.plan(work, declared.found(work), kernel, self._chosen)
+        return plan_of(declared, work, declared.found(work), kernel, self._chosen)
 
     def to_xarray(self, *args: Any, **kwargs: Any) -> xarray.Dataset:
         """Return all outputs as lazy N-D arrays: positions already committed are read, the others computed when asked.
@@ -519,6 +525,8 @@ class Process(HookContract):
         StaleViewError
             On computing, if the results that it reads were replaced.
         """
+        from lazyproc.results import lazy_results
+
         declared = self._declared()
         flush_for_views(declared)
         work = declared.work(args, kwargs)
@@ -542,6 +550,9 @@ class Process(HookContract):
 
     def _committed(self, found: list[Found]) -> Committed | None:
         """Return the results that a view reads: those that `compute` would return or resume."""
+        from lazyproc.results import path_of_group
+        from lazyproc.views import Committed, group_id
+
         best = best_of(found, self._chosen)
         parent = self._place.group()
         if best is None or parent is None:
@@ -566,6 +577,8 @@ class Process(HookContract):
         For a class with the hooks of the old contract: the batch that was read, or whatever the hooks have put here.
         """
         if self._data is None and self._lazy and self._declares:
+            from lazyproc.views import lazy_rows
+
             self._data = lazy_rows(self._source, str(self.process_name))
         return self._data
 
@@ -644,6 +657,8 @@ class Process(HookContract):
         return "\n".join(["<lazyproc.Process>", *(f"  {label:<{width}}  {text}" for label, text in rows)])
 
     def _repr_html_(self) -> str:
+        from lazyproc.core.plan import html_table
+
         return html_table("lazyproc.Process", self._lines())
 
 

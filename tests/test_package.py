@@ -62,6 +62,33 @@ def test_a_small_job_loads_neither_dask_arrays_nor_a_cluster(tmp_path, cores):
     assert json.loads(run_python(SMALL_JOB, address, cores)) == []
 
 
+NOT_NEEDED = (
+    "lazyproc.collective",
+    "lazyproc.core.plan",
+    "lazyproc.engine.distant",
+    "lazyproc.engine.messages",
+    "lazyproc.engine.mpi",
+    "lazyproc.hdf5.claims",
+    "lazyproc.hdf5.shared_file",
+    "lazyproc.layout",
+    "lazyproc.results",
+    "lazyproc.retry",
+    "lazyproc.views",
+    "multiprocessing",
+    "tempfile",
+)
+
+
+def test_a_run_in_this_process_loads_nothing_of_clusters_ranks_and_views(tmp_path):
+    """What a short job loads is most of what it takes."""
+    code = f"""
+import json, sys, lazyproc
+group = lazyproc.map_positions(len, sys.argv[1], lazyproc.Output("f4"), cores=1)
+print(json.dumps([name for name in {NOT_NEEDED!r} if name in sys.modules]))
+"""
+    assert json.loads(run_python(code, "::".join(make_usid_file(tmp_path / "a.h5")))) == []
+
+
 def test_a_worker_process_loads_no_hdf5():
     """For contiguous data, which it reads and writes as bytes; and nobody loads `numpy.ma` to tell what is masked."""
     code = """import sys, json
@@ -101,7 +128,7 @@ FLOORS = [
     }
     | {"layout", "main_handle", "opening"}
     | {"adapt", "finishing", "holding", "perform", "probing", "progress", "recording", "results", "retry", "run"}
-    | {"status", "views", "watch"},
+    | {"planning", "status", "views", "watch"},
     {"process"},
     {"compat", "loading", "making", "mapping", "slurm"},
     {"demo"},

@@ -14,7 +14,6 @@ from lazyproc.core.learn import Room
 from lazyproc.core.probe import Probe
 from lazyproc.engine.cluster import count_threads, most_on_machine, tells_memory, threads_now
 from lazyproc.engine.crew import Crew
-from lazyproc.engine.distant import run_client
 from lazyproc.engine.kernel import Kernel, pack_once
 from lazyproc.engine.local import (
     Interruptible,
@@ -160,6 +159,8 @@ class Scheduler:
         if not self.n_processes:
             kernel.parcel.let_go()  # nobody will get it
         if self.kind == "client":
+            from lazyproc.engine.distant import run_client
+
             return run_client(self.client, kernel, blocks, stopping, name, dropping, self.most, on_workers)
         if self.kind == "both":
             return run_both(kernel, blocks, self.n_workers, stopping, name, dropping, interruptible, room, crew)

@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import Pipe
 from typing import Any
 
 from lazyproc.engine.worker import FOR_THE_DRIVER
@@ -137,6 +136,8 @@ class Crew:
 
 def _start_process(modules: Sequence[str]) -> tuple[subprocess.Popen[bytes], Any]:
     """Start a worker process; return it with the socket to it."""
+    from multiprocessing import Pipe
+
     ours, theirs = Pipe()
     one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR")}
     folders = json.dumps([str(folder) for folder in sys.path])

@@ -25,6 +25,7 @@ import sys
 from typing import Any
 
 from lazyproc.core.errors import LaunchError
+from lazyproc.engine import own_job
 from lazyproc.engine.launch import Launch
 from lazyproc.engine.line import Switchboard
 from lazyproc.engine.messages import END, HELLO, ORDERS, Hello, Orders
@@ -151,10 +152,6 @@ class Job:
         )
 
 
-_job: Job | None = None
-"""The job that this process drives. A process can be part of one only, since MPI starts and ends once."""
-
-
 def join(
     launch: Launch,
     *,
@@ -183,9 +180,9 @@ def join(
     LaunchError
         If the launcher and the MPI library do not belong together, or there is no MPI library.
     """
-    global _job
-    if _job is not None:
-        return _job
+    driven = own_job.driven()
+    if isinstance(driven, Job):
+        return driven
     world = World(launch, 60.0 + 0.5 * (launch.size or 0) if limit is None else limit)
     if world.rank:
         from lazyproc.engine.serve import serve
@@ -193,43 +190,12 @@ def join(
         serve(world, hello())
     try:
         hellos = {0: hello(), **_gather(world)}
-        _job = Job(world, hellos, dashboard_address, interface, memory)
+        job = Job(world, hellos, dashboard_address, interface, memory)
     except BaseException as error:
         world.abort(code_of(error), f"{type(error).__name__}: {error}")
-    atexit.register(_job.end)
-    return _job
-
-
-def native_threads(client: Any) -> int:
-    """Return how many threads of BLAS and OpenMP a worker gets: one, or more in an MPI job that has cores to spare."""
-    return _job.native_threads if _job is not None and _job.owns(client) else 1
-
-
-def mpi_attributes(client: Any = None) -> tuple[Any, int, int]:
-    """Return what `Process` has as ``mpi_comm``, ``mpi_rank`` and ``mpi_size``.
-
-    Parameters
-    ----------
-    client : Client, optional
-        The client that was handed over. Default: the active one.
-
-    Returns
-    -------
-    tuple
-        In the driver of an MPI job (this module's, or one that the script has made with dask-mpi): a communicator that
-        holds this process only, so that nobody else is waited for, the rank 0, and the number of ranks. Else None, 0
-        and 1.
-    """
-    from lazyproc.engine.cluster import active_client
-
-    if _job is not None and _job.size > 1:
-        return _job.communicator(), 0, _job.size
-    library = sys.modules.get("mpi4py.MPI")
-    if library is None or (client or active_client()) is None:
-        return None, 0, 1
-    if not library.Is_initialized() or library.Is_finalized() or library.COMM_WORLD.size == 1:
-        return None, 0, 1
-    return library.COMM_SELF, 0, int(library.COMM_WORLD.size)
+    own_job.drive(job)
+    atexit.register(job.end)
+    return job
 
 
 def hello() -> Hello:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from lazyproc.core.blocks import Block
@@ -55,6 +54,8 @@ def serve(descriptor: int, modules: Iterable[str] = ()) -> None:
     of a kernel, and the kernel. Says first that it is here, and then that it has the kernel. After a trial it is here
     again, for another kernel.
     """
+    from multiprocessing.connection import Connection
+
     set_up_worker()
     driver = Connection(descriptor)
     _load(modules)

@@ -7,16 +7,18 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block
-from lazyproc.hdf5.claims import Claims
 from lazyproc.hdf5.extents import Extent
 from lazyproc.hdf5.lock import Fence, FencedError, sidecar
 from lazyproc.hdf5.locking import lock_hdf5
-from lazyproc.hdf5.shared_file import Trial
+
+if TYPE_CHECKING:
+    from lazyproc.hdf5.claims import Claims
+    from lazyproc.hdf5.shared_file import Trial
 
 _CHECKED_BYTES = 4096
 
@@ -87,10 +89,14 @@ class Sink:
 
     def trial(self) -> Trial:
         """Return what shows whether workers on other machines may write here."""
+        from lazyproc.hdf5.shared_file import Trial
+
         return Trial.of(self.home.path, self.home.inode, self.fence)
 
     def claims(self) -> Claims:
         """Return this sink for workers of which two may have the same block."""
+        from lazyproc.hdf5.claims import Claims
+
         return Claims(self, self.fence, sidecar(self.home.path, "claims"))
 
     def checksum(self, block: Block) -> int:
