@@ -25,6 +25,7 @@ from lazyproc.core.runs import Runs
 from lazyproc.drain import Drain, how_far
 from lazyproc.engine.ranks import Counter, Ranks
 from lazyproc.hdf5.counter import FileCounter
+from lazyproc.hdf5.durable import sync_data
 from lazyproc.hdf5.holder import is_locked
 from lazyproc.hdf5.lock import Fence, RunLock
 from lazyproc.hdf5.search import remaining_positions
@@ -175,7 +176,7 @@ class RankedLoop:
         """Sync the file by the system: parallel HDF5 keeps no raw data in memory, and its flush is collective."""
         descriptor = os.open(self._path, os.O_RDONLY)
         try:
-            os.fdatasync(descriptor)
+            sync_data(descriptor)
         finally:
             os.close(descriptor)
 

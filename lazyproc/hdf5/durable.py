@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from contextlib import suppress
 
 from lazyproc.core.errors import LazyprocError
 
@@ -16,6 +18,23 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def sync_data(descriptor: int) -> None:
+    """Make the bytes of an open file durable, and what is needed to find them.
+
+    macOS has no `fdatasync`, and its `fsync` leaves the bytes in the disk's own memory; the manual page of fcntl there
+    has F_FULLFSYNC for that. Not every file system has it.
+    """
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(descriptor)
+        return
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with suppress(OSError):
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
 
 
 def sync_file(path: str) -> None:

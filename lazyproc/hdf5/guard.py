@@ -18,7 +18,7 @@ import h5py
 
 from lazyproc.core.errors import NoRoomError
 from lazyproc.core.runs import Runs
-from lazyproc.hdf5.durable import JournalError
+from lazyproc.hdf5.durable import JournalError, sync_data
 from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end
 from lazyproc.hdf5.extents import using
 from lazyproc.hdf5.on_disk import real_path
@@ -131,7 +131,7 @@ def finish_pending(file: h5py.File, path: str) -> None:
                 file.flush()
                 file.flush()
                 take_back(file)
-                os.fdatasync(file.id.get_vfd_handle())
+                sync_data(file.id.get_vfd_handle())
         except NoRoomError:
             raise
         except (OSError, RuntimeError, ValueError) as error:  # HDF5 2.0 can never flush again, once it could not
@@ -291,7 +291,7 @@ class _Guard:
         descriptor = int(self._file.id.get_vfd_handle())
         with using(self.path, "its structure"):
             take_back(self._file)
-            os.fdatasync(descriptor)
+            sync_data(descriptor)
         return descriptor
 
     @staticmethod

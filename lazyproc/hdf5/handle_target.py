@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.runs import Runs
-from lazyproc.hdf5.durable import sync_file
+from lazyproc.hdf5.durable import sync_data, sync_file
 from lazyproc.hdf5.extents import using
 from lazyproc.hdf5.failures import DatasetRows, Rows, filled_pieces
 from lazyproc.hdf5.file_id import FileId
@@ -143,7 +143,7 @@ class HandleTarget:
         for path in self._rows_files:
             sync_file(path)
         if real_path(file) is not None:
-            os.fdatasync(file.id.get_vfd_handle())
+            sync_data(file.id.get_vfd_handle())
 
     def close(self) -> None:
         """Leave the handle open: it belongs to whoever opened it."""

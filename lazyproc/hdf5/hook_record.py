@@ -25,6 +25,7 @@ from lazyproc.core.runs import Runs
 from lazyproc.hdf5.attributes import read_parameters
 from lazyproc.hdf5.create import create_status_mask
 from lazyproc.hdf5.damage import reading
+from lazyproc.hdf5.durable import sync_data
 from lazyproc.hdf5.extents import using
 from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.room import writing
@@ -322,7 +323,7 @@ def sync_files(files: Iterable[h5py.File]) -> None:
             if path is not None:
                 with using(path, "what was written"):
                     take_back(file)
-                    os.fdatasync(file.id.get_vfd_handle())
+                    sync_data(file.id.get_vfd_handle())
 
 
 class WriteWatch:

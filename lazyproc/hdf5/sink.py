@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block
+from lazyproc.hdf5.durable import sync_data
 from lazyproc.hdf5.extents import Extent
 from lazyproc.hdf5.lock import Fence, FencedError, sidecar
 from lazyproc.hdf5.locking import lock_hdf5
@@ -84,7 +85,7 @@ class Sink:
                         written += extent.write(descriptors[extent.path], start, rows[place : place + stop - start])
                 if not self.home.inode.is_local:
                     for path in {extent.path for extent in self.extents}:
-                        os.fdatasync(descriptors[path])  # the driver can only sync what is on its own machine
+                        sync_data(descriptors[path])  # the driver can only sync what is on its own machine
         return written, _checksum(rows[:1].tobytes()[:_CHECKED_BYTES] for rows in arrays)
 
     def trial(self) -> Trial:

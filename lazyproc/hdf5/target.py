@@ -7,7 +7,6 @@ written as bytes, the driver writes rows and mask through HDF5: see `lazyproc.hd
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.runs import Runs
+from lazyproc.hdf5.durable import sync_data
 from lazyproc.hdf5.extents import Extent, using
 from lazyproc.hdf5.room import reserve, writing
 from lazyproc.hdf5.sink import Sink, opened
@@ -112,7 +112,7 @@ class InPlaceTarget:
 
     def _sync(self, path: str) -> None:
         with using(path, self._mask.name), writing(path, "the results"):
-            os.fdatasync(self._descriptors[path])
+            sync_data(self._descriptors[path])
 
     def close(self) -> None:
         """Close the files; the lock on the HDF5 file goes with that."""

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 import h5py
 
 from lazyproc.core.errors import FileBusyError, ReadOnlyFileError
-from lazyproc.hdf5.durable import JournalError, sync_folder, write_all
+from lazyproc.hdf5.durable import JournalError, sync_data, sync_folder, write_all
 from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end, end_of, is_marked
 from lazyproc.hdf5.extents import check_same_file
 from lazyproc.hdf5.file_id import FileId
@@ -187,7 +187,7 @@ def _apply(path: str, descriptor: int, overlay: Overlay) -> None:
                 write_all(descriptor, data, offset)
             if n_new:
                 os.ftruncate(descriptor, overlay.size)
-            os.fdatasync(descriptor)
+            sync_data(descriptor)
             if not patches:
                 return
             _write_journal(journal, os.fstat(descriptor), patches)
@@ -208,7 +208,7 @@ def _finish(descriptor: int, journal: str, patches: list[Patch]) -> None:
     """Apply the changes of a complete journal, as often as need be, and remove it for good."""
     for offset, _, new in patches:
         write_all(descriptor, new, offset)
-    os.fdatasync(descriptor)
+    sync_data(descriptor)
     with suppress(FileNotFoundError):
         os.unlink(journal)
     sync_folder(journal)  # a journal that came back after a power cut would undo what is written from now on

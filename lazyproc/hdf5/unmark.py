@@ -28,7 +28,7 @@ import h5py
 import numpy as np
 
 from lazyproc.core.errors import LazyprocError
-from lazyproc.hdf5.durable import write_all
+from lazyproc.hdf5.durable import sync_data, write_all
 from lazyproc.hdf5.locking import NONE, hdf5_locks, locking
 from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.undo_journal import drop_undo, load_undo, write_undo
@@ -72,7 +72,7 @@ def opening(path: str) -> Iterator[list[h5py.File]]:
                 _OPENED.add(_number(file))
             take_back(file)
             if has_journal:
-                os.fdatasync(file.id.get_vfd_handle())
+                sync_data(file.id.get_vfd_handle())
     finally:
         if has_journal:
             drop_undo(path)
