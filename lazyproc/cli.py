@@ -277,15 +277,15 @@ def run(as_json: bool, override: bool, **options: Any) -> None:
     Finished results of the same work are returned, partial ones resumed. The same under mpiexec and srun, and on the
     Dask cluster that --scheduler names, or DASK_SCHEDULER_ADDRESS, or Dask's configuration.
     """
-    from lazyproc.core.specs import STATUS_MASK
     from lazyproc.hdf5.failures import count_failed
+    from lazyproc.hdf5.search import status_name_of
 
     with _make(**options) as process:
         goes_on = options["resume"] and process.partial_h5_groups
         group = process.compute(override and not goes_on)
         address = f"{process.results_path}::{group.name}"
         if as_json:
-            n_positions, n_failed = int(process.h5_main.shape[0]), count_failed(group, STATUS_MASK)
+            n_positions, n_failed = int(process.h5_main.shape[0]), count_failed(group, status_name_of(group))
             _say(json.dumps({"results": address, "n_positions": n_positions, "n_failed": n_failed}))
         else:
             _say(address)
@@ -326,7 +326,8 @@ def status(file: str, as_json: bool) -> None:
             share = format_share(one.n_done, one.n_positions)
             text = f"{share:>7}  {one.n_done:,} of {one.n_positions:,} positions{failed}"
             text += f", finished {one.finished}" if one.finished else ""
-        _say(f"{one.group}\n    {text}")
+        phase = f" ({one.phase})" if one.phase else ""
+        _say(f"{one.group}{phase}\n    {text}")
     if not state.results:
         _say(f"{file}: no results")
 

@@ -39,7 +39,6 @@ from lazyproc.hdf5.chunks import ChunkSource, chunked_source
 from lazyproc.hdf5.compress import peak_bytes
 from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.extents import ExtentSource
-from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.fingerprint import fingerprint
 from lazyproc.hdf5.place import Place
 from lazyproc.hdf5.raised import H5_ERRORS
@@ -79,8 +78,6 @@ class Declared:
         How its positions are read.
     place : Place
         Where results go.
-    files : Files
-        Who closes what is opened.
     function : callable
         Of one position, or of a block.
     vectorized : bool
@@ -120,7 +117,6 @@ class Declared:
     main_path: str | None
     source: Source
     place: Place
-    files: Files
     function: Callable[..., Any]
     vectorized: bool
     outputs: tuple[ResolvedOutput, ...]
@@ -224,7 +220,8 @@ class Declared:
 
     def found(self, work: Work) -> list[Found]:
         """Search for results groups that bear the name of the work."""
-        return search(self.place.group(), work)
+        with self.place.briefly() as place:
+            return search(place.group(), work)
 
     def kernel(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], sink: BlockSink | None = None) -> Kernel:
         """Return what a worker needs to do a block; checks the arguments.

@@ -18,9 +18,10 @@ def plan_of(declared: Declared, work: Work, found: list[Found], kernel: Kernel, 
     remaining = Runs.full(declared.n_positions)
     probe: Probe | None = None
     if chosen is not None:
-        group = declared.place.results(chosen.name)
-        remaining = remaining_positions(group, declared.n_positions, declared.status_name)
-        probe = stored_probe(group)
+        with declared.place.briefly() as place:
+            group = place.results(chosen.name)
+            remaining = remaining_positions(group, declared.n_positions, declared.status_name)
+            probe = stored_probe(group)
     scheduler = declared.scheduler(kernel, probe, remaining.n_positions, wait=False)
     sizes = declared.blocks(remaining, scheduler, probe, driver_writes=declared.place.lock_path is None)
     memory = sizes.memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,7 +38,7 @@ from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.own_job import mpi_attributes
 from lazyproc.hdf5.extents import ExtentSource
 from lazyproc.hdf5.files import Files, check_heaps
-from lazyproc.hdf5.place import place_of
+from lazyproc.hdf5.place import place_of, results_in
 from lazyproc.hdf5.search import Found, best_of, examine
 from lazyproc.hdf5.source import source_of
 from lazyproc.holding import flush_for_views
@@ -227,7 +228,6 @@ class Process(HookContract):
             main_path=self._main_path,
             source=self._source,
             place=self._place,
-            files=self._files,
             function=self._function,
             vectorized=self._vectorized,
             outputs=self._outputs,
@@ -271,6 +271,7 @@ class Process(HookContract):
         """Look for results of the same work and keep what is found."""
         found = declared.found(declared.work(args, kwargs))
         self._n_failed = {one.name: one.n_failed for one in found if one.n_failed}
+        self._files.close_unused()
         parent = self._place.group()
         self.duplicate_h5_groups = [parent.file[one.name] for one in found if one.is_complete] if parent else []
         self.partial_h5_groups = [parent.file[one.name] for one in found if one.is_partial] if parent else []
@@ -329,19 +330,18 @@ class Process(HookContract):
         from lazyproc.hook_plan import open_target, why_not_of_hooks
 
         declared = self._declared() if self._declares else None
-        parent = self._place.group() if declared else open_target(self)
-        if isinstance(group, str):
-            name = group.rpartition("::")[2]
-            group = (
-                (parent if parent is None or not name.startswith("/") else parent.file).get(name) if parent else None
-            )
-        if not isinstance(group, h5py.Group):
-            raise ArgumentTypeError("group: expected a results group, or its name in the file of the results.")
-        check_heaps(group)
-        if declared is None:
-            return why_not_of_hooks(self, group, args, kwargs)
-        declared.called_with(args, kwargs)  # may it be?
-        one = examine(group, declared.work(args, kwargs))
+        with self._place.briefly() as place:
+            parent = place.group() if declared else open_target(self)
+            if isinstance(group, str) and parent:
+                name = group.rpartition("::")[2]
+                group = (parent.file if name.startswith("/") else parent).get(name)
+            if not isinstance(group, h5py.Group):
+                raise ArgumentTypeError("group: expected a results group, or its name in the file of the results.")
+            check_heaps(group)
+            if declared is None:
+                return why_not_of_hooks(self, group, args, kwargs)
+            declared.called_with(args, kwargs)  # may it be?
+            one = examine(group, declared.work(args, kwargs))
         lines = list(one.differences) or [
             f"no difference: {one.n_done} of {one.n_positions} positions of the same work are done"
             + (f", {one.n_failed} of them failed" if one.n_failed else "")
@@ -448,8 +448,8 @@ class Process(HookContract):
         declared = self._declared()
         self._h5_status_dset = None  # h5py would go on showing what it has read of it
         try:
-            with self._logging():
-                name = work(declared, args, kwargs)
+            with self._logging(), declared.place.briefly() as place:
+                name = work(replace(declared, place=place), args, kwargs)
         except BaseException:
             with contextlib.suppress(Exception):  # what stopped the run is what the user must see
                 self._look(declared, args, kwargs)
@@ -459,7 +459,8 @@ class Process(HookContract):
         if self._place.lock_path == self._main_path:  # then the lock kept others from writing meanwhile
             self._stamp = stamp_of(self._main_path)
         self._look(declared, args, kwargs)
-        self.h5_results_grp = self._place.results(name)
+        assert self._h5_target_group is not None
+        self.h5_results_grp = results_in(self._h5_target_group.file, name)
         self._h5_status_dset = self.h5_results_grp.get(self._status_dset_name)
         return self.h5_results_grp
 
@@ -554,16 +555,16 @@ class Process(HookContract):
         from lazyproc.views import Committed, group_id
 
         best = best_of(found, self._chosen)
-        parent = self._place.group()
-        if best is None or parent is None:
+        if best is None:
             return None
-        group = parent.file[best.name]
-        mask = self._status_dset_name if self._status_dset_name in group else ""
-        if not mask and best.is_partial:
-            return None
-        path = self._place.path if not self._place.by_handle else path_of_group(group)
-        handle = None if path else group
-        return Committed(path, handle, best.name, group_id(group), self._outputs, mask)
+        with self._place.briefly() as place:
+            group = place.results(best.name)
+            mask = self._status_dset_name if self._status_dset_name in group else ""
+            if not mask and best.is_partial:
+                return None
+            path = place.path if not place.by_handle else path_of_group(group)
+            handle = None if path else group
+            return Committed(path, handle, best.name, group_id(group), self._outputs, mask)
 
     @property
     def results_path(self) -> str:

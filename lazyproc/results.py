@@ -21,7 +21,7 @@ from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.grid import position_grid, spectroscopic_grid
 from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.seal import PLACES, SEAL, check_places
-from lazyproc.hdf5.search import text_attribute
+from lazyproc.hdf5.search import status_name_of
 from lazyproc.hdf5.steady import read_steadily
 from lazyproc.hdf5.usid import is_main, read_text
 from lazyproc.layout import Axis, axis_of_grid, axis_of_output, block_grid, name_apart, positions_per_view_block
@@ -186,14 +186,12 @@ def failures(group: h5py.Group | str | os.PathLike[str]) -> list[FailedPosition]
     ...     print(one)
     position 17: ValueError: array must not contain infs or NaNs
     """
-    return _read(
-        group, lambda opened, _: read_failures(opened, text_attribute(opened, "lazyproc_status_mask", STATUS_MASK))
-    )
+    return _read(group, lambda opened, _: read_failures(opened, status_name_of(opened)))
 
 
 def _status_name(group: h5py.Group, n_positions: int) -> str:
-    name = text_attribute(group, "lazyproc_status_mask", STATUS_MASK)
-    mask = group.get(name) if name else None
+    name = status_name_of(group)
+    mask = group.get(name)
     if isinstance(mask, h5py.Dataset) and mask.shape == (n_positions,) and mask.dtype == np.uint8:
         return name
     if "lazyproc_run_id" in group.attrs:

@@ -41,6 +41,7 @@ from lazyproc.engine.kernel import Kernel
 from lazyproc.hdf5.failure_log import FailureLog
 from lazyproc.hdf5.failures import counting_rows, filled_pieces
 from lazyproc.hdf5.transaction import recover_locked
+from lazyproc.status import file_status
 
 MAIN = f"{CHANNEL}/Raw_Data"
 MASK, STATUS, TABLE = "completed_positions", "position_status", "failed_positions"
@@ -591,6 +592,17 @@ def test_the_status_mask_has_a_name_of_its_own(scan: str, name: str) -> None:
         process._status_dset_name = name
         with pytest.raises(ArgumentValueError, match=f"_status_dset_name: '{name}' came; expected another name"):
             process.compute()
+
+
+def test_status_is_told_of_a_mask_of_another_name(scan: str) -> None:
+    Fit.bad = {7: "told to"}
+    with Fit(scan, cores=1, on_error="record") as process:
+        process._status_dset_name = "computed"
+        process.compute()
+    (found,) = file_status(scan.partition("::")[0]).results
+    assert (found.n_done, found.n_failed, found.n_positions, found.problem) == (120, 1, 120, "")
+    assert found.finished
+    assert not found.phase
 
 
 def test_a_status_of_somebody_else_is_left_alone(scan: str) -> None:

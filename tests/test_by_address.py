@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -212,3 +213,44 @@ def test_a_main_dataset_that_is_replaced_during_a_run_into_another_file_is_notic
         process.compute()
         process._progress = lambda event: None
         np.testing.assert_allclose(means(process.compute()), 2 * data.mean(axis=1), rtol=1e-6)
+
+
+# --- files that stay open
+
+
+def open_files() -> int:
+    """Count this process's file descriptors."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts file descriptors by /proc")
+@pytest.mark.parametrize("target", [None, "results.h5::/fits"])
+def test_a_process_that_is_asked_again_and_again_keeps_no_more_files_open(tmp_path: Path, target: str | None) -> None:
+    """Each of these opens files: in a notebook that looks now and then, a thousand of them would be the end."""
+    address = "::".join(make_usid_file(tmp_path / "scan.h5"))
+    where = target and str(tmp_path / target)
+    with Mean(address, cores=1, h5_target_group=where, on_error="record") as process:
+        process.plan()
+        name = process.compute().name
+        before = open_files()
+        for _ in range(20):
+            process.plan()
+            assert "no difference" in process.why_not_duplicate(name)
+            group = process.compute()
+            process.retry_failed()
+            process.to_xarray()
+        assert open_files() <= before + 2
+        assert group["Mean"].shape == (20, 1)
+
+
+def test_results_that_somebody_holds_stay_open(tmp_path: Path) -> None:
+    address = "::".join(make_usid_file(tmp_path / "scan.h5"))
+    with Mean(address, cores=1) as process:
+        held = [process.compute(override=True) for _ in range(3)]
+        datasets = [process.compute(override=True)["Mean"] for _ in range(3)]
+        files = [process.compute(override=True).file for _ in range(3)]
+        process.compute()
+        assert all(np.array_equal(group["Mean"], held[0]["Mean"]) for group in held)
+        assert all(np.array_equal(dataset, held[0]["Mean"]) for dataset in datasets)
+        assert all(MAIN in file for file in files)
+    assert not any([*held, *datasets, *files])

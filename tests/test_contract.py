@@ -38,6 +38,7 @@ import lazyproc
 from lazyproc import Process
 from lazyproc.core.errors import ResultsError, WorkerError
 from lazyproc.demo.simulate import simulate_scan
+from lazyproc.status import file_status
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -1110,6 +1111,22 @@ def test_override_of_a_finished_process_starts_a_new_group_each_time(main):
     for group in groups:
         np.testing.assert_array_equal(group["Results"], expected_means(main))
     assert made(Mean, main).compute(override=True) not in groups
+
+
+def test_status_tells_how_far_each_phase_is(main):
+    process = made(make_fitter(Process), main)
+    process._raw_pos_per_read = 9
+    process.set_up_guess()
+    process.compute()
+    process.set_up_fit()
+    stop_before_batch(process, 1)
+    with pytest.raises(Stop):
+        process.compute()
+    main.file.flush()
+    fit, guess = file_status(main.file.filename).results
+    assert (fit.phase, guess.phase) == ("completed_fit_positions", "completed_guess_positions")
+    assert 0 < fit.n_done < 20 == guess.n_done == guess.n_positions == fit.n_positions
+    assert fit.problem == guess.problem == ""
 
 
 def test_override_of_a_later_phase_stays_in_its_group_and_computes_all_of_it(main):

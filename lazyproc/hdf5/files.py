@@ -136,14 +136,26 @@ class Files:
         self._opened += others._opened
         others._opened = []
 
+    def close_unused(self) -> None:
+        """Close those of which nobody has anything anymore: no group or dataset in it, nor the file by one of these."""
+        for one in list(self._opened):
+            file, _ = one
+            in_use = file and (h5py.h5f.get_obj_count(file.id, h5py.h5f.OBJ_ALL), h5py.h5i.get_ref(file.id)) != (1, 1)
+            if not in_use:
+                self._opened.remove(one)
+                _close(*one)
+
     def close(self) -> None:
         """Close them all; groups and datasets handed out from them become invalid."""
         while self._opened:
-            file, raw = self._opened.pop()
-            if file:
-                close_unmarked(file)
-            if raw is not None:
-                raw.close()
+            _close(*self._opened.pop())
+
+
+def _close(file: h5py.File, raw: Any) -> None:
+    if file:
+        close_unmarked(file)
+    if raw is not None:
+        raw.close()
 
 
 class _FreshFile(io.RawIOBase):

@@ -34,6 +34,9 @@ from lazyproc.hdf5.transaction import share_lock, transaction
 _MOST_WAITING = 8 * 2**20
 """Bytes of rows that may wait; a journal holds them twice."""
 
+Opener = Callable[[], AbstractContextManager[h5py.Group]]
+"""Opens a results group afresh for reading, for the length of a context."""
+
 
 class _Waiting:
     """Rows that wait to be written, in their order."""
@@ -163,7 +166,7 @@ class TransactionTarget:
     status_name : str
         The name of the status mask.
     open_group : callable
-        Returns the results group, freshly opened for reading.
+        Opens the results group afresh for reading: a context, closed at its end.
 
     Notes
     -----
@@ -173,7 +176,12 @@ class TransactionTarget:
     sink: Sink | None = None
 
     def __init__(
-        self, path: str, name: str, outputs: Sequence[str], status_name: str, open_group: Callable[[], h5py.Group]
+        self,
+        path: str,
+        name: str,
+        outputs: Sequence[str],
+        status_name: str,
+        open_group: Opener,
     ) -> None:
         self._path = path
         self._name = name
@@ -226,14 +234,15 @@ class TransactionTarget:
 class _WaitingRows:
     """A dataset whose rows are written with those that wait."""
 
-    def __init__(self, open_group: Callable[[], h5py.Group], waiting: _Waiting, name: str) -> None:
+    def __init__(self, open_group: Opener, waiting: _Waiting, name: str) -> None:
         self._open_group = open_group
         self._waiting = waiting
         self._name = name
 
     def read(self, runs: Runs) -> NDArray[Any]:
         """Read runs of rows into one array."""
-        return DatasetRows(self._open_group(), self._name).read(runs)
+        with self._open_group() as group:
+            return DatasetRows(group, self._name).read(runs)
 
     def write(self, start: int, rows: NDArray[Any]) -> None:
         """Let rows wait, from row `start` on."""

@@ -24,7 +24,7 @@ from lazyproc.core.parameters import arguments_text, same_arguments
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.attributes import read_parameters
 from lazyproc.hdf5.create import create_status_mask
-from lazyproc.hdf5.damage import reading
+from lazyproc.hdf5.damage import members, reading
 from lazyproc.hdf5.durable import sync_data
 from lazyproc.hdf5.extents import using
 from lazyproc.hdf5.on_disk import real_path
@@ -251,13 +251,19 @@ def is_first_phase(group: h5py.Group, work: HookWork) -> bool:
 
 
 def _other_masks(group: h5py.Group, work: HookWork) -> list[str]:
-    """Return the names of the status masks of other phases: with a record, or looking like one and named like one."""
+    """Return the names of the status masks of other phases."""
     return [
-        name
-        for name, item in group.items()
-        if name != work.status_name
-        and isinstance(item, h5py.Dataset)
-        and item.shape == (work.n_positions,)
+        name for name in status_masks(group) if name != work.status_name and group[name].shape == (work.n_positions,)
+    ]
+
+
+def status_masks(group: h5py.Group) -> list[str]:
+    """Return the names of all status masks in a group: with a record, or looking like one and named like one."""
+    return [
+        str(name)
+        for name, item in members(group, follow=True)
+        if isinstance(item, h5py.Dataset)
+        and item.ndim == 1
         and item.dtype == np.uint8
         and (_PHASE in item.attrs or name.startswith("completed"))
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import h5py
@@ -73,7 +73,16 @@ class PathPlace:
         """Open a results group afresh for reading, by its name in the file; raises if it is gone or damaged."""
         if not os.path.exists(self.path):
             raise gone(self.path, name)
-        return _member(self.files.open(self.path), name)
+        return results_in(self.files.open(self.path), name)
+
+    @contextmanager
+    def briefly(self) -> Iterator[PathPlace]:
+        """Give the same place; what is opened through it for reading is closed with the context."""
+        files = Files()
+        try:
+            yield replace(self, files=files)
+        finally:
+            files.close()
 
     def file_id(self) -> FileId | None:
         """Return which file lies there now; None if there is none."""
@@ -157,7 +166,12 @@ class HandlePlace:
 
     def results(self, name: str) -> h5py.Group:
         """Return a results group by its name in the file; raises if it is gone or damaged."""
-        return _member(self.handle.file, name)
+        return results_in(self.handle.file, name)
+
+    @contextmanager
+    def briefly(self) -> Iterator[HandlePlace]:
+        """Give this place itself: nothing is opened."""
+        yield self
 
     def file_id(self) -> FileId | None:
         """Return None: a handle stays with its file, wherever that is moved."""
@@ -187,7 +201,8 @@ class HandlePlace:
 Place = PathPlace | HandlePlace
 
 
-def _member(file: h5py.File, name: str) -> h5py.Group:
+def results_in(file: h5py.File, name: str) -> h5py.Group:
+    """Return a results group of a file; raises ResultsError if it is gone or damaged."""
     with reading(f"{file.filename}::{name}"):
         group = file.get(name)
     if not isinstance(group, h5py.Group):

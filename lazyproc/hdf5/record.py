@@ -9,7 +9,8 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -282,7 +283,7 @@ def open_target(
         if len(found) == len(names):
             mask, rows = found[status_name], tuple(found[output.name] for output in outputs)
             target = InPlaceTarget(Sink(rows, fence, not place.by_handle, mask), mask)
-            return target, _failure_log([ExtentRows(found[one]) for one in logged], capacity, limit)
+            return target, _failure_log(target, [ExtentRows(found[one]) for one in logged], capacity, limit)
     wanted = [output.name for output in outputs]
     for one in wanted:
         if is_outside(group[one]):
@@ -291,14 +292,26 @@ def open_target(
     if isinstance(place, HandlePlace):
         through = HandleTarget(group, wanted, status_name)
     else:
-        through = TransactionTarget(place.path, name, wanted, status_name, lambda: place.files.open(place.path)[name])
-    return through, _failure_log([through.rows(one) for one in logged], capacity, limit)
+        through = TransactionTarget(place.path, name, wanted, status_name, lambda: _opened(place, name))
+    return through, _failure_log(through, [through.rows(one) for one in logged], capacity, limit)
 
 
-def _failure_log(rows: Sequence[Rows], capacity: int, limit: int) -> FailureLog | None:
+@contextmanager
+def _opened(place: Place, name: str) -> Iterator[h5py.Group]:
+    """Open a results group afresh for reading."""
+    with place.briefly() as briefly:
+        yield briefly.results(name)
+
+
+def _failure_log(target: Target, rows: Sequence[Rows], capacity: int, limit: int) -> FailureLog | None:
+    """Return the log, which reads what there is; if that fails, nothing of the target stays open or locked."""
     if len(rows) == 1:
         return None
-    return FailureLog(rows[0], rows[1], rows[2] if len(rows) > 2 else None, capacity, limit)
+    try:
+        return FailureLog(rows[0], rows[1], rows[2] if len(rows) > 2 else None, capacity, limit)
+    except BaseException:
+        target.close()
+        raise
 
 
 def _has_open_datasets(group: h5py.Group) -> bool:

@@ -20,7 +20,7 @@ from lazyproc.core.errors import ArgumentTypeError, FileChangedError, NotMainDat
 from lazyproc.core.identity import code_changed
 from lazyproc.core.parameters import differences, same_arguments
 from lazyproc.core.runs import Runs
-from lazyproc.core.specs import ResolvedOutput
+from lazyproc.core.specs import STATUS_MASK, ResolvedOutput
 from lazyproc.hdf5.apart import check_apart
 from lazyproc.hdf5.attributes import has_manifest, read_parameters
 from lazyproc.hdf5.damage import attribute, reading
@@ -250,6 +250,11 @@ def text_attribute(group: h5py.Group, name: str, default: str = "") -> str:
             f"{group.name}: the attribute {name} cannot be read ({error}); expected a text. It was changed by another "
             "program, or the file is damaged: compute with override=True."
         ) from error
+
+
+def status_name_of(group: h5py.Group) -> str:
+    """Return the name of a results group's status mask: where a class has one of its own, the group says so."""
+    return text_attribute(group, "lazyproc_status_mask") or STATUS_MASK
 
 
 def _name_differences(group: h5py.Group, work: Work) -> Iterable[str]:
