@@ -210,7 +210,7 @@ def _make(
     **more: Any,
 ) -> Any:
     """Make the process; what was typed wrongly is a usage error."""
-    from lazyproc.engine.choose import available_cores
+    from lazyproc.engine.limits import available_cores
     from lazyproc.loading import LoadingError, load_process
     from lazyproc.making import ConstructorError, make_process
 

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 from lazyproc.arguments import check_cores, check_memory
 from lazyproc.core.errors import ArgumentValueError
 from lazyproc.drain import stoppable
-from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.cluster import active_client
 from lazyproc.engine.launch import Launch, detect
+from lazyproc.engine.limits import available_cores, default_cores
 
 _DASHBOARD = "127.0.0.1:0"
 _WORKERS_SECONDS = 60.0

@@ -14,7 +14,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from lazyproc.core.blocks import BlockPlan
@@ -33,6 +32,7 @@ from lazyproc.engine.cluster import active_client
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import Failure
 from lazyproc.engine.kernel import BlockSink, Kernel, pack_for_cluster
+from lazyproc.engine.limits import available_bytes
 from lazyproc.engine.own_job import native_threads
 from lazyproc.engine.trial import Trial, try_in_process, try_on_cluster
 from lazyproc.hdf5.chunks import ChunkSource, chunked_source
@@ -292,7 +292,7 @@ class Declared:
 
     def limit_bytes(self) -> int:
         """Return the memory allowed, never more than is available."""
-        available = int(psutil.virtual_memory().available)
+        available = available_bytes()
         return available if self.max_bytes is None else min(self.max_bytes, available)
 
     def probe(

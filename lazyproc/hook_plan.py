@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import h5py
-import psutil
 
 from lazyproc.core.errors import ArgumentValueError
 from lazyproc.core.memory import DRIVER_BYTES
 from lazyproc.core.plan import Plan
 from lazyproc.core.runs import Runs
 from lazyproc.engine.cluster import active_client
+from lazyproc.engine.limits import available_bytes
 from lazyproc.hdf5.hook_record import group_differences, text_of
 from lazyproc.hdf5.search import named_groups, remaining_positions
 
@@ -43,7 +43,7 @@ def plan_of_hooks(process: HookContract, args: tuple[Any, ...], kwargs: Mapping[
         raise ArgumentValueError(f"_max_pos_per_read: is {most!r}; expected at least one position a batch.")
     batch = int(min(most, max(1, n_remaining)))
     source, position = process._bytes_per_position()
-    available = int(psutil.virtual_memory().available)
+    available = available_bytes()
     allowed = available if process._max_bytes is None else min(process._max_bytes, available)
     return Plan(
         process_name=str(process.process_name),

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from lazyproc.core.errors import ArgumentValueError, MemoryLimitError
@@ -25,8 +24,8 @@ from lazyproc.core.events import Listener
 from lazyproc.core.memory import DRIVER_BYTES, MEBIBYTE
 from lazyproc.core.runs import Runs
 from lazyproc.drain import Drain, nothing_yet
-from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.cluster import active_client
+from lazyproc.engine.limits import available_bytes, available_cores, default_cores
 from lazyproc.engine.parallel import parallel_compute
 from lazyproc.hdf5.apart import check_apart
 from lazyproc.hdf5.create import group_name
@@ -212,7 +211,7 @@ class HookContract:
         self._lazyproc_asked = wanted = check_cores(cores)
         self._cores = min(wanted, available_cores()) if wanted else default_cores()
         limit = check_memory(man_mem_limit if man_mem_limit is not None else mem)
-        available = int(psutil.virtual_memory().available)
+        available = available_bytes()
         limit = available if limit is None else min(limit, available)
         self._multiplier = check_multiplier(mem_multiplier)
         source, position = self._bytes_per_position()

@@ -34,7 +34,7 @@ from lazyproc.core.runs import Runs
 from lazyproc.core.specs import STATUS_MASK, Output, check_status_name, resolve_outputs, validate_outputs
 from lazyproc.declared import Declared
 from lazyproc.definition import check_definition, check_hook_style, check_recordable, function_of
-from lazyproc.engine.choose import available_cores, default_cores
+from lazyproc.engine.limits import available_cores, default_cores
 from lazyproc.engine.own_job import mpi_attributes
 from lazyproc.hdf5.extents import ExtentSource
 from lazyproc.hdf5.files import Files, check_heaps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import threading
@@ -17,7 +18,7 @@ from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
 from lazyproc.core import sizing
-from lazyproc.core.errors import ResultsError
+from lazyproc.core.errors import FileChangedError, ResultsError
 from lazyproc.core.events import Started
 from lazyproc.engine.crew import Crew
 from lazyproc.hdf5 import chunks
@@ -140,6 +141,35 @@ def test_lzf_is_left_to_hdf5_where_its_decoder_is_hidden(tmp_path: Path, monkeyp
             with pytest.raises(ResultsError, match="does not give out its LZF decoder"):
                 source.rows([(0, 8)])
     chunks._lzf.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "words"),
+    [
+        (MemoryError("no room"), MemoryError, "no room"),
+        (ModuleNotFoundError("No module named 'deflate'"), ImportError, "deflate"),
+        (OSError(errno.EIO, "Input/output error"), FileChangedError, "Input/output error"),
+    ],
+)
+def test_what_says_nothing_of_a_chunk_is_not_told_as_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type, words: str
+) -> None:
+    """No memory is tried again in a fresh process, a missing library is named, a disk that fails is not the file."""
+    path = tmp_path / "file.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("data", (400, 4), "f4", chunks=(100, 4), compression=1)[:] = 1
+    with h5py.File(path) as file:
+        source = chunked_source(file["data"], str(path))
+    assert source is not None
+
+    def fail(*arguments: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "pread", fail)
+        with pytest.raises(expected, match=words):
+            source.rows([(0, 100)])
+    assert source.rows([(0, 100)]).all()
 
 
 def test_nonsense_is_never_decoded_to_more_than_there_is_room_for() -> None:

@@ -905,7 +905,7 @@ def test_clause_11_one_core_stays_here_beside_an_active_client(main):
         np.testing.assert_array_equal(process.compute()["Results"], expected_means(main))
 
 
-@pytest.mark.skipif(lazyproc.engine.choose.available_cores() < 2, reason="needs two cores")
+@pytest.mark.skipif(lazyproc.engine.limits.available_cores() < 2, reason="needs two cores")
 def test_clause_11_several_cores_name_what_cannot_be_pickled_and_the_remedy(tmp_path):
     path, name = make_usid_file(tmp_path / "scan.h5", n_rows=10, n_cols=10)
     with h5py.File(path, "r+") as file:
@@ -920,7 +920,7 @@ def test_clause_11_several_cores_name_what_cannot_be_pickled_and_the_remedy(tmp_
         assert not process.h5_results_grp[MASK][()].any()
 
 
-@pytest.mark.skipif(lazyproc.engine.choose.available_cores() < 2, reason="needs two cores")
+@pytest.mark.skipif(lazyproc.engine.limits.available_cores() < 2, reason="needs two cores")
 def test_clause_11_several_cores_give_the_same_bits(tmp_path):
     results = []
     for cores in (1, 2):

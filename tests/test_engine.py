@@ -30,10 +30,11 @@ from lazyproc.core.learn import Room
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Output
-from lazyproc.engine.choose import Scheduler, available_cores, can_be_sent, choose_local, default_cores
+from lazyproc.engine.choose import Scheduler, can_be_sent, choose_local
 from lazyproc.engine.cluster import block_graph
 from lazyproc.engine.failure import Failure
 from lazyproc.engine.kernel import Kernel, Receipt, pack, pack_once, run_loaded, unpack
+from lazyproc.engine.limits import available_cores, default_cores
 from lazyproc.engine.local import run_processes, run_serial, run_threads
 from lazyproc.engine.worker import Packed
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazyproc import ArgumentTypeError, ArgumentValueError, WorkerError, parallel_compute, recommend_cpu_cores
-from lazyproc.engine.choose import available_cores
+from lazyproc.engine.limits import available_cores
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -16,7 +16,7 @@ from lazyproc.core.specs import Output
 from lazyproc.demo.maps import compare, draw_maps
 from lazyproc.demo.oscillator import fit, response
 from lazyproc.demo.simulate import MAIN_DATASET, TRUTH_GROUP, UNITS, simulate_scan
-from lazyproc.engine.choose import available_cores
+from lazyproc.engine.limits import available_cores
 from lazyproc.process import Process
 from lazyproc.results import open_results
 

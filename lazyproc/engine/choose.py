@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -239,32 +238,3 @@ def can_be_sent(kernel: Kernel, log_level: int = logging.WARNING) -> bool:
 def counted(n: int, one: str, many: str | None = None) -> str:
     """Return a number with what it counts: ``"1 thread"``, ``"2 threads"``."""
     return f"{n} {one if n == 1 else many or one + 's'}"
-
-
-def available_cores() -> int:
-    """Count the cores this process may use: by affinity, and by the quota of its control group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, _quota(cores)))
-
-
-def _quota(cores: int) -> int:
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        return cores if quota == "max" else -(-int(quota) // int(period))
-    except (OSError, ValueError):
-        pass
-    try:
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", encoding="ascii") as file:
-            quota_us = int(file.read())
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us", encoding="ascii") as file:
-            period_us = int(file.read())
-        return cores if quota_us <= 0 else -(-quota_us // period_us)
-    except (OSError, ValueError):
-        return cores
-
-
-def default_cores() -> int:
-    """Return all cores but two, all but one of four or fewer, and at least one."""
-    cores = available_cores()
-    return max(1, cores - (1 if cores <= 4 else 2))

@@ -202,7 +202,7 @@ def hello() -> Hello:
     """Return what there is to say of this process."""
     from distributed.system import MEMORY_LIMIT
 
-    from lazyproc.engine.choose import available_cores
+    from lazyproc.engine.limits import available_cores
 
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return Hello(socket.gethostname(), frozenset(cores), available_cores(), int(MEMORY_LIMIT))

@@ -12,9 +12,9 @@ import numpy as np
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, WorkerError
-from lazyproc.engine.choose import available_cores, default_cores
 from lazyproc.engine.cluster import active_client, count_threads
 from lazyproc.engine.failure import Failure
+from lazyproc.engine.limits import available_cores, default_cores
 from lazyproc.engine.worker import set_up_worker
 
 _PIECES = 4

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.errors import ResultsError
+from lazyproc.core.errors import LazyprocError, ResultsError
 from lazyproc.hdf5.extents import check_same_file, using
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.on_disk import plain_type
@@ -196,10 +196,11 @@ class ChunkSource:
 
     @contextmanager
     def _decoding(self, down: int) -> Iterator[None]:
-        """Name the chunk in an error."""
+        """Name the chunk in an error; no memory, a missing library, or a disk that fails say nothing of its bytes."""
         try:
-            yield
-        except ResultsError:
+            with using(self.path, self.name):
+                yield
+        except (LazyprocError, MemoryError, ImportError):
             raise
         except Exception as error:
             raise ResultsError(

@@ -207,7 +207,7 @@ def readable(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except LazyprocError:
+    except (LazyprocError, MemoryError):  # without memory the file may be as sound as ever: it is tried again
         raise
     except H5_ERRORS as error:
         raise FileChangedError(
