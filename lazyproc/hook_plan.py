@@ -92,9 +92,11 @@ def why_not_of_hooks(process: HookContract, group: h5py.Group, args: tuple[Any, 
     """Tell what is different about the results in `group`, so that `compute` does not return or resume them."""
     work, target = process._hook_work(), open_target(process)
     lines = []
-    if group.name not in [one.name for one in named_groups(target, work.main_name, work.process_name)]:
+    there = [] if target is None else named_groups(target, work.main_name, work.process_name)
+    if group.name not in [one.name for one in there]:
         wanted = f"{work.main_name.rpartition('/')[2]}-{work.process_name}_000"
-        lines.append(f"name: looked for are groups in {target.name} named like {wanted}, not {group.name}")
+        where = process._place.name if target is None else target.name
+        lines.append(f"name: looked for are groups in {where} named like {wanted}, not {group.name}")
     lines += group_differences(group, work, text_of(args, kwargs))
     if lines:
         return "\n".join(lines)
@@ -106,11 +108,11 @@ def why_not_of_hooks(process: HookContract, group: h5py.Group, args: tuple[Any, 
     return "\n".join(lines)
 
 
-def open_target(process: HookContract) -> h5py.Group:
-    """Return the target group; raises ArgumentValueError if the files are closed."""
-    if not process.h5_main or not process._h5_target_group:
+def open_target(process: HookContract) -> h5py.Group | None:
+    """Return the target group, None if it is not there yet; raises ArgumentValueError if the files are closed."""
+    target = process._target
+    if not process.h5_main or not (target is None or target):
         raise ArgumentValueError(
             f"{process.process_name}: the main dataset's file is closed. Open it again and make a new Process."
         )
-    target: h5py.Group = process._h5_target_group
     return target

@@ -58,6 +58,7 @@ from lazyproc.hook_loop import (
 from lazyproc.hook_ranks import RankedLoop, counter_of, locked_by_first, opened_together, ranks_of
 
 if TYPE_CHECKING:
+    from lazyproc.hdf5.place import Place
     from lazyproc.process import Process
 
 HOOKS = (
@@ -99,7 +100,9 @@ class HookContract:
     _lazyproc_one_each: bool = False
     _status_dset_name: str
     _h5_status_dset: Any = None
-    _h5_target_group: Any = None
+    _h5_target_group: Any
+    _target: h5py.Group | None = None
+    _place: Place
     _cores: int
     _lazyproc_asked: int | None = None
     _multiplier: float
@@ -231,7 +234,9 @@ class HookContract:
     def _check_for_duplicates(self) -> tuple[list[h5py.Group], list[h5py.Group]]:
         """Return the results groups of the same work, finished and partial; reads the attributes as they are now."""
         self._lazyproc_searched = self._status_dset_name, text_of((), self.parms_dict or {})
-        return find_groups(self._h5_target_group, self._hook_work(), exact=self._lazyproc_constructing)
+        if self._target is None:
+            return [], []
+        return find_groups(self._target, self._hook_work(), exact=self._lazyproc_constructing)
 
     def _hook_work(self) -> HookWork:
         source = self.h5_main

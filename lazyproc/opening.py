@@ -75,18 +75,25 @@ def stamp_of(path: str | None) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def target_handle(place: Place, main_path: str | None, main: h5py.Dataset, files: Files) -> h5py.Group:
-    """Return an open, writable group for hooks to write to."""
+def target_handle(place: Place, main_path: str | None, main: h5py.Dataset, files: Files) -> h5py.Group | None:
+    """Return the target group, open and writable for hooks; None if it is not there yet. Writes nothing."""
     if isinstance(place, HandlePlace):
         return place.handle
+    with place.briefly() as briefly:
+        if briefly.group() is None:
+            return None
+    return main.file[place.name] if place.path == main_path else files.open_for_writing(place.path)[place.name]
+
+
+def made_target(place: Place, main_path: str | None, main: h5py.Dataset, files: Files) -> h5py.Group:
+    """Return the target group, open and writable for hooks; it is made if it is not there yet."""
+    if (there := target_handle(place, main_path, main, files)) is not None:
+        return there
     if place.path == main_path:
-        if place.name not in main.file:
-            with locked(main.file), guarded([main.file]):
-                main.file.require_group(place.name)
-        return main.file[place.name]
-    if place.group() is None:
-        with _locked(place.path), place.edit():
-            pass
+        with locked(main.file), guarded([main.file]):
+            return main.file.require_group(place.name)
+    with _locked(place.path), place.edit():
+        pass
     return files.open_for_writing(place.path)[place.name]
 
 

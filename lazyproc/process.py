@@ -45,7 +45,7 @@ from lazyproc.holding import flush_for_views
 from lazyproc.hook_ranks import leaving_alike, made_alike, opened_together
 from lazyproc.hooks import HookContract
 from lazyproc.main_handle import MainDatasetHandle
-from lazyproc.opening import open_main, stamp_of, target_handle
+from lazyproc.opening import made_target, open_main, stamp_of, target_handle
 from lazyproc.perform import compute_here, perform, warn_of
 from lazyproc.progress import ProgressBar, has_standard_error
 
@@ -201,7 +201,7 @@ class Process(HookContract):
                     self._look(work, (), {})
                     self._max_pos_per_read = work.most_positions()
                 else:
-                    self._h5_target_group = target_handle(self._place, self._main_path, self.h5_main, self._files)
+                    self._target = target_handle(self._place, self._main_path, self.h5_main, self._files)
                     self._start_hooks(wanted_cores, max_mem_mb, self._multiplier)
         except BaseException:
             self.close()
@@ -275,7 +275,7 @@ class Process(HookContract):
         parent = self._place.group()
         self.duplicate_h5_groups = [parent.file[one.name] for one in found if one.is_complete] if parent else []
         self.partial_h5_groups = [parent.file[one.name] for one in found if one.is_partial] if parent else []
-        self._h5_target_group = parent
+        self._target = parent
 
     def use_partial_computation(self, h5_partial_group: h5py.Group | None = None) -> None:
         """Choose the partial results that `compute` resumes, though there are finished ones; `plan` tells, too.
@@ -459,8 +459,8 @@ class Process(HookContract):
         if self._place.lock_path == self._main_path:  # then the lock kept others from writing meanwhile
             self._stamp = stamp_of(self._main_path)
         self._look(declared, args, kwargs)
-        assert self._h5_target_group is not None
-        self.h5_results_grp = results_in(self._h5_target_group.file, name)
+        assert self._target is not None
+        self.h5_results_grp = results_in(self._target.file, name)
         self._h5_status_dset = self.h5_results_grp.get(self._status_dset_name)
         return self.h5_results_grp
 
@@ -565,6 +565,17 @@ class Process(HookContract):
             path = place.path if not place.by_handle else path_of_group(group)
             handle = None if path else group
             return Committed(path, handle, best.name, group_id(group), self._outputs, mask)
+
+    @property
+    def _h5_target_group(self) -> h5py.Group | None:
+        """The group that results go into, as old hooks know it; made when a hook first asks, not by the constructor."""
+        if self._target is None and not self._declares:
+            self._target = made_target(self._place, self._main_path, self.h5_main, self._files)
+        return self._target
+
+    @_h5_target_group.setter
+    def _h5_target_group(self, group: h5py.Group) -> None:
+        self._target = group
 
     @property
     def results_path(self) -> str:

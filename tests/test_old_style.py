@@ -50,6 +50,26 @@ def expected_means(main):
     return np.array([mean_of(row) for row in main[()]], "f4")[:, None]
 
 
+# ---- where results go
+
+
+@pytest.mark.parametrize("target", ["scan.h5::/new/group", "other.h5::/fits"])
+def test_the_target_group_is_made_by_compute_not_by_the_constructor(tmp_path, target):
+    path, name = make_usid_file(tmp_path / "scan.h5")
+    before = Path(path).read_bytes()
+    with Mean(f"{path}::{name}", cores=1, h5_target_group=tmp_path / target) as process:
+        plan = process.plan()
+        assert (plan.action, plan.duplicates, plan.partial) == ("start", (), ())
+        assert "closed" not in process.why_not_duplicate(process.h5_main.parent)
+    assert Path(path).read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == ["scan.h5"]
+    for _ in range(2):
+        with Mean(f"{path}::{name}", cores=1, h5_target_group=tmp_path / target) as process:
+            group = process.compute()
+            assert group.name == f"{target.partition('::')[2]}/Raw_Data-Mean_Hooks_000"
+            np.testing.assert_array_equal(group["Results"], expected_means(process.h5_main))
+
+
 # ---- flags
 
 
