@@ -205,8 +205,8 @@ class Declared:
         if self.main_path is None and self.main.file.mode != "r":
             write_out(self.main, self.source)
             if not isinstance(self.source, ExtentSource):
-                return HandleSource(self.main, self.source.chunk_rows, self.source.chunk_bytes).rows(iter(runs))
-        return self.source.rows(iter(runs))
+                return HandleSource(self.main, self.source.chunk_rows, self.source.chunk_bytes).rows(runs)
+        return self.source.rows(runs)
 
     def settled(self) -> Declared:
         """Return the same with the quickest way to read the main dataset, which must not change from now on."""
@@ -325,7 +325,7 @@ class Declared:
         with nullcontext() if kernel.around is None else kernel.around():
             return run_probe(
                 kernel.compute,
-                lambda runs: self.source.rows(iter(runs)),
+                self.source.rows,
                 remaining,
                 source_bytes=memory.source_bytes,
                 result_bytes=memory.result_bytes,

@@ -59,7 +59,6 @@ from lazyproc.hook_ranks import RankedLoop, counter_of, locked_by_first, opened_
 
 if TYPE_CHECKING:
     from lazyproc.hdf5.place import Place
-    from lazyproc.process import Process
 
 HOOKS = (
     "_create_results_datasets",
@@ -449,8 +448,3 @@ def _of_same_work(groups: list[h5py.Group], work: HookWork, arguments: str) -> l
 def _belongs_to_one_phase(group: h5py.Group, work: HookWork) -> bool:
     """Tell whether computing afresh means another group: not for a later phase, which builds on what is in this one."""
     return is_first_phase(group, work) and (work.status_name in group or int(attribute(group, "last_pixel", 0)) > 0)
-
-
-def is_hook_style(cls: type[Process]) -> bool:
-    """Tell whether a class runs by the old contract: it declares no outputs."""
-    return cls.outputs is None

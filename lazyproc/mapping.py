@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 
 from lazyproc.arguments import check_max_failures, check_name
-from lazyproc.core.errors import ArgumentTypeError
+from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError
 from lazyproc.core.specs import Output
 from lazyproc.process import Process
 
@@ -78,6 +78,16 @@ def map_positions(
     kind = "_block_function" if vectorized else "_map_function"
     declared = {name: outputs} if isinstance(outputs, Output) else outputs
     attributes: dict[str, Any] = {"outputs": declared, kind: staticmethod(function)}
+    if lazy and override:
+        raise ArgumentValueError(
+            "override: True came with lazy=True, which computes what is asked for and keeps nothing; expected one of "
+            "the two. Without lazy results are computed afresh and kept."
+        )
+    if max_failures is not None and options.get("on_error") != "record":
+        raise ArgumentValueError(
+            f"max_failures: {max_failures!r} came without on_error='record'; expected both, since without it the first "
+            "position that fails stops the run."
+        )
     if max_failures is not None:
         attributes["max_failures"] = check_max_failures(max_failures)
     process_class = type(name, (Process,), attributes)

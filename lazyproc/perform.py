@@ -12,6 +12,7 @@ import h5py
 
 from lazyproc.adapt import Adapting
 from lazyproc.core.apply import OutputMismatch, RowError
+from lazyproc.core.blocks import Block
 from lazyproc.core.errors import LazyprocError
 from lazyproc.core.events import Finished, Listener, Started
 from lazyproc.core.highwater import can_measure, give_back, high_water
@@ -26,7 +27,6 @@ from lazyproc.engine.choose import Scheduler, can_be_sent
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel, failure_of
-from lazyproc.engine.trial import as_block
 from lazyproc.finishing import finish_late, finish_results
 from lazyproc.hdf5.finish import adopt
 from lazyproc.hdf5.leftovers import rows_files
@@ -326,7 +326,7 @@ def _loop(
         committer.refuse(probe.failed)
         return committer.outcome(), None
     for runs, arrays in probe.computed:
-        target.write(as_block(runs), arrays)
+        target.write(Block.of(runs), arrays)
         committer.take_positions(runs)
         remaining = remaining.difference(runs)
     first = probe.first
@@ -371,5 +371,5 @@ def compute_here(declared: Declared, kernel: Kernel, runs: Runs) -> tuple[Any, .
     try:
         return kernel.compute(declared.rows_now(runs))
     except (RowError, OutputMismatch) as error:
-        failure = failure_of(error, as_block(runs))
+        failure = failure_of(error, Block.of(runs))
     failure.raise_error(declared.process_name, declared.label)

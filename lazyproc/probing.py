@@ -12,7 +12,6 @@ from lazyproc.declared import Declared
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import Failure
 from lazyproc.engine.kernel import Kernel, failure_of
-from lazyproc.engine.trial import as_block
 from lazyproc.recording import check_limit
 
 
@@ -48,4 +47,4 @@ def probe_function(
 def block_of(error: Exception, remaining: Runs) -> Block:
     """Return the positions that were tried when the function raised."""
     runs: Runs = getattr(error, "runs", remaining)
-    return as_block(runs)
+    return Block.of(runs)

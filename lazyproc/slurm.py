@@ -10,7 +10,7 @@ from lazyproc.core.errors import ArgumentValueError
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _CORES = "${SLURM_CPUS_PER_TASK:-1}"
-_LAUNCHERS = {"srun": f"SRUN_CPUS_PER_TASK={_CORES} srun --mpi=pmi2", "mpiexec": "mpiexec", "none": ""}
+_LAUNCHERS = {"srun": f"SRUN_CPUS_PER_TASK={_CORES} srun --mpi=pmi2", "mpiexec": "mpiexec"}
 """What starts the ranks. Since 22.05 srun gives a rank the cores that the job has for it only if told so once more; not
 for mpiexec, which starts one process a machine by srun."""
 
@@ -34,7 +34,7 @@ class SlurmJob:
     drain_seconds : int
         So long before the wall time the run is told to stop, to finish its blocks and to commit.
     launcher : str
-        ``"srun"`` (PMI-2), ``"mpiexec"`` or ``"none"``.
+        ``"srun"`` (PMI-2) or ``"mpiexec"``.
     max_jobs : int
         No more jobs than this one after another, in case none of them gets anything done.
     options : tuple of str

@@ -204,8 +204,8 @@ class BlockView:
         """Compute positions, and tell which of them have failed, where that is to be recorded; else it raises."""
         assert self.kernel is not None
         kernel = unpack(self.kernel) if isinstance(self.kernel, bytes) else self.kernel
-        block = Block(0, tuple(runs.starts.tolist()), tuple(runs.stops.tolist()))
-        failed = None if kernel.max_failures is None else FailedRows(lambda part: kernel.source.rows(iter(part)), runs)
+        block = Block.of(runs)
+        failed = None if kernel.max_failures is None else FailedRows(kernel.source.rows, runs)
         status = np.full(runs.n_positions, DONE, np.uint8)
         try:
             arrays = kernel.compute(kernel.source.rows(block.runs()), failed)

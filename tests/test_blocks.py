@@ -240,10 +240,10 @@ def test_a_billion_positions_with_1e5_holes_are_planned_in_little_memory():
 
 def test_what_a_block_says_about_itself():
     block = Block(3, (10, 20, 30), (12, 21, 34))
-    assert (block.n_positions, block.start, block.stop, block.is_contiguous) == (7, 10, 34, False)
+    assert (block.n_positions, block.start, block.stop) == (7, 10, 34)
     assert list(block.runs()) == [(10, 12), (20, 21), (30, 34)]
     assert list(block.offsets()) == [(10, 12, 0), (20, 21, 2), (30, 34, 3)]
-    assert Block(0, (5,), (9,)).is_contiguous
+    assert Block.of(Runs.from_spans([(5, 9), (12, 13)])) == Block(0, (5, 12), (9, 13))
 
 
 @given(remaining=remaining_positions(), n=st.integers(1, 100))

@@ -355,7 +355,7 @@ def _columns_of_rows(returned: list[Any], outputs: Sequence[ResolvedOutput], sta
                 raise OutputMismatch(_wrong_form(item, names), start + row)
             _check_names(item, names, start + row)
         return [[item[name] for item in returned] for name in names]
-    if isinstance(first, tuple) and not isinstance(first, np.void) and (len(outputs) > 1 or len(first) == 1):
+    if isinstance(first, tuple) and (len(outputs) > 1 or len(first) == 1):
         for row, item in enumerate(returned):
             if not isinstance(item, tuple):
                 raise OutputMismatch(_wrong_form(item, names), start + row)

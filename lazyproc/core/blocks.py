@@ -67,10 +67,10 @@ class Block:
         """Its last position, plus one."""
         return self.stops[-1]
 
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether it is one run, that is, one slice of the main dataset."""
-        return len(self.starts) == 1
+    @classmethod
+    def of(cls, runs: Runs) -> Block:
+        """Return the positions of some runs as one block."""
+        return cls(0, tuple(runs.starts.tolist()), tuple(runs.stops.tolist()))
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """Its runs: (start, stop) of each."""

@@ -44,6 +44,12 @@ def keyword_arguments(
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some functions written in C do not tell
+        if parameters:
+            raise ParameterError(
+                f"{name}: does not tell which arguments it takes, so it cannot be told which of the parameters "
+                f"{sorted(parameters)} are for it; expected a function with a signature. Wrap it: def function(data, "
+                f"{sorted(parameters)[0]}=…), or give what it takes to compute()."
+            ) from None
         return dict(kwargs)
     own = list(signature.parameters.values())
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own)

@@ -47,8 +47,8 @@ class BlockSource(Protocol):
 class BlockSink(Protocol):
     """What writes a block in place."""
 
-    def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> tuple[int, int]:
-        """Write the rows; return the bytes written and a checksum."""
+    def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> int:
+        """Write the rows; return a checksum."""
 
     def claims(self) -> BlockClaims:
         """Return what tells attempts at a block apart."""
@@ -186,7 +186,7 @@ class Kernel:
         """Return what collects the positions of a block that fail; None where a failure fails the block."""
         if self.max_failures is None:
             return None
-        return FailedRows(lambda runs: self.source.rows(iter(runs)), Runs.from_spans(spans), self.max_failures)
+        return FailedRows(self.source.rows, Runs.from_spans(spans), self.max_failures)
 
 
 @dataclass
@@ -203,8 +203,6 @@ class Receipt:
         Host, process and thread that did it.
     seconds : float
         How long it took, reading and writing included.
-    bytes_read, bytes_written : int
-        In the worker.
     checksum : int
         Of the first bytes written, so that the driver can see whether they arrived.
     taken : int
@@ -226,8 +224,6 @@ class Receipt:
     block: Block
     worker: str = ""
     seconds: float = 0.0
-    bytes_read: int = 0
-    bytes_written: int = 0
     checksum: int = 0
     arrays: tuple[NDArray[Any], ...] | None = field(default=None, repr=False)
     failure: Failure | None = None
@@ -288,7 +284,6 @@ def _do_block(kernel: Kernel, block: Block) -> Receipt:
             receipt.attempt = sink.number
         with _native_threads(kernel.native_threads):
             data = kernel.source.rows(block.runs())
-            receipt.bytes_read = data.nbytes
             arrays = kernel.compute(data, failed, block.limit)
             del data
         if arrays and len(arrays[0]) < block.n_positions:
@@ -297,7 +292,7 @@ def _do_block(kernel: Kernel, block: Block) -> Receipt:
         if sink is None:
             receipt.arrays = arrays
         else:
-            receipt.bytes_written, receipt.checksum = sink.write(block, arrays)
+            receipt.checksum = sink.write(block, arrays)
     except Exception as error:
         receipt.failure = failure_of(error, block)
     if failed is not None and failed.first is not None:

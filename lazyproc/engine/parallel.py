@@ -195,8 +195,8 @@ def _spread(
     except Exception as error:
         raise WorkerError(
             f"{label}: a worker failed ({type(error).__name__}: {error}). If a worker process died: a crash in native "
-            "code, or too little memory (lower max_mem_mb). If results cannot be pickled: return numbers, arrays or "
-            "tuples of them, or use cores=1, which stays in this process."
+            "code, or too little memory (fewer cores need less). If results cannot be pickled: return numbers, arrays "
+            "or tuples of them, or use cores=1, which stays in this process."
         ) from error
     return [result for piece in computed for result in _writable(piece)]
 

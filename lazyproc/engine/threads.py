@@ -32,6 +32,7 @@ class BlockThreads:
         self._kernel = kernel
         self._room = room
         self._n_busy = 0
+        self._is_closed = False
         self._turn = threading.Condition()
         self._tasks: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Receipt | BaseException] = queue.SimpleQueue()
@@ -76,6 +77,9 @@ class BlockThreads:
     def close(self) -> None:
         """Let the threads end; waits for those that are not busy."""
         self.take_back()
+        with self._turn:
+            self._is_closed = True  # one that waits for its turn has a block in hand, which is nobody's anymore
+            self._turn.notify_all()
         for _ in self._threads:
             self._tasks.put(None)
         if not self.n_pending:
@@ -90,6 +94,8 @@ class BlockThreads:
             with self._turn:
                 while self._room is not None and self._n_busy >= self._room.n_workers:
                     self._turn.wait()  # until another one ends, whatever it is that it has learnt
+                    if self._is_closed:
+                        return
                 self._n_busy += 1
             most = None if self._room is None else self._room.rows
             try:

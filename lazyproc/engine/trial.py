@@ -61,7 +61,7 @@ class Trial:
         try:
             kernel = pickle.loads(packed)  # not kept: the run's own kernel will be
         except BaseException as error:
-            return Failure.of_loading(error, as_block(self.remaining))
+            return Failure.of_loading(error, Block.of(self.remaining))
         try:
             return self._run(kernel)
         except BaseException as error:  # the function may raise what would end the worker
@@ -71,7 +71,7 @@ class Trial:
         try:
             probe = run_probe(
                 kernel.compute,
-                lambda runs: kernel.source.rows(iter(runs)),
+                kernel.source.rows,
                 self.remaining,
                 source_bytes=self.source_bytes,
                 result_bytes=self.result_bytes,
@@ -87,19 +87,14 @@ class Trial:
         """Return what went wrong as a failure of the function, or else of the worker."""
         if isinstance(error, FailedElsewhere):
             return error.failure
-        return Failure.of_worker(error, as_block(self.remaining))
-
-
-def as_block(runs: Runs) -> Block:
-    """Return positions as a block, for messages."""
-    return Block(0, tuple(runs.starts.tolist()), tuple(runs.stops.tolist()))
+        return Failure.of_worker(error, Block.of(self.remaining))
 
 
 def _for_travel(error: Any, remaining: Runs) -> Any:
     if error is None:
         return None
     runs: Runs = getattr(error, "runs", remaining)
-    travelling = FailedElsewhere(failure_of(error, as_block(runs)))
+    travelling = FailedElsewhere(failure_of(error, Block.of(runs)))
     travelling.runs = runs
     return travelling
 

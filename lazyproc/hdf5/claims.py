@@ -31,16 +31,16 @@ from lazyproc.core.blocks import Block
 from lazyproc.core.errors import BlockTakenError
 from lazyproc.hdf5.lock import Fence, FencedError, open_sidecar
 from lazyproc.hdf5.locking import lock, unlock
+from lazyproc.hdf5.room import writing
 
 _PLACE_BYTES = 8
-_NOBODY = bytes(_PLACE_BYTES)
 _SETTLED = b"\xff" * _PLACE_BYTES
 _WAIT_SECONDS = 30.0
 """How long to wait for another attempt that is just writing the block; it may be stopped, or its disk may hang."""
 
 
 class _Writer(Protocol):
-    def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> tuple[int, int]:
+    def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> int:
         """Write the rows of a block."""
 
 
@@ -69,7 +69,8 @@ class Claims:
         """Make the file, all places empty, and return the claims as they work there. By the driver, with its lock."""
         descriptor = open_sidecar(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
-            self._lock(descriptor, 0)
+            if self._lock(descriptor, 0):
+                self._unlock(descriptor, 0)  # by itself: a process forked meanwhile may keep the file open
         except OSError:  # no locks on bytes in this file system; locks on files there are, or there would be no run
             return replace(self, byte_locks=False)
         finally:
@@ -95,7 +96,8 @@ class Claims:
         with self.fence.passed(), self._place(block) as (descriptor, offset):
             if os.pread(descriptor, _PLACE_BYTES, offset) == _SETTLED:
                 raise BlockTakenError(f"The block of positions {block.start} to {block.stop - 1} is done already.")
-            os.pwrite(descriptor, number, offset)
+            with writing(self.path, "which worker has which block"):
+                os.pwrite(descriptor, number, offset)
         return Attempt(self, number)
 
     @contextmanager
@@ -129,7 +131,7 @@ class Claims:
             with self._place(block) as (descriptor, offset):
                 if os.pread(descriptor, _PLACE_BYTES, offset) != number:
                     return False
-                os.pwrite(descriptor, _SETTLED, offset)
+                self._settle(descriptor, offset)
                 return True
         except BlockTakenError:
             return False
@@ -138,10 +140,14 @@ class Claims:
         """Let nobody write a block that will be done in parts with other numbers; False if somebody just does."""
         try:
             with self._place(block) as (descriptor, offset):
-                os.pwrite(descriptor, _SETTLED, offset)
+                self._settle(descriptor, offset)
                 return True
         except BlockTakenError:
             return False
+
+    def _settle(self, descriptor: int, offset: int) -> None:
+        with writing(self.path, "which blocks are done"):
+            os.pwrite(descriptor, _SETTLED, offset)
 
     @contextmanager
     def _place(self, block: Block) -> Iterator[tuple[int, int]]:
@@ -207,7 +213,7 @@ class Attempt:
     claims: Claims
     number: bytes
 
-    def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> tuple[int, int]:
+    def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> int:
         """Write the rows of the block as `Sink.write` does.
 
         Raises

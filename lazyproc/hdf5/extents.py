@@ -94,13 +94,6 @@ class Extent:
                 "it from a copy."
             )
 
-    def check_path(self) -> None:
-        """Make sure that the file still lies under its name, and holds all of the dataset; raises as `check`."""
-        with using(self.path, self.name):
-            status = os.stat(self.path)
-        if not self.inode.fits(status) or status.st_size < self.stop:
-            os.close(self.open(os.O_RDONLY))
-
     def read(self, runs: Iterable[tuple[int, int]]) -> NDArray[Any]:
         """Read runs of rows, one after the other, into a new array `(n_rows, …)`."""
         spans = list(runs)

@@ -17,7 +17,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lazyproc.hdf5.damage import attributes
+from lazyproc.core.errors import ResultsError
+from lazyproc.hdf5.damage import attributes, walk
 from lazyproc.hdf5.overlay import Overlay, Patch
 
 _LARGEST = 2**24
@@ -128,8 +129,8 @@ def _address(item: Any) -> int:
 def _runs_in(file: h5py.File) -> set[int]:
     """Return the runs whose results a file has."""
     runs: set[int] = set()
-    with contextlib.suppress(*_ERRORS):
-        file.visititems(lambda _, item: runs.add(_run_of(item)) if isinstance(item, h5py.Group) else None)
+    with contextlib.suppress(ResultsError, *_ERRORS):
+        runs.update(_run_of(item) for _, item in walk(file["/"]))
     return runs - {0}
 
 

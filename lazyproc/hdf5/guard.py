@@ -18,6 +18,7 @@ import h5py
 
 from lazyproc.core.errors import NoRoomError
 from lazyproc.core.runs import Runs
+from lazyproc.hdf5.damage import address_of
 from lazyproc.hdf5.durable import JournalError, sync_data
 from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end
 from lazyproc.hdf5.extents import using
@@ -25,7 +26,7 @@ from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.raw_bytes import Ranges, RawBytes, Rewritten
 from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.session import session_of
-from lazyproc.hdf5.settled import address_of, datasets_below, is_settled
+from lazyproc.hdf5.settled import datasets_below, is_settled
 from lazyproc.hdf5.undo import refuse_pending
 from lazyproc.hdf5.undo_journal import drop_undo, kept_fresh, load_undo, read_ranges, write_undo
 from lazyproc.hdf5.unmark import take_back

@@ -148,6 +148,7 @@ class RunLock:
         NoRoomError
             If the disk is full.
         """
+        at_fence = False
         try:
             self._descriptor = self._lock_owner_file() if self.fence.holds_workers else self._make_owner_file()
             self._lock_all_names()
@@ -155,10 +156,14 @@ class RunLock:
             about = self._about()
             self._place_of_calls = len(about.encode()) - 2
             _overwrite(self._descriptor, about)
+            at_fence = True
             self._set_fence(self.fence.run_id)
         except BaseException as error:
-            with suppress(OSError):
-                self.release()
+            if at_fence and (isinstance(error, FileBusyError) or not isinstance(error, Exception)):
+                self._let_go()  # not to wait at the fence once more: the files stay, so that the next run waits, too
+            else:
+                with suppress(OSError):
+                    self.release()
             if isinstance(error, LazyprocError) or not isinstance(error, OSError):
                 raise
             if (code := full_code(error)) is not None:
@@ -297,24 +302,29 @@ class RunLock:
             return
         try:
             self._set_fence("")
-            os.unlink(self.fence.fence_path)
+            with suppress(FileNotFoundError):
+                os.unlink(self.fence.fence_path)
             with suppress(OSError):
                 os.unlink(sidecar(self._path, "claims"))  # if a driver was killed that had a cluster
             if self._is_suspect:
                 os.pwrite(self._descriptor, b"1", self._place_of_calls)
             else:
-                os.unlink(self.fence.lock_path)
-        except FileNotFoundError:
-            pass
+                with suppress(FileNotFoundError):
+                    os.unlink(self.fence.lock_path)
         except OSError as error:  # the files stay, so that the next run waits at the fence, too
             log.warning("%s: %s", self._path, error)
         finally:
-            with self._calling:  # a thread that was not waited for may still tell something
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Give the lock back, and leave the files as they are."""
+        with self._calling:  # a thread that was not waited for may still tell something
+            if self._descriptor is not None:
                 os.close(self._descriptor)
                 self._descriptor = None
-            if self._inode is not None:
-                os.close(self._inode)
-                self._inode = None
+        if self._inode is not None:
+            os.close(self._inode)
+            self._inode = None
 
 
 def _was_calling(about: dict[str, Any] | None) -> bool:

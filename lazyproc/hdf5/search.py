@@ -22,7 +22,7 @@ from lazyproc.core.parameters import differences, same_arguments
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import STATUS_MASK, ResolvedOutput
 from lazyproc.hdf5.apart import check_apart
-from lazyproc.hdf5.attributes import has_manifest, read_parameters
+from lazyproc.hdf5.attributes import read_parameters
 from lazyproc.hdf5.damage import attribute, reading
 from lazyproc.hdf5.failures import count_failed
 from lazyproc.hdf5.files import check_heaps
@@ -387,8 +387,3 @@ def _remarks(group: h5py.Group, work: Work) -> Iterable[str]:
             "the function's code has changed since these results were computed; they are used as they are. "
             "override=True computes afresh."
         )
-
-
-def is_lazyproc_group(group: h5py.Group) -> bool:
-    """Tell whether lazyproc wrote the group."""
-    return has_manifest(group)

@@ -7,6 +7,7 @@ from typing import Any
 import h5py
 
 from lazyproc.hdf5.create import LARGEST_FILLED
+from lazyproc.hdf5.damage import walk
 
 
 def datasets_below(item: Any) -> list[h5py.Dataset]:
@@ -15,14 +16,7 @@ def datasets_below(item: Any) -> list[h5py.Dataset]:
         return []
     if isinstance(item, h5py.Dataset):
         return [item]
-    found: list[h5py.Dataset] = []
-    item.visititems(lambda name, one: found.append(one) if isinstance(one, h5py.Dataset) else None)
-    return found
-
-
-def address_of(dataset: h5py.Dataset) -> int:
-    """Return where in its file the dataset's header lies, which is what HDF5 knows it by."""
-    return int(h5py.h5o.get_info(dataset.id).addr)
+    return [one for _, one in walk(item) if isinstance(one, h5py.Dataset)]
 
 
 def is_settled(dataset: h5py.Dataset) -> bool:

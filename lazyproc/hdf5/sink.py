@@ -52,7 +52,7 @@ class Sink:
         """One that lies in the HDF5 file, to which locks and sidecar files belong."""
         return self.mask or self.extents[0]
 
-    def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> tuple[int, int]:
+    def write(self, block: Block, arrays: Sequence[NDArray[Any]]) -> int:
         """Write the rows of a block.
 
         Parameters
@@ -64,8 +64,8 @@ class Sink:
 
         Returns
         -------
-        tuple of int
-            Bytes written, and the checksum of the first bytes of each output, for the driver to compare.
+        int
+            The checksum of the first bytes of each output, for the driver to compare.
 
         Raises
         ------
@@ -74,7 +74,6 @@ class Sink:
         ResultsError
             If the file was replaced or truncated.
         """
-        written = 0
         with opened((self.home, *self.extents)) as descriptors:
             # The file's lock first: once the driver is known to live, which holds it too, no other program can come in.
             if self.shares_lock:
@@ -82,11 +81,11 @@ class Sink:
             with self.fence.passed():
                 for extent, rows in zip(self.extents, arrays, strict=True):
                     for start, stop, place in block.offsets():
-                        written += extent.write(descriptors[extent.path], start, rows[place : place + stop - start])
+                        extent.write(descriptors[extent.path], start, rows[place : place + stop - start])
                 if not self.home.inode.is_local:
                     for path in {extent.path for extent in self.extents}:
                         sync_data(descriptors[path])  # the driver can only sync what is on its own machine
-        return written, _checksum(rows[:1].tobytes()[:_CHECKED_BYTES] for rows in arrays)
+        return _checksum(rows[:1].tobytes()[:_CHECKED_BYTES] for rows in arrays)
 
     def trial(self) -> Trial:
         """Return what shows whether workers on other machines may write here."""

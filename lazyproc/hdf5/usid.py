@@ -208,7 +208,7 @@ def _validated(h5: h5py.Dataset, linked: set[int] | None) -> tuple[str, str, Han
         _refuse(
             h5,
             f"it has no attribute {', '.join(missing)}; expected the texts quantity and units and references to its "
-            "four ancillary datasets. Choose another dataset (find_main_datasets lists them), or add what is missing.",
+            "four ancillary datasets. Choose another dataset, or add what is missing: the usage guide shows how.",
         )
     quantity, units = _texts(h5, h5, "quantity", 1)[0], _texts(h5, h5, "units", 1)[0]
     inds, vals, spec_inds, spec_vals = (_referred(h5, name, linked) for name in REFERENCES)
