@@ -64,7 +64,7 @@ class Process(HookContract):
 
     Parameters
     ----------
-    h5_main : h5py.Dataset or str
+    h5_main : h5py.Dataset, str or path-like
         The main dataset `(n_positions, n_spectral)`: an open dataset, or its address
         ``"scan.h5::/Measurement_000/Channel_000/Raw_Data"``. With an address lazyproc opens the file itself, and others
         can read it, and watch, while it computes.
@@ -80,7 +80,7 @@ class Process(HookContract):
         At least 1: bytes that a position really takes over its source bytes, results not counted.
     lazy : bool
         The file may be read-only: for `plan`, `test` and `to_xarray`. `data` is a dask array.
-    h5_target_group : h5py.Group or str, optional
+    h5_target_group : h5py.Group, str or path-like, optional
         Where results are looked for and put, in any file: an open group, or an address such as ``"out.h5::/fits"``,
         made if it is not there. Default: the group that holds the main dataset.
     verbose : bool
@@ -99,31 +99,71 @@ class Process(HookContract):
 
     Attributes
     ----------
+    h5_main : h5py.Dataset
+        The main dataset `(n_positions, n_spectral)`; with an address lazyproc's own handle of it.
+    process_name, parms_dict, verbose
+        As given; they, and `max_failures`, may be changed between calls, which read them anew.
     max_failures : int
         Of the class or the object: so many positions may fail and be recorded, then the run stops. Default: 1000.
+    h5_results_grp : h5py.Group or None
+        The results that `compute` or `retry_failed` returned last, or `use_partial_computation` chose.
+    duplicate_h5_groups, partial_h5_groups : list of h5py.Group
+        Finished and unfinished results of the same work, the latest last: as found by the constructor, without further
+        arguments, and, where outputs are declared, by each `compute` and `retry_failed`, with theirs.
+    mpi_comm, mpi_rank, mpi_size
+        In the driver of an MPI job a communicator of this process alone, 0, and the number of ranks; else None, 0 and
+        1. So old code that calls ``mpi_comm.Barrier()`` waits for nobody.
+    _cores, _max_pos_per_read : int
+        For subclasses: workers on this machine at most, and positions of a block as far as memory is concerned. A class
+        with the hooks of the old contract sets its batches by them.
+    _status_dset_name : str
+        For subclasses: the name of the status mask; may be changed between phases. Default: ``"completed_positions"``.
+    _h5_status_dset, _h5_target_group, _results
+        For subclasses: the status mask, the target group if there is one yet, and, for hooks, the results of the batch.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError, NotMainDatasetError, ReadOnlyFileError
-        If an argument is wrong. The file is as it was: the constructor reads and never writes.
+        If an argument is wrong. The file is as it was: the constructor reads and never writes. (A class with the hooks
+        of the old contract makes a target group that is not there. It opens the file of an address for writing, and so
+        may raise FileBusyError; and MemoryLimitError, if one position does not fit.)
+    ParameterError
+        If a parameter cannot be stored.
+    FileNotFoundError
+        If there is no such file.
     DefinitionError
         If the class declares no outputs or no function.
+    LazyprocError
+        If a killed program left the file that is open here in the middle of a change; says how to recover it.
 
     Notes
     -----
-    One driver a file: a second `compute` into the same file is refused while the first one runs. A run may be killed at
-    any time; what is marked in the status mask is right, and the same call goes on from there.
+    One driver a file: while a `compute` or `retry_failed` runs, a second one into the same file is refused at once, by
+    FileBusyError, from wherever it is called: another process or thread, another object or the same one. Runs into
+    different files may go on in several threads at the same time. Beside a run `plan`, `test`, `to_xarray` and
+    `open_results` may be used, also in other threads and with the very object that computes.
+
+    A run may call a `_block_function` in several threads of a process at once, a `_map_function` only on a cluster
+    whose workers have more than one thread. Views call either in as many threads as the Dask scheduler has.
+
+    A run may be killed at any time; what is marked in the status mask is right, and the same call goes on from there.
 
     Examples
     --------
-    >>> import numpy as np
-    >>> class Mean(Process):
-    ...     outputs = {"Mean": Output("f4", units="V")}
+    ``scan.h5`` has 4 x 5 positions of 6 values, 0 to 119:
+
+    >>> import lazyproc, numpy as np
+    >>> address = "scan.h5::/Measurement_000/Channel_000/Raw_Data"
+    >>> class Mean(lazyproc.Process):
+    ...     outputs = {"Mean": lazyproc.Output("f4", units="V")}
     ...
     ...     @staticmethod
     ...     def _map_function(spectrum):
     ...         return np.mean(spectrum)
-    >>> group = Mean("scan.h5::/Measurement_000/Channel_000/Raw_Data").compute()  # doctest: +SKIP
+    >>> with Mean(address) as process:
+    ...     group = process.compute()
+    ...     group.name, group["Mean"].shape, group["Mean"][:3, 0].tolist()
+    ('/Measurement_000/Channel_000/Raw_Data-Mean_000', (20, 1), [2.5, 8.5, 14.5])
     """
 
     process_name: Any = None
@@ -289,6 +329,25 @@ class Process(HookContract):
         ------
         ArgumentValueError
             If it is none of them, or there are none.
+
+        Notes
+        -----
+        Holds until the next `compute` or `retry_failed` ends, for `to_xarray`, too. Reads and writes nothing.
+
+        Examples
+        --------
+        With `Mean` and `address` as in the example of the class, and results as a killed run leaves them:
+
+        >>> import h5py
+        >>> names = [Mean(address).compute(override=True).name for _ in range(2)]
+        >>> with h5py.File("scan.h5", "r+") as file:
+        ...     file[names[0]]["completed_positions"][5:] = 0
+        >>> process = Mean(address)
+        >>> process.plan().action
+        'return'
+        >>> process.use_partial_computation()
+        >>> process.plan().action, process.compute().name == names[0]
+        ('resume', True)
         """
         names = [str(group.name) for group in self.partial_h5_groups]
         if not names:
@@ -326,6 +385,14 @@ class Process(HookContract):
             If the function cannot be called with these arguments.
         ResultsError
             If it is so damaged that HDF5 would never return from reading it.
+
+        Examples
+        --------
+        With `Mean` and `address` as in the example of the class:
+
+        >>> group = Mean(address, parms_dict={"operator": "A"}).compute()
+        >>> print(Mean(address, parms_dict={"operator": "B"}).why_not_duplicate(group))
+        operator: stored 'A' (str), wanted 'B' (str)
         """
         from lazyproc.hook_plan import open_target, why_not_of_hooks
 
@@ -367,6 +434,10 @@ class Process(HookContract):
 
         Raises
         ------
+        ArgumentTypeError, ArgumentValueError
+            If `override` is no truth value, or the main dataset's file was closed.
+        ParameterError
+            If the function cannot be called with the parameters and these arguments, or they cannot be stored.
         FunctionError
             If the function raised; says at which positions, and from which exception. With ``on_error="record"`` only
             if it raised for all of the first positions tried.
@@ -375,11 +446,22 @@ class Process(HookContract):
         FailureLimitError
             If more than `max_failures` positions failed, where failures are recorded. All is kept.
         MemoryLimitError
-            If one position does not fit into `max_mem_mb`.
+            If one position does not fit into `max_mem_mb`, or blocks of the least size took more than that.
+        NoRoomError
+            If the disk is full, or a quota reached; an OSError.
+        ReadOnlyFileError
+            If the results, or the lock file beside them, cannot be written.
         FileBusyError
             If somebody else computes into this file, or has it open for writing.
+        FileChangedError
+            If a file is gone, was replaced or cut off, or its disk fails; an OSError and a ResultsError.
         LockingError
             If the file system cannot lock files; says what can be set.
+        ResultsError
+            If the target group cannot be read, or the results were removed or damaged while they were computed. Damaged
+            ones that are there already are passed over.
+        WorkerError
+            If workers died again and again, or a cluster does not answer; what is finished is kept.
         Interrupted
             After Ctrl-C (it is a KeyboardInterrupt; in a script it is a SystemExit, too, with code 75); what was
             finished is committed.
@@ -389,7 +471,22 @@ class Process(HookContract):
         Notes
         -----
         Safe to kill at any instant: positions marked done hold right values, and the same call goes on from there. At
-        most the blocks under way and those of the last `checkpoint_interval` are computed again.
+        most the blocks under way and those of the last `checkpoint_interval` are computed again. The same holds after
+        each of the errors: what is committed is kept. After ``override=True`` leave that out to go on.
+
+        Threads: see `Process`. Signals, Ctrl-C among them, are only heeded if this is called in the main thread.
+
+        Examples
+        --------
+        With `Mean` and `address` as in the example of the class; the second call finds what the first one has computed:
+
+        >>> process = Mean(address)
+        >>> process.compute().name
+        '/Measurement_000/Channel_000/Raw_Data-Mean_000'
+        >>> process.compute().name
+        '/Measurement_000/Channel_000/Raw_Data-Mean_000'
+        >>> process.compute(override=True).name
+        '/Measurement_000/Channel_000/Raw_Data-Mean_001'
         """
         with leaving_alike(self.h5_main):
             check_flag(override, "override")
@@ -423,14 +520,40 @@ class Process(HookContract):
             If there are no results of this work.
         FunctionError, OutputError
             With ``on_error="raise"``, once all have been tried, if some have failed again.
-        FileBusyError, MemoryLimitError, Interrupted
-            As `compute` does.
+        DefinitionError
+            If the class has the hooks of the old contract, which do not record failures.
+        ArgumentValueError
+            If several ranks have opened the file with ``driver="mpio"``.
+        LazyprocError, Interrupted, SystemExit
+            All others of `compute`, but for FailureLimitError.
 
         Notes
         -----
         Positions that fail again stay recorded, with what they raised now, whatever `on_error` is. Safe to kill at any
         instant: recorded positions that were not computed again yet are then not done any more, and `compute` or
         `retry_failed` goes on with them.
+
+        Examples
+        --------
+        With `address` as in the example of the class:
+
+        >>> class Ratio(lazyproc.Process):
+        ...     outputs = {"Ratio": lazyproc.Output("f4")}
+        ...
+        ...     @staticmethod
+        ...     def _map_function(spectrum):
+        ...         return 1 / int(spectrum[0])
+        >>> for one in lazyproc.failures(Ratio(address, on_error="record").compute()):
+        ...     print(one)
+        position 0: ZeroDivisionError: division by zero
+        >>> class Corrected(Ratio):
+        ...     process_name = "Ratio"
+        ...
+        ...     @staticmethod
+        ...     def _map_function(spectrum):
+        ...         return 1 / max(1, int(spectrum[0]))
+        >>> lazyproc.failures(Corrected(address).retry_failed())
+        []
         """
         if opened_together(self.h5_main):
             raise ArgumentValueError(
@@ -478,6 +601,33 @@ class Process(HookContract):
         -------
         dict of str to ndarray
             For each output the result of the position, or `(n_positions, …)` for a sequence of them.
+
+        Raises
+        ------
+        ArgumentTypeError, ArgumentValueError
+            If `positions` are no whole numbers, or out of range; or the main dataset's file was closed.
+        ParameterError
+            If the function cannot be called with the parameters and these arguments.
+        FunctionError, OutputError
+            If the function raised, or what it returned does not fit the outputs; also with ``on_error="record"``.
+        FileChangedError
+            If the positions cannot be read.
+        NotImplementedError
+            If the class has the hooks of the old contract, and has not written `test` itself.
+
+        Notes
+        -----
+        The function is called in this process and this thread: whatever crashes it ends the program. Memory is not
+        bounded.
+
+        Examples
+        --------
+        With `Mean` and `address` as in the example of the class:
+
+        >>> float(Mean(address).test(3)["Mean"])
+        20.5
+        >>> Mean(address).test([0, 1])["Mean"].tolist()
+        [2.5, 8.5]
         """
         if not self._declares:
             raise NotImplementedError(f"{type(self).__name__}: test is for the class itself to write.")
@@ -495,7 +645,44 @@ class Process(HookContract):
         return {name: array[0] for name, array in shaped.items()} if single else shaped
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """Return what `compute` would do with these arguments, without doing it; reads metadata and masks only."""
+        """Return what `compute` would do with these arguments, without doing it.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            The arguments of `compute`, without `override`.
+
+        Returns
+        -------
+        Plan
+            Shows itself as text and as HTML, and has all numbers as attributes.
+
+        Raises
+        ------
+        ArgumentValueError
+            If the main dataset's file was closed.
+        ParameterError
+            If the function cannot be called with the parameters and these arguments, or they cannot be stored.
+        MemoryLimitError
+            If one position does not fit into `max_mem_mb`.
+        ResultsError
+            If the target group, or what would be resumed, cannot be read.
+        WorkerError
+            If a cluster does not answer.
+
+        Notes
+        -----
+        Reads metadata and masks, and, where there are results that may be of the same work, values of the main dataset,
+        as `verify` says. Calls no function and takes no lock: what it tells is the state of this moment.
+
+        Examples
+        --------
+        With `Mean` and `address` as in the example of the class:
+
+        >>> plan = Mean(address).plan()
+        >>> plan.action, plan.n_remaining, plan.seconds is None
+        ('start', 20, True)
+        """
         if not self._declares:
             from lazyproc.hook_plan import plan_of_hooks
 
@@ -523,8 +710,35 @@ class Process(HookContract):
 
         Raises
         ------
+        ArgumentValueError
+            If the main dataset's file was closed.
+        DefinitionError
+            If the class has the hooks of the old contract: it does not tell its outputs.
+        ParameterError
+            If the function cannot be called with the parameters and these arguments, or they cannot be stored.
+        ResultsError
+            If the target group cannot be read; and on computing, if the results that it reads are damaged.
+        FunctionError, OutputError
+            On computing, if the function raised, or what it returned does not fit the outputs. Not with
+            ``on_error="record"``: then `status` tells.
         StaleViewError
             On computing, if the results that it reads were replaced.
+        FileChangedError
+            On computing, if the main dataset cannot be read.
+
+        Notes
+        -----
+        Which results are read is settled when the view is made; which of their positions are done is looked up
+        whenever a block is computed, so that beside a run that resumes them each computation may find more. The view of
+        a file on disk outlives this Process, and the caller's handle.
+
+        Examples
+        --------
+        With `Mean` and `address` as in the example of the class:
+
+        >>> maps = Mean(address).to_xarray()
+        >>> maps["Mean"].dims, float(maps["Mean"][0, 0].compute())
+        (('X', 'Y'), 2.5)
         """
         from lazyproc.results import lazy_results
 
@@ -601,7 +815,11 @@ class Process(HookContract):
     # -- housekeeping --------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close what this Process opened itself: with an address, its files and the groups it returned."""
+        """Close what this Process opened itself: with an address, its files and the groups it returned.
+
+        Views of `to_xarray` and `open_results` go on working. May be called twice; a Process that is not closed lets go
+        of its files when nothing of it is held any more.
+        """
         self._files.close()
 
     def __enter__(self) -> Process:
