@@ -36,10 +36,10 @@ def map_positions(
     ----------
     function : callable
         One position `(n_spectral,)`, or with `vectorized` a block `(n_positions, n_spectral)`, to its results.
-    h5_main : h5py.Dataset or str
+    h5_main : h5py.Dataset, str or path-like
         The main dataset, or its address ``"scan.h5::/Measurement_000/Channel_000/Raw_Data"``.
-    outputs : dict of str to Output
-        What the function returns.
+    outputs : dict of str to Output, or Output
+        What the function returns. A single Output is called as the process is.
     process_name : str, optional
         Names the results group. Default: the name of the function.
     params : dict, optional
@@ -59,18 +59,33 @@ def map_positions(
     Returns
     -------
     h5py.Group or xarray.Dataset
-        See `lazy`.
+        See `lazy`. A group that is found by an address is read-only; its file keeps nobody from writing, and is closed
+        by itself when nobody holds the group any more. Files that the caller has opened are the caller's to close.
 
     Raises
     ------
-    LazyprocError
-        As `Process` and its `compute` do.
+    ArgumentTypeError
+        If `function` cannot be called.
+    LazyprocError, Interrupted, SystemExit
+        As `Process` and its `compute`, or `to_xarray`, do.
+
+    Notes
+    -----
+    Of concurrency and failure the same holds as of `Process`: one run a file at a time, and it may be killed at any
+    instant; the same call goes on.
 
     Examples
     --------
+    ``scan.h5`` has 4 x 5 positions of 6 values, 0 to 119:
+
     >>> import numpy as np, lazyproc
     >>> address = "scan.h5::/Measurement_000/Channel_000/Raw_Data"
-    >>> map_positions(np.ptp, address, {"Range": lazyproc.Output("f4", units="V")})  # doctest: +SKIP
+    >>> group = lazyproc.map_positions(np.ptp, address, {"Range": lazyproc.Output("f4", units="V")})
+    >>> group["Range"][:3, 0].tolist()
+    [5.0, 5.0, 5.0]
+    >>> maps = lazyproc.map_positions(np.max, address, lazyproc.Output("f4"), process_name="Highest", lazy=True)
+    >>> float(maps["Highest"].max())
+    119.0
     """
     if not callable(function):
         raise ArgumentTypeError(f"function: {function!r} came; expected a function of one position.")

@@ -45,7 +45,7 @@ def open_results(group: h5py.Group | str | os.PathLike[str]) -> xarray.Dataset:
 
     Parameters
     ----------
-    group : h5py.Group or str
+    group : h5py.Group, str or path-like
         The results group, written by lazyproc or by pyUSID, or its address: ``"scan.h5::/…/Raw_Data-Fit_000"``.
 
     Returns
@@ -59,21 +59,33 @@ def open_results(group: h5py.Group | str | os.PathLike[str]) -> xarray.Dataset:
     Raises
     ------
     ResultsError
-        If the group holds no main dataset.
+        If the group holds no main dataset, or it is damaged; on computing, too.
     ArgumentTypeError
         If it is no group, nor an address of one.
+    ArgumentValueError
+        If the address names no file, or one that is no HDF5 file or may not be read.
     FileNotFoundError
         If there is no such file.
+    StaleViewError
+        On computing, if the results are no longer there, or others are in their place.
 
     Notes
     -----
     Reads while a run goes on are fine: a row shows once it is committed, and only with right values. The file is
-    opened for each read, and the group's identity is checked each time.
+    opened for each read, and the group's identity is checked each time. So there is nothing to close: the dataset
+    outlives the group that was given, and may be computed in threads, processes and on a cluster. Only results of a
+    file in memory are read through that group.
 
     Examples
     --------
-    >>> maps = open_results("scan.h5::/Measurement_000/Channel_000/Raw_Data-Fit_000")  # doctest: +SKIP
-    >>> maps["Amplitude"].plot()  # doctest: +SKIP
+    ``scan.h5`` has 4 x 5 positions of 6 values, 0 to 119:
+
+    >>> import numpy as np, lazyproc
+    >>> address = "scan.h5::/Measurement_000/Channel_000/Raw_Data"
+    >>> group = lazyproc.map_positions(np.ptp, address, {"Range": lazyproc.Output("f4", units="V")})
+    >>> maps = lazyproc.open_results("scan.h5::/Measurement_000/Channel_000/Raw_Data-ptp_000")
+    >>> maps["Range"].dims, maps["Range"].attrs["units"], int(maps["status"].min())
+    (('X', 'Y'), 'V', 1)
     """
     return _read(group, _dataset_of_group)
 
@@ -162,29 +174,45 @@ def failures(group: h5py.Group | str | os.PathLike[str]) -> list[FailedPosition]
 
     Parameters
     ----------
-    group : h5py.Group or str
+    group : h5py.Group, str or path-like
         The results group, or its address: ``"scan.h5::/…/Raw_Data-Fit_000"``.
 
     Returns
     -------
     list of FailedPosition
-        In order; each has `position`, `error` (the type) and `text`. Empty if none has failed, or failures were not
-        recorded. `pandas.DataFrame` takes the list as it is.
+        In order of the positions. Each is a frozen dataclass of `position` (int, of the main dataset), `error` (str,
+        the type of what was raised, with its module unless it is built in) and `text` (str, what it said, up to 436
+        bytes); the last two are empty if they were damaged. ``str()`` makes a line of it. The list is empty if none has
+        failed, or failures were not recorded. `pandas.DataFrame` takes it as it is.
 
     Raises
     ------
     ArgumentTypeError
         If it is no group, nor an address of one.
+    ArgumentValueError
+        If the address names no file, or one that is no HDF5 file or may not be read.
     ResultsError
         If what was recorded was damaged.
     FileNotFoundError
         If there is no such file.
 
+    Notes
+    -----
+    May be called while a run goes on; tells what is committed.
+
     Examples
     --------
-    >>> for one in failures("scan.h5::/…/Raw_Data-Fit_000"):  # doctest: +SKIP
-    ...     print(one)
-    position 17: ValueError: array must not contain infs or NaNs
+    ``scan.h5`` has 4 x 5 positions of 6 values, 0 to 119:
+
+    >>> import lazyproc
+    >>> def ratio(spectrum):
+    ...     return 1 / int(spectrum[0])
+    >>> address = "scan.h5::/Measurement_000/Channel_000/Raw_Data"
+    >>> group = lazyproc.map_positions(ratio, address, lazyproc.Output("f4"), on_error="record")
+    >>> lazyproc.failures(group)
+    [FailedPosition(position=0, error='ZeroDivisionError', text='division by zero')]
+    >>> print(*lazyproc.failures("scan.h5::/Measurement_000/Channel_000/Raw_Data-ratio_000"))
+    position 0: ZeroDivisionError: division by zero
     """
     return _read(group, lambda opened, _: read_failures(opened, status_name_of(opened)))
 
