@@ -10,7 +10,7 @@ from lazyproc.core.memory import MEBIBYTE
 
 @dataclass(frozen=True)
 class Plan:
-    """What `compute` would do.
+    """What `compute` would do, as `Process.plan` tells it: shown as text or, in a notebook, as a table.
 
     Attributes
     ----------
@@ -48,6 +48,29 @@ class Plan:
     disk_bytes : int
         Room on the disk that results to be compressed take at most, while they are: rows and compressed form. 0 if
         none are.
+
+    Notes
+    -----
+    Plain values, as things were when it was made: it holds no file, and is not kept up to date.
+
+    Examples
+    --------
+    ``scan.h5`` has 4 x 5 positions of 6 values:
+
+    >>> import lazyproc, numpy as np
+    >>> class Mean(lazyproc.Process):
+    ...     outputs = {"Mean": lazyproc.Output("f4", units="V")}
+    ...     _map_function = staticmethod(np.mean)
+    >>> plan = Mean("scan.h5::/Measurement_000/Channel_000/Raw_Data").plan()
+    >>> plan.action, plan.n_remaining, plan.source_bytes, plan.result_bytes
+    ('start', 20, 480, 80)
+    >>> print(plan)  # doctest: +ELLIPSIS
+    <lazyproc.Plan>
+      process          Mean
+      main dataset     ...scan.h5::/Measurement_000/Channel_000/Raw_Data
+      compute() would  start afresh
+      positions        20 to compute of 20
+    ...
     """
 
     process_name: str

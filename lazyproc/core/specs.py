@@ -144,6 +144,16 @@ class Output:
     shuffle : bool, optional
         Regroup the bytes of the values before they are compressed, which makes numbers of slowly varying size smaller.
 
+    Attributes
+    ----------
+    dtype, dims, quantity, units, shape_from_main
+        As given: a numpy.dtype, a tuple of Dimension or None, and so on. They cannot be changed.
+    fill_value : ndarray
+        The value, of the dtype and without dimensions.
+    filters : Compression or None
+        What `compression`, `compression_opts` and `shuffle` come to: its `level` of gzip, 0 to 9, and its `shuffle`.
+        None without compression.
+
     Raises
     ------
     DefinitionError
@@ -165,6 +175,10 @@ class Output:
     --------
     >>> Output("f4", quantity="Amplitude", units="V").resolve("Amplitude", n_spectral=64).shape
     ()
+    >>> Output("f4", dims=[Dimension("Parameter", "a.u.", 4)]).resolve("Fit", n_spectral=64).shape
+    (4,)
+    >>> Output("f4", shape_from_main=True, compression="gzip", shuffle=True).filters
+    Compression(level=4, shuffle=True)
     """
 
     dtype: np.dtype[Any]
@@ -228,6 +242,11 @@ class Output:
             The name of the dataset.
         n_spectral : int
             Columns of the main dataset.
+
+        Returns
+        -------
+        ResolvedOutput
+            With its `name`, and the `shape` of one position's result.
         """
         shape = (n_spectral,) if self.shape_from_main else tuple(dim.size for dim in self.dims or ())
         return ResolvedOutput(name, self.dtype, shape, self.quantity or name, self.units, self.dims, self)
