@@ -89,9 +89,15 @@ def cluster(
 
     Examples
     --------
-    >>> import lazyproc
-    >>> with lazyproc.cluster() as client:  # doctest: +SKIP
-    ...     group = PeakFinder("scan.h5::/Measurement_000/Channel_000/Raw_Data").compute()
+    The same for a laptop, here with one worker process, and for ``mpiexec -n 64 python script.py``:
+
+    >>> import lazyproc, numpy as np
+    >>> with lazyproc.cluster(cores=1) as client:  # doctest: +ELLIPSIS
+    ...     address = "scan.h5::/Measurement_000/Channel_000/Raw_Data"
+    ...     group = lazyproc.map_positions(np.ptp, address, lazyproc.Output("f4"))
+    lazyproc: ...dashboard...
+    >>> float(group["ptp"][0, 0])
+    5.0
     """
     wanted = check_cores(cores)
     n_workers = min(wanted, available_cores()) if wanted else default_cores()

@@ -26,7 +26,11 @@ log = logging.getLogger("lazyproc")
 
 
 class Replacement:
-    """What `replace_pyusid` has changed; `undo` puts it back, as does the end of a ``with`` block."""
+    """What `replace_pyusid` has changed, so that it can be put back: by `undo`, or by the end of a ``with`` block.
+
+    Its repr names the places. Whoever wants lazyproc for the whole program need not keep it: nothing is put back when
+    it is forgotten.
+    """
 
     def __init__(self, replaced: dict[tuple[str, str], tuple[Any, Any]]) -> None:
         self._replaced = replaced
@@ -63,23 +67,28 @@ def replace_pyusid() -> Replacement:
     Returns
     -------
     Replacement
-        ``.undo()`` puts everything back; or use it as a context.
+        For those who want pyUSID's own back, as tests and notebooks do that compare both: its ``.undo()`` puts
+        everything back; or use it as a context. Else it can be forgotten.
 
     Raises
     ------
     LazyprocError
-        If pyUSID is not installed.
+        If pyUSID is not installed, or cannot be imported.
 
     Notes
     -----
-    Changes attributes of pyUSID's modules, for the whole process. Calling it twice changes nothing more; undoing the
-    second call then does nothing.
+    Changes attributes of pyUSID's modules, for the whole process and all its threads. Calling it twice changes nothing
+    more; undoing the second call then does nothing.
 
     Examples
     --------
+    Classes of a package that is imported within the context, such as ``BGlib.be.analysis``, run on lazyproc:
+
     >>> import lazyproc
-    >>> lazyproc.replace_pyusid()  # doctest: +SKIP
-    >>> from BGlib.be.analysis import BESHOfitter  # doctest: +SKIP
+    >>> with lazyproc.replace_pyusid():
+    ...     from pyUSID.processing.process import Process
+    >>> Process is lazyproc.Process
+    True
     """
     from lazyproc.engine.parallel import parallel_compute, recommend_cpu_cores
     from lazyproc.process import Process

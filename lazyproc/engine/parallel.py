@@ -56,6 +56,11 @@ def recommend_cpu_cores(
     verbose : bool
         Log the answer.
 
+    Returns
+    -------
+    int
+        At least 1, and no more than this process may use, by affinity and control group.
+
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
@@ -105,7 +110,8 @@ def parallel_compute(
     Parameters
     ----------
     data : ndarray or dask array
-        The function gets each item along the first axis.
+        `(n_items, …)`: the function gets each item along the first axis, `(…)`. Of a dask array one chunk after the
+        other is loaded, whole items at a time.
     func : callable
         Of one item.
     cores : int, optional
@@ -130,16 +136,24 @@ def parallel_compute(
     Raises
     ------
     ArgumentTypeError
-        If `func` is no function, or `data` no array.
+        If `func` is no function, `data` no array, `func_args` no list or tuple, `func_kwargs` no dict, or `cores` no
+        whole number.
+    ArgumentValueError
+        If the active client is an asynchronous one.
     WorkerError
         If the function cannot be sent to other processes, or its results back, or a worker process died.
     Exception
         Whatever the function raises.
 
+    Notes
+    -----
+    Memory is not bounded: all results are in the list, and what the items and their copies take is not watched. Nothing
+    is kept if an item fails or a worker dies. `Process` bounds memory, and keeps what is done.
+
     Examples
     --------
-    >>> parallel_compute(np.arange(6.0).reshape(3, 2), np.sum, cores=1)
-    [np.float64(1.0), np.float64(5.0), np.float64(9.0)]
+    >>> parallel_compute(np.arange(6).reshape(3, 2), lambda row: int(row.sum()), cores=1)
+    [1, 5, 9]
     """
     if not callable(func):
         raise ArgumentTypeError(f"func: {func!r} came; expected a function of one position.")
