@@ -119,14 +119,15 @@ class Process(HookContract):
     _status_dset_name : str
         For subclasses: the name of the status mask; may be changed between phases. Default: ``"completed_positions"``.
     _h5_status_dset, _h5_target_group, _results
-        For subclasses: the status mask, the target group if there is one yet, and, for hooks, the results of the batch.
+        For subclasses: the status mask, the target group (made when a hook first asks for it; else None if there is
+        none yet), and, for hooks, the results of the batch.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError, NotMainDatasetError, ReadOnlyFileError
         If an argument is wrong. The file is as it was: the constructor reads and never writes. (A class with the hooks
-        of the old contract makes a target group that is not there. It opens the file of an address for writing, and so
-        may raise FileBusyError; and MemoryLimitError, if one position does not fit.)
+        of the old contract opens the file of an address for writing, and so may raise FileBusyError; and
+        MemoryLimitError, if one position does not fit.)
     ParameterError
         If a parameter cannot be stored.
     FileNotFoundError
@@ -141,7 +142,9 @@ class Process(HookContract):
     One driver a file: while a `compute` or `retry_failed` runs, a second one into the same file is refused at once, by
     FileBusyError, from wherever it is called: another process or thread, another object or the same one. Runs into
     different files may go on in several threads at the same time. Beside a run `plan`, `test`, `to_xarray` and
-    `open_results` may be used, also in other threads and with the very object that computes.
+    `open_results` may be used, also in other threads and with the very object that computes. Only in the instants, of
+    some milliseconds, in which a run creates its results or notes the end, the first three and the constructor may
+    raise an error that a second try does not.
 
     A run may call a `_block_function` in several threads of a process at once, a `_map_function` only on a cluster
     whose workers have more than one thread. Views call either in as many threads as the Dask scheduler has.
