@@ -282,7 +282,15 @@ def run(as_json: bool, override: bool, **options: Any) -> None:
 
     with _make(**options) as process:
         goes_on = options["resume"] and process.partial_h5_groups
-        group = process.compute(override and not goes_on)
+        try:
+            group = process.compute(override and not goes_on)
+        except SystemExit as error:  # of lazyproc itself only after a signal
+            if error.code == EXIT_STOPPED:
+                raise
+            raise LazyprocError(
+                f"{process.process_name}: the function has called sys.exit({error.code!r}); expected a result, or an "
+                "error. What is finished is kept: correct it, and run again."
+            ) from error
         address = f"{process.results_path}::{group.name}"
         if as_json:
             n_positions, n_failed = int(process.h5_main.shape[0]), count_failed(group, status_name_of(group))
@@ -376,9 +384,12 @@ def _check_hdf5(file: str) -> None:
 )
 @click.option("--launcher", type=click.Choice(["srun", "mpiexec"]), default="srun", show_default=True)
 @click.option("--max-jobs", type=_AT_LEAST_1, default=50, show_default=True, help="Jobs in a row at most.")
+@click.option("--force", is_flag=True, help="Write over the file if it is there.")
 @click.option("--sbatch", "options", multiple=True, metavar="OPTION", help="Another option of sbatch; repeatable.")
 @_reported
-def slurm(command: tuple[str, ...], output: str, wall_time: str, options: tuple[str, ...], **more: Any) -> None:
+def slurm(
+    command: tuple[str, ...], output: str, force: bool, wall_time: str, options: tuple[str, ...], **more: Any
+) -> None:
     """Write a Slurm job script for COMMAND that submits itself again until the work is done.
 
     Example: lazyproc slurm --ntasks 64 --time 04:00:00 --sbatch=--partition=long -- lazyproc run peaks.py:Peaks
@@ -388,19 +399,24 @@ def slurm(command: tuple[str, ...], output: str, wall_time: str, options: tuple[
 
     path = os.path.abspath(output)
     job = SlurmJob(command, path, time=wall_time, options=options, **more)
-    _write_script(path, job.script())
+    _write_script(path, job.script(), force=force)
     _say(f"{path}\nsubmit it with: sbatch {path}")
 
 
-def _write_script(path: str, text: str) -> None:
-    """Write a script that can be run."""
+def _write_script(path: str, text: str, *, force: bool) -> None:
+    """Write a script that can be run, in the place of another file only by force."""
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         raise MissingFileError(f"-o {path}: there is no folder {folder}; expected one that is there. Make it first.")
     try:
-        with open(path, "w", encoding="utf-8") as file:
+        with open(path, "w" if force or os.path.isdir(path) else "x", encoding="utf-8") as file:
             file.write(text)
         os.chmod(path, 0o755)
+    except FileExistsError as error:
+        raise LazyprocError(
+            f"-o {path}: there is a file of this name already; expected a new one. Choose another name, or give "
+            "--force to write over it."
+        ) from error
     except OSError as error:
         raise LazyprocError(
             f"-o {path}: cannot be written ({error.strerror}); expected a file's name. Choose another one."

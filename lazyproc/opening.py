@@ -15,7 +15,10 @@ from lazyproc.hdf5.files import Files, check_heaps, split_address
 from lazyproc.hdf5.guard import guarded
 from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.place import HandlePlace, Place
+from lazyproc.hdf5.source import Source, source_of
+from lazyproc.hdf5.steady import read_steadily
 from lazyproc.hook_loop import locked
+from lazyproc.main_handle import MainDatasetHandle
 
 _MOST_LINKS = 16
 """Links from file to file that are followed: as many as HDF5 follows."""
@@ -43,6 +46,26 @@ def open_main(main: str | h5py.Dataset, files: Files, *, writable: bool) -> tupl
             "'scan.h5::/Measurement_000/Channel_000/Raw_Data'."
         )
     return path, files.open_for_writing(path)[name] if writable and os.access(path, os.W_OK) else found
+
+
+def open_source(main: str | h5py.Dataset, files: Files) -> tuple[str | None, MainDatasetHandle, Source]:
+    """Open the main dataset for reading, with how it is read; once more if a run changes its file just now."""
+
+    def read() -> tuple[str | None, MainDatasetHandle, Source]:
+        opened = Files()
+        try:
+            path, dataset = open_main(main, opened, writable=False)
+            handle = MainDatasetHandle(dataset)
+            source = source_of(handle, path)
+        except BaseException:
+            opened.close()
+            raise
+        files.take(opened)
+        return path, handle, source
+
+    if isinstance(main, h5py.Dataset):
+        return read()
+    return read_steadily(split_address(main, "h5_main")[0], read)
 
 
 def _external(file: h5py.File, path: str, name: str) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ import h5py
 from lazyproc.adapt import Adapting
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
-from lazyproc.core.errors import LazyprocError
+from lazyproc.core.errors import LazyprocError, ReadOnlyFileError
 from lazyproc.core.events import Finished, Listener, Started
 from lazyproc.core.highwater import can_measure, give_back, high_water
 from lazyproc.core.identity import function_name
@@ -95,6 +95,7 @@ def perform(
     Interrupted, SystemExit
         After a drain, by Ctrl-C or SIGTERM.
     """
+    declared.place.check_writable()
     declared, kernel = declared.called_with(args, kwargs)
     for slip, meant in slips(declared.function, declared.parameters).items():
         log.warning(
@@ -136,6 +137,28 @@ def perform(
                     return name
                 remaining = _left(declared, work, name, int(remaining.stops[-1]))
                 probe = replace(probe, computed=[], failed=[], first=None)
+
+
+def finished_to_read(
+    declared: Declared, args: tuple[Any, ...], kwargs: Mapping[str, Any], chosen: str | None
+) -> str | None:
+    """Return the name of finished results in a file that cannot be written; None where it can be.
+
+    Raises
+    ------
+    ReadOnlyFileError
+        If it cannot be, and there are none.
+    """
+    try:
+        declared.place.check_writable()
+    except ReadOnlyFileError:
+        declared, _ = declared.called_with(args, kwargs)
+        best = best_of(declared.found(declared.work(args, kwargs)), chosen)
+        if best is None or not best.is_complete:
+            raise
+        warn_of(best)
+        return best.name
+    return None
 
 
 def warn_of(found: Found) -> None:

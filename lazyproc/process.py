@@ -40,13 +40,12 @@ from lazyproc.hdf5.extents import ExtentSource
 from lazyproc.hdf5.files import Files, check_heaps
 from lazyproc.hdf5.place import place_of, results_in
 from lazyproc.hdf5.search import Found, best_of, examine
-from lazyproc.hdf5.source import source_of
 from lazyproc.holding import flush_for_views
 from lazyproc.hook_ranks import leaving_alike, made_alike, opened_together
 from lazyproc.hooks import HookContract
 from lazyproc.main_handle import MainDatasetHandle
-from lazyproc.opening import made_target, open_main, stamp_of, target_handle
-from lazyproc.perform import compute_here, perform, warn_of
+from lazyproc.opening import made_target, open_main, open_source, stamp_of, target_handle
+from lazyproc.perform import compute_here, finished_to_read, perform, warn_of
 from lazyproc.progress import ProgressBar, has_standard_error
 
 if TYPE_CHECKING:
@@ -222,13 +221,16 @@ class Process(HookContract):
 
         self._files = Files()
         try:
-            self._main_path, dataset = open_main(main, self._files, writable=not self._declares)
-            self.h5_main = MainDatasetHandle(dataset)
             if self._declares:
+                self._main_path, self.h5_main, self._source = open_source(main, self._files)
+                self._stamp = stamp_of(self._main_path)
                 declared = validate_outputs(self.outputs, type(self).__name__)
                 self._outputs = resolve_outputs(declared, self.h5_main.shape[1])
+            else:
+                self._main_path, dataset = open_main(main, self._files, writable=True)
+                self.h5_main = MainDatasetHandle(dataset)
             self._place = place_of(h5_target_group, self.h5_main, self._main_path, self._files)
-            if not (self._lazy and self._declares):
+            if not self._declares:
                 self._place.check_writable()
             self._status_dset_name = STATUS_MASK
             self._progress: Listener = ProgressBar()
@@ -238,10 +240,10 @@ class Process(HookContract):
             self.mpi_comm, self.mpi_rank, self.mpi_size = mpi_attributes(self._client)
             with self._logging():
                 if self._declares:
-                    self._stamp = stamp_of(self._main_path)
-                    self._source = source_of(self.h5_main, self._main_path)
                     work = self._declared()
                     self._look(work, (), {})
+                    if not self._lazy and not self.duplicate_h5_groups:
+                        self._place.check_writable()
                     self._max_pos_per_read = work.most_positions()
                 else:
                     self._target = target_handle(self._place, self._main_path, self.h5_main, self._files)
@@ -292,14 +294,12 @@ class Process(HookContract):
             return
         address, files = f"{self._main_path}::{self.h5_main.name}", Files()
         try:
-            path, dataset = open_main(address, files, writable=False)
-            if (dataset.shape, dataset.dtype) != (self.h5_main.shape, self.h5_main.dtype):
+            _, main, source = open_source(address, files)
+            if (main.shape, main.dtype) != (self.h5_main.shape, self.h5_main.dtype):
                 raise FileChangedError(
-                    f"h5_main: {address} has the shape {dataset.shape} and dtype {dataset.dtype} now; it had "
+                    f"h5_main: {address} has the shape {main.shape} and dtype {main.dtype} now; it had "
                     f"{self.h5_main.shape} and {self.h5_main.dtype} when this Process was made. Make a new one."
                 )
-            main = MainDatasetHandle(dataset)
-            source = source_of(main, path)
         except BaseException:
             files.close()
             raise
@@ -500,7 +500,10 @@ class Process(HookContract):
             if opened_together(self.h5_main):
                 from lazyproc.collective import perform_together as run
             return self._settle(
-                partial(run, override=bool(override), chosen=self._chosen, listener=self._progress), args, kwargs
+                partial(run, override=bool(override), chosen=self._chosen, listener=self._progress),
+                args,
+                kwargs,
+                may_return=not override,
             )
 
     def retry_failed(self, *args: Any, **kwargs: Any) -> h5py.Group:
@@ -565,17 +568,21 @@ class Process(HookContract):
             )
         from lazyproc.retry import retry
 
-        return self._settle(partial(retry, chosen=self._chosen, listener=self._progress), args, kwargs)
+        return self._settle(
+            partial(retry, chosen=self._chosen, listener=self._progress), args, kwargs, may_return=False
+        )
 
-    def _settle(self, work: Callable[..., str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> h5py.Group:
+    def _settle(
+        self, work: Callable[..., str], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, may_return: bool
+    ) -> h5py.Group:
         """Let a run do its work, look for results again, and return the group."""
-        if self._lazy:
-            self._place.check_writable()
         declared = self._declared()
         self._h5_status_dset = None  # h5py would go on showing what it has read of it
         try:
             with self._logging(), declared.place.briefly() as place:
-                name = work(replace(declared, place=place), args, kwargs)
+                declared = replace(declared, place=place)
+                unwritable = finished_to_read(declared, args, kwargs, self._chosen) if may_return else None
+                name = unwritable or work(declared, args, kwargs)
         except BaseException:
             with contextlib.suppress(Exception):  # what stopped the run is what the user must see
                 self._look(declared, args, kwargs)

@@ -14,7 +14,13 @@ import pytest
 from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
-from lazyproc.core.errors import FileBusyError, FileChangedError
+from lazyproc.core.errors import (
+    ArgumentValueError,
+    FileBusyError,
+    FileChangedError,
+    ParameterError,
+    ReadOnlyFileError,
+)
 from lazyproc.core.events import Finished
 
 MAIN = f"{CHANNEL}/Raw_Data"
@@ -254,3 +260,49 @@ def test_results_that_somebody_holds_stay_open(tmp_path: Path) -> None:
         assert all(np.array_equal(dataset, held[0]["Mean"]) for dataset in datasets)
         assert all(MAIN in file for file in files)
     assert not any([*held, *datasets, *files])
+
+
+# --- links, and files that cannot be written
+
+
+def test_a_target_behind_a_link_is_refused_and_told(tmp_path: Path) -> None:
+    """HDF5 would change the other file, which nobody has locked; or it would find nothing."""
+    path, name = make_usid_file(tmp_path / "scan.h5")
+    make_usid_file(tmp_path / "other.h5")
+    with h5py.File(path, "r+") as file:
+        file["elsewhere"] = h5py.ExternalLink("other.h5", "/")
+        file["nowhere"] = h5py.SoftLink("/is/nothing")
+        file["here"] = h5py.SoftLink(CHANNEL)
+    before = Path(path).read_bytes(), (tmp_path / "other.h5").read_bytes()
+    for target, words in {
+        "elsewhere": rf"link to another file.*{tmp_path}/other\.h5::/\.",
+        "elsewhere/fits": rf"link to another file.*{tmp_path}/other\.h5::/fits",
+        "nowhere": "leads nowhere",
+        "nowhere/fits": "leads nowhere",
+    }.items():
+        with pytest.raises(ArgumentValueError, match=words):
+            Mean(f"{path}::{name}", cores=1, h5_target_group=f"{path}::/{target}")
+    assert (Path(path).read_bytes(), (tmp_path / "other.h5").read_bytes()) == before
+    with Mean(f"{path}::{name}", cores=1, h5_target_group=f"{path}::/here/fits") as process:
+        assert process.compute().name == "/here/fits/Raw_Data-Mean_000"
+
+
+def test_finished_results_of_a_file_that_cannot_be_written_are_returned(tmp_path: Path) -> None:
+    path, name = make_usid_file(tmp_path / "scan.h5")
+    with Mean(f"{path}::{name}", cores=1) as process:
+        expected = means(process.compute())
+    before = Path(path).read_bytes()
+    with h5py.File(path, "r") as file:
+        for lazy in (False, True):
+            process = Mean(file[name], cores=1, lazy=lazy)
+            np.testing.assert_array_equal(means(process.compute()), expected)
+            assert process.duplicate_h5_groups == [process.h5_results_grp]
+            with pytest.raises(ReadOnlyFileError):
+                process.compute(True)
+            with pytest.raises(ParameterError):
+                process.compute(False, 3)
+            with pytest.raises(ReadOnlyFileError):
+                process.retry_failed()
+        with pytest.raises(ReadOnlyFileError):
+            Mean(file[name], process_name="Another", cores=1)
+    assert Path(path).read_bytes() == before

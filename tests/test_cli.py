@@ -640,6 +640,40 @@ def test_plan_as_text_and_as_json(folder):
     assert sorted(os.listdir(folder)) == ["code", "scan.h5"]
 
 
+def test_a_function_that_exits_is_no_success(folder):
+    (folder / "code" / "leaving.py").write_text(
+        "import sys, lazyproc\n"
+        "class Leaving(lazyproc.Process):\n"
+        "    outputs = {'Value': lazyproc.Output('f8')}\n"
+        "    @staticmethod\n"
+        "    def _map_function(row):\n"
+        "        sys.exit(0)\n"
+    )
+    done = lazyproc_command("run", "code/leaving.py:Leaving", ADDRESS, "--cores", "1", cwd=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "has called sys.exit(0)" in done.stderr
+
+
+def test_a_job_script_is_written_over_nothing_but_by_force(folder):
+    before = (folder / "scan.h5").read_bytes()
+    done = lazyproc_command("slurm", "-o", "scan.h5", "--", "true", cwd=folder)
+    assert done.returncode == 1
+    assert "there is a file of this name already" in done.stderr
+    assert (folder / "scan.h5").read_bytes() == before
+    for more in ([], ["--force", "--time", "02:00:00"]):
+        assert lazyproc_command("slurm", *more, "--", "true", cwd=folder).returncode == 0
+    assert "02:00:00" in (folder / "lazyproc-job.sh").read_text()
+    assert lazyproc_command("slurm", "--", "true", cwd=folder).returncode == 1
+
+
+def test_the_demo_leaves_a_scan_of_somebody_else_alone(folder):
+    before = (folder / "scan.h5").read_bytes()
+    done = lazyproc_command("demo", ".", cwd=folder)
+    assert done.returncode == 1
+    assert "was not made by a demo" in done.stderr
+    assert (folder / "scan.h5").read_bytes() == before
+
+
 def test_status_as_text_and_as_json(folder):
     empty = lazyproc_command("status", "scan.h5", cwd=folder)
     assert (empty.returncode, empty.stdout) == (0, "scan.h5: no results\n")

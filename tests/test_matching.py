@@ -459,6 +459,29 @@ def test_a_damaged_group_is_named_and_passed_over(scan):
         assert process.compute().name != name
 
 
+def test_the_same_dataset_by_another_path_is_the_same_work(scan):
+    """Through a link, and where it was moved to: as long as its values are the same."""
+    path = file_of(scan)
+    name, _ = run(Mean, scan)
+    with h5py.File(path, "r+") as file:
+        file["soft"] = h5py.SoftLink(CHANNEL)
+        file["hard"] = file[CHANNEL]
+    last = name.rpartition("/")[2]
+    for other in ("soft", "hard"):
+        assert run(Mean, f"{path}::/{other}/Raw_Data")[0] == f"/{other}/{last}"
+    with h5py.File(path, "r+") as file:
+        del file["soft"], file["hard"]
+        file.move(CHANNEL, "/moved")
+    moved = f"{path}::/moved/Raw_Data"
+    with Mean(moved, cores=1, verify="none") as process:
+        assert process.duplicate_h5_groups == []
+        assert "source: stored results of" in process.why_not_duplicate(f"/moved/{last}")
+    assert run(Mean, moved)[0] == f"/moved/{last}"
+    with h5py.File(path, "r+") as file:
+        file["moved/Raw_Data"][3, 2] += 1
+    assert run(Mean, moved)[0] != f"/moved/{last}"
+
+
 def test_results_of_other_parameters_cost_a_search_only_their_parameters(scan, monkeypatch):
     """A sweep leaves many of them, and each further call looks at all."""
     for power in (2, 3, 4):

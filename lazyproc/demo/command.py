@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import h5py
 import numpy as np
 
-from lazyproc.core.errors import Interrupted
+from lazyproc.core.errors import ArgumentValueError, Interrupted
 from lazyproc.core.events import BlockDone, Event, Listener
 from lazyproc.core.specs import Output
 from lazyproc.demo.maps import compare, draw_maps
 from lazyproc.demo.oscillator import fit, response
 from lazyproc.demo.simulate import MAIN_DATASET, TRUTH_GROUP, UNITS, simulate_scan
 from lazyproc.engine.limits import available_cores
+from lazyproc.hdf5.files import Files
 from lazyproc.process import Process
 from lazyproc.results import open_results
 
@@ -79,6 +81,7 @@ def run_demo(directory: str, *, say: Callable[[str], None], n_rows: int = 96, n_
     else:
         say(f"1  using the scan of an earlier demo: {path}")
     address = f"{path}::{MAIN_DATASET}"
+    _check_scan(path)
     with h5py.File(path, "r") as file:
         attributes = dict(file["Measurement_000"].attrs)
         truth = {name: item[()] for name, item in file[TRUTH_GROUP].items()}
@@ -97,6 +100,17 @@ def run_demo(directory: str, *, say: Callable[[str], None], n_rows: int = 96, n_
     say(f"4  maps: {picture}")
     say(f"   open the results:  lazyproc.open_results({results!r})")
     return {"results": results, "picture": picture, "stopped_at": stopped, "errors": errors}
+
+
+def _check_scan(path: str) -> None:
+    """Raise ArgumentValueError if the file is none that a demo has made."""
+    with closing(Files()) as files:
+        file = files.open(path)
+        if MAIN_DATASET not in file or TRUTH_GROUP not in file:
+            raise ArgumentValueError(
+                f"{path}: this file was not made by a demo, which is left as it is; expected none, or the scan of an "
+                "earlier demo. Choose another folder."
+            )
 
 
 def _fit(address: str, parameters: dict[str, float], *, stop: bool, say: Callable[[str], None]) -> float:

@@ -40,7 +40,10 @@ def active_client() -> Any | None:
         If it is an asynchronous one, and this is its event loop, which an answer would have to come through.
     """
     distributed = sys.modules.get("distributed")
-    if distributed is None or hasattr(distributed.worker.thread_state, "execution_state"):
+    if distributed is None or not hasattr(distributed, "default_client"):  # another thread may be importing it just now
+        return None
+    worker = sys.modules.get("distributed.worker")
+    if worker is not None and hasattr(getattr(worker, "thread_state", None), "execution_state"):
         return None
     try:
         client = distributed.default_client()

@@ -60,6 +60,7 @@ class PathPlace:
             return None
         file = self.files.open(self.path, "h5_target_group")
         with reading(f"h5_target_group: {self.path}::{self.name}", "Give h5_target_group in another file."):
+            _check_links(file, self.path, self.name)
             found, name = file.get(self.name), self.name
             while (nearest := file.get(name)) is None:  # the group may be made below what is there already
                 name = name.rpartition("/")[0] or "/"
@@ -208,6 +209,34 @@ def results_in(file: h5py.File, name: str) -> h5py.Group:
     if not isinstance(group, h5py.Group):
         raise ResultsError(f"{file.filename}::{name}: the results group is gone: another program has removed it.")
     return group
+
+
+def _check_links(file: h5py.File, path: str, name: str) -> None:
+    """Refuse a path with a link in it through which nothing can be made.
+
+    Raises
+    ------
+    ArgumentValueError
+        If a link leads to another file, which would have to be locked and changed as a whole, too, or nowhere.
+    """
+    parts = name.strip("/").split("/")
+    for count in range(1, len(parts) + 1):
+        inner = "/".join(parts[:count])
+        link = file.get(inner, getlink=True)
+        if link is None:
+            return  # to be made
+        if isinstance(link, h5py.ExternalLink):
+            there = os.path.join(os.path.dirname(path), link.filename)
+            rest = "/".join(part for part in (link.path.strip("/"), *parts[count:]) if part)
+            raise ArgumentValueError(
+                f"h5_target_group: {path}::/{inner} is a link to another file; expected a group of this file. Give the "
+                f"address there: {there}::/{rest}."
+            )
+        if isinstance(link, h5py.SoftLink) and file.get(inner) is None:
+            raise ArgumentValueError(
+                f"h5_target_group: {path}::/{inner} is a link that leads nowhere (to {link.path}); expected a group, "
+                "or nothing. Make what it leads to, or remove the link."
+            )
 
 
 def place_of(target: Any, main: h5py.Dataset, main_path: str | None, files: Files) -> Place:

@@ -61,6 +61,8 @@ class Work:
         The name of the status mask.
     fingerprint : callable
         A stored fingerprint to the present one of the main dataset, made the same way; empty if it is not verified.
+    is_renamed : callable
+        Tells of a stored path whether it may be an earlier one of the main dataset: it leads there too, or nowhere.
     """
 
     main_name: str
@@ -73,6 +75,7 @@ class Work:
     code: str
     status_name: str
     fingerprint: Callable[[str], str] = field(repr=False)
+    is_renamed: Callable[[str], bool] = field(default=lambda stored: False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -300,7 +303,7 @@ def _has_null_references(dataset: h5py.Dataset) -> bool:
 
 def _source_differences(group: h5py.Group, work: Work) -> Iterable[str]:
     stored_name = source_name(group)
-    if stored_name is not None and stored_name != work.main_name:
+    if stored_name is not None and stored_name != work.main_name and not work.is_renamed(stored_name):
         yield f"source: stored results of {stored_name}, wanted {work.main_name}"
         return
     stored = text_attribute(group, "lazyproc_fingerprint")
