@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import h5py
@@ -48,13 +48,19 @@ def open_main(main: str | h5py.Dataset, files: Files, *, writable: bool) -> tupl
     return path, files.open_for_writing(path)[name] if writable and os.access(path, os.W_OK) else found
 
 
-def open_source(main: str | h5py.Dataset, files: Files) -> tuple[str | None, MainDatasetHandle, Source]:
-    """Open the main dataset for reading, with how it is read; once more if a run changes its file just now."""
+def open_source(
+    main: str | h5py.Dataset, files: Files, check: Callable[[h5py.Dataset], None] = lambda dataset: None
+) -> tuple[str | None, MainDatasetHandle, Source]:
+    """Open the main dataset for reading, with how it is read; once more if a run changes its file just now.
+
+    `check` may raise if it is not the one that is expected, before it is looked at any closer.
+    """
 
     def read() -> tuple[str | None, MainDatasetHandle, Source]:
         opened = Files()
         try:
             path, dataset = open_main(main, opened, writable=False)
+            check(dataset)
             handle = MainDatasetHandle(dataset)
             source = source_of(handle, path)
         except BaseException:

@@ -294,12 +294,7 @@ class Process(HookContract):
             return
         address, files = f"{self._main_path}::{self.h5_main.name}", Files()
         try:
-            _, main, source = open_source(address, files)
-            if (main.shape, main.dtype) != (self.h5_main.shape, self.h5_main.dtype):
-                raise FileChangedError(
-                    f"h5_main: {address} has the shape {main.shape} and dtype {main.dtype} now; it had "
-                    f"{self.h5_main.shape} and {self.h5_main.dtype} when this Process was made. Make a new one."
-                )
+            _, main, source = open_source(address, files, self._check_form)
         except BaseException:
             files.close()
             raise
@@ -309,6 +304,14 @@ class Process(HookContract):
             return
         self._files.take(files)
         self.h5_main, self._source = main, source
+
+    def _check_form(self, main: h5py.Dataset) -> None:
+        """Raise FileChangedError if the main dataset has another form than it had."""
+        if (main.shape, main.dtype) != (self.h5_main.shape, self.h5_main.dtype):
+            raise FileChangedError(
+                f"h5_main: {self._main_path}::{main.name} has the shape {main.shape} and dtype {main.dtype} now; it "
+                f"had {self.h5_main.shape} and {self.h5_main.dtype} when this Process was made. Make a new one."
+            )
 
     def _look(self, declared: Declared, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look for results of the same work and keep what is found."""

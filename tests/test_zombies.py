@@ -333,7 +333,7 @@ def assert_refused(stage: Stage, group: h5py.Group, old: str) -> None:
             assert f"The run {old} is over: the file belongs to the run" in str(answer)
         assert Path(stage.path).read_bytes() == before
         now = sink_of(stage.path, group, run_of(stage.path))
-        assert all(isinstance(one, tuple) for one in client.run(_write, now, block, right).values())
+        assert all(isinstance(one, int) for one in client.run(_write, now, block, right).values())
         assert Path(stage.path).read_bytes() != before
 
 
