@@ -384,6 +384,7 @@ def _loop(
         blocks.room,
         crew,
         blocks.share,
+        may_be_here=not declared.apart or declared.may_be_here,
     )
     outcome = run_loop(blocks.noting(receipts), committer, drain)
     return outcome, scheduler if in_place and scheduler.client is not None else None

@@ -640,6 +640,27 @@ def test_plan_as_text_and_as_json(folder):
     assert sorted(os.listdir(folder)) == ["code", "scan.h5"]
 
 
+def test_a_function_that_uses_what_only_this_process_has_is_done_here(folder):
+    """A cache is pickled by the name of its module, which no other process can import."""
+    (folder / "code" / "cached.py").write_text(
+        "import functools, time, lazyproc\n"
+        "@functools.lru_cache\n"
+        "def factor(number): return 2.0\n"
+        "class Cached(lazyproc.Process):\n"
+        "    outputs = {'Value': lazyproc.Output('f8')}\n"
+        "    @staticmethod\n"
+        "    def _map_function(row):\n"
+        "        time.sleep(0.02)\n"
+        "        return factor(len(row)) * float(row.sum())\n"
+    )
+    done = lazyproc_command("run", "code/cached.py:Cached", ADDRESS, "--cores", "2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("cannot be loaded in worker processes") == 1
+    with h5py.File(folder / "scan.h5") as file:
+        expected = 2 * file[f"{CHANNEL}/Raw_Data"][()].sum(axis=1, keepdims=True, dtype="f8")
+        np.testing.assert_allclose(file[f"{CHANNEL}/Raw_Data-Cached_000/Value"][()], expected, rtol=1e-5)
+
+
 def test_a_function_that_exits_is_no_success(folder):
     (folder / "code" / "leaving.py").write_text(
         "import sys, lazyproc\n"

@@ -514,7 +514,7 @@ def test_a_kernel_that_cannot_be_loaded_fails_each_block() -> None:
     for _ in range(2):
         failure = run_loaded(packed.load, Block(0, (0,), (3,))).failure
         assert failure is not None
-        assert failure.kind == "worker"
+        assert failure.kind == "loading"
 
 
 def test_processes_that_have_a_kernel_need_not_have_it_kept(tmp_path: Path) -> None:

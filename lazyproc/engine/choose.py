@@ -19,6 +19,7 @@ from lazyproc.engine.local import (
     Receipts,
     Stopping,
     never,
+    or_here,
     run_both,
     run_processes,
     run_serial,
@@ -133,6 +134,7 @@ class Scheduler:
         room: Room | None = None,
         crew: Crew | None = None,
         on_workers: Callable[[int], int | None] | None = None,
+        may_be_here: bool = True,
     ) -> Receipts:
         """Run the blocks.
 
@@ -154,6 +156,8 @@ class Scheduler:
             Worker processes that were started beforehand.
         on_workers : callable, optional
             Is told, again and again, how many threads a cluster has; returns how many blocks may be under way.
+        may_be_here : bool
+            The driver's process may call the function, if worker processes cannot load it: it is known of no crash.
         """
         if not self.n_processes:
             kernel.parcel.let_go()  # nobody will get it
@@ -162,9 +166,11 @@ class Scheduler:
 
             return run_client(self.client, kernel, blocks, stopping, name, dropping, self.most, on_workers)
         if self.kind == "both":
-            return run_both(kernel, blocks, self.n_workers, stopping, name, dropping, interruptible, room, crew)
+            both = run_both(kernel, blocks, self.n_workers, stopping, name, dropping, interruptible, room, crew)
+            return or_here(both, kernel, interruptible)
         if self.kind == "processes":
-            return run_processes(kernel, blocks, self.n_workers, stopping, name, dropping, room, crew)
+            others = run_processes(kernel, blocks, self.n_workers, stopping, name, dropping, room, crew)
+            return or_here(others, kernel, interruptible) if may_be_here else others
         if self.kind == "threads":
             return run_threads(kernel, blocks, self.n_workers, stopping, dropping, room)
         return run_serial(kernel, blocks, stopping, interruptible)

@@ -27,7 +27,7 @@ class Failure:
     ----------
     kind : str
         ``"function"``: the user's function raised; ``"output"``: what it returned does not fit; ``"worker"``: reading,
-        writing or loading failed; ``"loading"``: the kernel cannot be loaded where the function was to be tried;
+        writing failed; ``"loading"``: the kernel cannot be loaded in the worker;
         ``"lost"``: the workers that had the block died, each time it was tried.
     positions : tuple of int
         First position and last position plus one that are concerned.
@@ -60,7 +60,7 @@ class Failure:
 
     @classmethod
     def of_loading(cls, error: BaseException, block: Block) -> Failure:
-        """The kernel cannot be loaded where the function was to be tried."""
+        """The kernel cannot be loaded in the worker."""
         return cls("loading", (block.start, block.stop), error)
 
     @classmethod
@@ -87,6 +87,12 @@ class Failure:
             raise OutputError(f"{process_name}: {where} of {dataset}: {self.error}") from None
         if isinstance(self.error, LazyprocError):
             raise self.error
+        if self.kind == "loading":
+            raise WorkerError(
+                f"{process_name}: the workers cannot load the function, or an argument of it ({what}); expected what "
+                "they can import, or what can be sent. Define it, and what it uses, at the top level of a module that "
+                "they find, too."
+            ) from self.error
         raise WorkerError(f"{process_name}: a worker failed {where} of {dataset}: {what}") from self.error
 
 

@@ -393,8 +393,14 @@ def unpack(packed: bytes) -> Kernel:
 def run_loaded(load: Callable[[], Kernel], block: Block) -> Receipt:
     """Do one block with a kernel that may have to be loaded, in a process that does not end for a function's exit."""
     try:
-        return run_block(load(), block)
-    except (Exception, SystemExit) as error:  # of loading it; `run_block` raises no Exception
+        kernel = load()
+    except MemoryError as error:  # elsewhere, or later, there may be enough
+        return Receipt(block, failure=Failure.of_worker(error, block))
+    except (Exception, SystemExit) as error:
+        return Receipt(block, failure=Failure.of_loading(error, block))
+    try:
+        return run_block(kernel, block)
+    except SystemExit as error:  # it raises no Exception
         return Receipt(block, failure=Failure.of_worker(error, block))
 
 

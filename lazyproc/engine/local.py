@@ -9,6 +9,7 @@ finished and not yet taken, is bounded by a window of two blocks a worker, howev
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import queue
 import threading
@@ -39,6 +40,8 @@ _ATTEMPTS = 2
 
 _DEATHS_ALONE = 100
 """So many processes may die in a run to find out which positions of its lost blocks are the ones that end them."""
+
+log = logging.getLogger("lazyproc")
 
 Receipts = Iterator[Receipt | None]
 Stopping = Callable[[], bool]
@@ -220,6 +223,34 @@ def run_both(
         kernel.parcel.let_go()
         if crew is None:
             own.close()
+
+
+def or_here(receipts: Receipts, kernel: Kernel, interruptible: Interruptible) -> Receipts:
+    """Do blocks in this thread that worker processes cannot do since the function cannot be loaded there.
+
+    What was pickled may refer to something that only this process has: a module made in it, the script itself.
+    """
+    is_told = False
+    try:
+        for receipt in receipts:
+            failure = None if receipt is None else receipt.failure
+            if receipt is None or failure is None or failure.kind != "loading":
+                yield receipt
+                continue
+            if not is_told:
+                log.warning(
+                    "the function cannot be loaded in worker processes (%s: %s), so this process does it all; define "
+                    "it, and what it uses, at the top level of a module that can be imported",
+                    type(failure.error).__name__, failure.error,
+                )  # fmt: skip
+                is_told = True
+            with interruptible():
+                done = run_block(kernel, receipt.block)
+            if receipt.rest is not None:
+                done.rest = receipt.rest if done.rest is None else done.rest.join(receipt.rest)
+            yield done
+    finally:
+        receipts.close()  # type: ignore[attr-defined]
 
 
 def _run_batches(
