@@ -437,6 +437,9 @@ METHODS = [
     Row("open_results of a dataset", lambda env: lazyproc.open_results(f"{env.path}::{MAIN}"), TYPE, ("group", MAIN), None, by_path),
     Row("open_results of another group", lambda env: lazyproc.open_results(f"{env.path}::/Measurement_000"), (lazyproc.LazyprocError, ValueError), ("Measurement_000", "main dataset"), None, by_path),
     Row("map_positions of no function", lambda env: lazyproc.map_positions(3, env.main(), Output("f4")), TYPE, ("function", "3")),
+    Row("map_positions afresh and kept nowhere", lambda env: lazyproc.map_positions(np.mean, env.main(), Output("f4"), lazy=True, override=True), VALUE, ("override", "lazy=True")),
+    Row("map_positions with a limit that nothing counts for", lambda env: lazyproc.map_positions(np.mean, env.main(), Output("f4"), max_failures=3), VALUE, ("max_failures", "3", "on_error='record'")),
+    Row("map_positions with parameters that cannot be handed on", lambda env: lazyproc.map_positions(max, env.main(), Output("f4"), params={"key": "x"}), PARAMETER, ("max", "'key'", "Wrap it")),
     Row("map_positions without outputs", lambda env: lazyproc.map_positions(np.mean, env.main(), {}), DEFINITION, ("outputs", "{}")),
 ]  # fmt: skip
 

@@ -36,6 +36,7 @@ from lazyproc.engine.failure import Failure
 from lazyproc.engine.kernel import Kernel, Receipt, pack, pack_once, run_loaded, unpack
 from lazyproc.engine.limits import available_cores, default_cores
 from lazyproc.engine.local import run_processes, run_serial, run_threads
+from lazyproc.engine.threads import BlockThreads
 from lazyproc.engine.worker import Packed
 
 N_POSITIONS = 1000
@@ -507,6 +508,30 @@ def test_a_worker_process_keeps_no_bytes_of_a_kernel_that_it_has_loaded() -> Non
     assert loaded is packed.load()
     assert (loaded.native_threads, loaded.watched) == (1, True)
     assert not packed.bytes
+
+
+def test_a_thread_that_waits_for_its_turn_begins_nothing_once_the_run_is_over() -> None:
+    called, go_on = [], threading.Event()
+
+    def wait(spectrum: NDArray[Any]) -> float:
+        called.append(float(spectrum[0]))
+        go_on.wait(30)
+        return 0.0
+
+    room = Room(rows=1, n_workers=1)
+    threads = BlockThreads(kernel_of(wait), 2, room)
+    for block in itertools.islice(BlockPlan(REMAINING, 1), 2):
+        threads.submit(block)
+    deadline = time.monotonic() + 30
+    while not called or threads._tasks.qsize():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    threads.close()
+    go_on.set()
+    for thread in threads._threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert len(called) == 1
 
 
 def test_a_kernel_that_cannot_be_loaded_fails_each_block() -> None:

@@ -248,6 +248,27 @@ def test_a_new_run_waits_for_a_write_under_way(path: Path, start: Starter) -> No
     assert os.listdir(path.parent) == ["scan.h5"]
 
 
+def test_a_write_that_does_not_end_is_waited_for_once(
+    path: Path, start: Starter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who is refused at the fence does not wait there again to clear up: what is there keeps the next run away, too."""
+    monkeypatch.setattr("lazyproc.hdf5.lock._WRITE_SECONDS", 0.1)
+    driver = start.driver(path, "first")
+    worker = start.worker(fence_of(path, "first"))
+    kill(driver)
+    for _ in range(2):
+        with pytest.raises(FileBusyError, match="a worker has been writing"):
+            RunLock(str(path), "second").acquire()
+    assert caplog.text == ""
+    assert holder(str(path)) is None
+    worker.communicate("\n")
+    lock = RunLock(str(path), "third")
+    lock.acquire()
+    os.unlink(sidecar(str(path), "fence"))
+    lock.release()
+    assert os.listdir(path.parent) == ["scan.h5"]
+
+
 def test_release_waits_for_a_write_under_way(path: Path, start: Starter) -> None:
     driver = start.driver(path, "run")
     worker = start.worker(fence_of(path, "run"))

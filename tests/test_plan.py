@@ -16,7 +16,7 @@ from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
 from lazyproc import MemoryLimitError, Output, ParameterError, Process
-from lazyproc.core.memory import MEBIBYTE
+from lazyproc.core.memory import MEBIBYTE, WORKER_BYTES
 from lazyproc.core.plan import format_share
 
 
@@ -158,7 +158,7 @@ def test_the_memory_numbers_hold_together(tmp_path, more_mb, cores, multiplier):
         plan = process.plan()
     assert plan.allowed_bytes == max_mem_mb * MEBIBYTE
     assert plan.bytes_per_position == pytest.approx(64 * 4 * multiplier + 4 + 64 * 8)
-    assert plan.worker_bytes == min(plan.block_positions, 10**4) * plan.bytes_per_position
+    assert plan.worker_bytes == WORKER_BYTES + min(plan.block_positions, 10**4) * plan.bytes_per_position
     assert plan.n_workers * plan.worker_bytes < plan.projected_bytes <= plan.allowed_bytes
     assert plan.n_blocks == count_blocks(10**4, plan.block_positions, plan.n_workers)
 

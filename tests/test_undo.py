@@ -714,6 +714,20 @@ def test_what_is_not_promised_is_logged(
 # -- settled datasets ------------------------------------------------------------------------------------------------
 
 
+def test_what_lies_behind_a_broken_object_is_found(tmp_path):
+    """HDF5's own walk would end there, and what comes after it would not be guarded."""
+    path = tmp_path / "scan.h5"
+    with h5py.File(path, "w") as file:
+        for name in ("a", "b", "c"):
+            file[f"group/{name}"] = np.arange(5.0)
+        place = address_of(file["group/b"])
+    with open(path, "r+b") as raw:
+        raw.seek(place)
+        raw.write(b"\xff" * 16)
+    with h5py.File(path) as file:
+        assert [one.name for one in datasets_below(file)] == ["/group/a", "/group/c"]
+
+
 def test_results_get_their_places(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "scan.h5", "w") as file:
         plain = file.create_dataset("plain", (400, 3), "f4")
