@@ -695,6 +695,13 @@ def test_the_demo_leaves_a_scan_of_somebody_else_alone(folder):
     assert (folder / "scan.h5").read_bytes() == before
 
 
+def test_the_package_can_be_called(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "lazyproc", "status", "scan.h5"], cwd=folder, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "scan.h5: no results\n")
+
+
 def test_status_as_text_and_as_json(folder):
     empty = lazyproc_command("status", "scan.h5", cwd=folder)
     assert (empty.returncode, empty.stdout) == (0, "scan.h5: no results\n")
