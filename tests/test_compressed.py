@@ -299,6 +299,7 @@ def test_any_dtype(scan: Path, dtype: Any) -> None:
         assert dataset[:].tobytes() == wanted.tobytes()
         assert dataset.dtype == wanted.dtype
         assert (dataset.compression, dataset.shuffle) == ("gzip", True)
+        assert np.asarray(dataset.fillvalue, dtype).tobytes() == Any_.outputs["Out"].fill_value.tobytes()
 
 
 @pytest.mark.parametrize("how", [{"libver": "latest"}, {"chunks": (7, 5), "compression": "gzip"}], ids=str)

@@ -493,6 +493,24 @@ def check_outputs(target, main, same_file):
         create.create_output(group, main, resolved("Scalar", n_spectral), same_file=same_file)
 
 
+@pytest.mark.parametrize("fill", [None, b"", b"ab", b"abcd", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "dtype", ["S4", "S1", "S40", np.dtype([("Name", "S4"), ("Names", "S3", (2,)), ("N", "f4")])], ids=str
+)
+def test_bytes_as_a_fill_value(tmp_path, dtype, fill):
+    """HDF5 once got the address of the bytes: what lay in memory there was shown, and written into the file."""
+    fill = fill if fill is None else fill[: 1 if dtype == "S1" else 4]
+    value = fill if fill is None or isinstance(dtype, str) else (fill, fill[:3], -1)
+    output = Output(dtype, [Dimension("N", "", 3)], fill_value=value).resolve("Texts", 6)
+    path, name = make_usid_file(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        create.create_output(file[name].parent, file[name], output, same_file=True)
+    with h5py.File(path, "r") as file:
+        dataset = file[name].parent["Texts"]
+        assert np.asarray(dataset.fillvalue, dtype).tobytes() == output.fill_value.tobytes()
+        assert dataset[:].tobytes() == output.fill_value.tobytes() * dataset.size
+
+
 def test_copies_hold_the_same_in_another_file(tmp_path, monkeypatch):
     monkeypatch.setattr("lazyproc.hdf5.grid._PIECE_BYTES", 48)
     path, name = make_usid_file(tmp_path / "a.h5")

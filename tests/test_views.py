@@ -470,13 +470,14 @@ def test_of_a_partial_group_the_done_are_read_and_the_others_computed(tmp_path, 
 
 def test_the_declared_fill_value_shows_where_nothing_is_done(tmp_path):
     address = address_of(make_usid_file(tmp_path / "a.h5"))
-    fills = {"One": -1, "Row": -2, "Twin": (5.0, 6)}
+    fills = {"One": -1, "Row": -2, "Twin": (5.0, 6), "Text": b"none"}
     outputs = {
         "One": Output("i4", fill_value=-1),
         "Row": Output("f4", dims=[Dimension("N", "", 2)], fill_value=-2),
         "Twin": Output(PAIR, fill_value=np.array((5.0, 6), PAIR)),
+        "Text": Output("S4", fill_value=b"none"),
     }
-    group = lazyproc.map_positions(three_forms, address, outputs, cores=1)
+    group = lazyproc.map_positions(four_forms, address, outputs, cores=1)
     with h5py.File(address.partition("::")[0], "r+") as file:
         file[group.name]["completed_positions"][...] = 0
     results = lazyproc.open_results(group).compute()
@@ -484,8 +485,8 @@ def test_the_declared_fill_value_shows_where_nothing_is_done(tmp_path):
         assert np.unique(results[name]).tolist() == [fill]
 
 
-def three_forms(spectrum):
-    return 1, [1, 2], np.array((1.0, 2), PAIR)
+def four_forms(spectrum):
+    return 1, [1, 2], np.array((1.0, 2), PAIR), b"text"
 
 
 def test_outputs_computed_together_call_the_function_once_a_position(tmp_path, counter, small_blocks):

@@ -243,7 +243,7 @@ def create_contiguous(
         creation.set_external(os.fsencode(external[0]), *external[1:])
     creation.set_fill_time(h5py.h5d.FILL_TIME_ALLOC if filled else h5py.h5d.FILL_TIME_NEVER)
     if fill_value is not None:
-        creation.set_fill_value(np.asarray(fill_value, dtype))
+        set_fill_value(creation, fill_value, dtype)
     stored = h5py.h5t.py_create(dtype, logical=True)
     space = h5py.h5s.create_simple(shape)
     dataset = h5py.Dataset(h5py.h5d.create(group.id, None, stored, space, creation))
@@ -254,6 +254,20 @@ def create_contiguous(
             dataset.attrs[key] = value
     group[name] = dataset
     return group[name]
+
+
+def set_fill_value(creation: Any, value: Any, dtype: np.dtype[Any]) -> None:
+    """Tell HDF5 the value of a dataset of this dtype where nothing was written.
+
+    Notes
+    -----
+    Of bytes of fixed length h5py would hand over the address of the value instead of the value; it reads the value only
+    from a text of variable length, which HDF5 then converts.
+    """
+    filled = np.asarray(value, dtype)
+    if dtype.kind == "S":
+        filled = np.array(filled[()], h5py.string_dtype(h5py.check_string_dtype(dtype).encoding))
+    creation.set_fill_value(filled)
 
 
 def _create_spectroscopic(group: h5py.Group, output: ResolvedOutput) -> tuple[h5py.Dataset, h5py.Dataset]:

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 
 from lazyproc.core.compression import Compression, chunk_shape
+from lazyproc.hdf5.create import set_fill_value
 from lazyproc.hdf5.rows_file import HEADER_BYTES, MARK
 
 
@@ -35,7 +36,7 @@ def external_layout(dataset: h5py.Dataset, rows: str) -> Any:
 
 def _fresh(dataset: h5py.Dataset) -> Any:
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    creation.set_fill_value(np.asarray(dataset.fillvalue, dataset.dtype))
+    set_fill_value(creation, dataset.fillvalue, dataset.dtype)
     return creation
 
 
