@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections import namedtuple
+from array import array as array_of_numbers
+from collections import UserList, deque, namedtuple
 
 import numpy as np
+import pandas
 import pytest
+import xarray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -558,6 +561,135 @@ def test_whatever_the_function_uses_again_is_kept_as_it_was(form):
     (array,) = compute_rows(function, block_of(300), resolved(A=output), vectorized=False)
     first = array["Phase"][:, 0] if form == "record" else array[:, 0]
     assert first.tolist() == block_of(300)[:, 0].tolist()
+
+
+class Viewed:
+    """An object that NumPy can read, of values elsewhere; refuses to be copied, as what holds a file or a lock does."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot be copied")
+
+
+class Counting:
+    """A sequence of its own kind, of values elsewhere."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, number):
+        return self.values[number]
+
+
+class Listed(list):
+    pass
+
+
+Two = namedtuple("Two", "one two")
+USED_AGAIN = {
+    # makes an object of two values and what puts new values into it
+    "DataArray": lambda: in_array(lambda buffer: xarray.DataArray(buffer, dims="d")),
+    "Series": lambda: in_array(lambda buffer: pandas.Series(buffer, copy=False)),
+    "memoryview": lambda: in_array(memoryview),
+    "__array__": lambda: in_array(Viewed),
+    "sequence": lambda: in_array(Counting),
+    "views in a list": lambda: in_array(lambda buffer: [memoryview(buffer)[:1], memoryview(buffer)[1:]]),
+    "named tuple": lambda: in_array(lambda buffer: Two(buffer[:1], buffer[1:])),
+    "tuple of one": lambda: in_array(lambda buffer: (memoryview(buffer),)),
+    "dict": lambda: in_array(lambda buffer: {"A": xarray.DataArray(buffer)}),
+    "array": lambda: in_list(array_of_numbers("d", [0, 0])),
+    "deque": lambda: in_list(deque([0, 0])),
+    "UserList": lambda: in_list(UserList([0, 0])),
+    "list of its own kind": lambda: in_list(Listed([0, 0])),
+}
+
+
+def in_array(make):
+    buffer = np.zeros(2)
+    return make(buffer), lambda values: np.copyto(buffer, values)
+
+
+def in_list(values):
+    def put(new):
+        values[0], values[1] = new.tolist()
+
+    return values, put
+
+
+@pytest.mark.parametrize("kind", USED_AGAIN)
+def test_an_object_of_any_type_is_kept_as_it_was(kind):
+    value, put = USED_AGAIN[kind]()
+
+    def function(row):
+        put(row[:2])
+        return value
+
+    shape = (2, 1) if kind in ("views in a list", "named tuple") else (2,)
+    (found,) = compute_rows(function, block_of(300), resolved(A=output_of("f8", shape)), vectorized=False)
+    np.testing.assert_array_equal(found, block_of(300)[:, :2])
+
+
+def test_a_table_and_bytes_are_kept_as_they_were():
+    buffer, names = np.zeros((2, 2)), deque([b"", b""])
+    table = pandas.DataFrame(buffer, copy=False)
+
+    def function(row):
+        buffer[:] = row[0]
+        names[1] = b"%d" % row[0]
+        return table, names
+
+    outputs = resolved(Table=output_of("f8", (2, 2)), Names=output_of("S4", (2,)))
+    values, texts = compute_rows(function, block_of(300), outputs, vectorized=False)
+    first = block_of(300)[:, 0]
+    np.testing.assert_array_equal(values, np.repeat(first[:, None], 4, axis=1))
+    assert texts[:, 1].tolist() == [b"%d" % number for number in first]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({1.0}, r"returned \{1.0\} \(set\); expected the shape \(2,\)"),
+        (deque([1.0, [2.0]]), r"returned deque\(\[1.0, \[2.0\]\]\) \(deque\); expected the shape \(2,\)"),
+        (deque([b"a", 7]), r"returned deque\(\[b'a', 7\]\) \(deque\)"),
+        (UserList([1.0, None]), r"returned \[1.0, None\] \(UserList\)"),
+        (Viewed([1.0, "text"]), r"Viewed object .* \(Viewed\)"),
+        (Viewed([1.0, [2.0]]), r"Viewed object .* \(Viewed\)"),
+        (iter([1.0, 2.0]), r"list_iterator object .* \(list_iterator\)"),
+    ],
+    ids=["set", "ragged", "mixed", "nothing in it", "text", "ragged __array__", "iterator"],
+)
+@pytest.mark.parametrize("dtype", ["f8", "S4"])
+def test_an_object_that_does_not_fit_is_told_as_it_came(dtype, value, words):
+    with pytest.raises(OutputMismatch, match=words) as caught:
+        compute_rows(
+            lambda row: value if row[0] == 2 * N_SPECTRAL else np.zeros(2).astype(dtype),
+            block_of(4), resolved(A=output_of(dtype, (2,))), vectorized=False,
+        )  # fmt: skip
+    assert caught.value.row == 2
+
+
+def test_what_did_not_fit_does_not_fit_later_either():
+    """The object that did not fit has the values of a later call when all of them are looked at."""
+    values = deque([None, None])
+
+    def function(row):
+        values[0] = None if row[0] == N_SPECTRAL else row[0]
+        values[1] = row[1]
+        return values
+
+    data = block_of(4)
+    failed = FailedRows(lambda runs: data, Runs.full(4))
+    (found,) = compute_rows(function, data, resolved(A=output_of("f8", (2,))), vectorized=False, failed=failed)
+    assert [one.position for one in failed.rows] == [1]
+    np.testing.assert_array_equal(np.delete(found, 1, axis=0), np.delete(data[:, :2], 1, axis=0))
 
 
 # -- masked arrays ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -28,6 +29,8 @@ _IMMUTABLE = frozenset(
     | {np.dtype(code).type for code in "?bhilqBHILQefdgFDG"}
 )
 """Results that no later call can change."""
+_CONSTANT = (float, int, complex, str, bytes, np.generic)
+"""The same with their subclasses, but for records."""
 
 _NUMBERS = "biufc"
 
@@ -71,9 +74,37 @@ class _Returned(list[Any]):
             return value.copy()
         if isinstance(value, Mapping):
             return {name: item if type(item) in _IMMUTABLE else self._held(item) for name, item in value.items()}
-        if isinstance(value, tuple | list):
-            self.plain = False  # nobody has looked into it
-        return value
+        if isinstance(value, _CONSTANT):
+            return value
+        if isinstance(value, tuple | list) and not hasattr(value, "__array__"):
+            items = [self._held(item) for item in value]
+            return (
+                value._make(items) if hasattr(value, "_make") else tuple(items) if isinstance(value, tuple) else items
+            )
+        return _as_it_is_now(value)
+
+
+def _as_it_is_now(value: Any) -> Any:
+    """Return the array that NumPy makes of an object of any other type, which may be another one after the next call.
+
+    Without one, or where only some items are numbers or bytes, the result is something that does not fit any output.
+    """
+    try:
+        array = np.array(np.asarray(value))  # a copy; asked for a copy, some objects warn
+        if array.dtype.kind in "OUS":
+            items = np.asarray(value, object)
+            if not items.shape and items[()] is value:
+                return value  # NumPy sees nothing in it that could change
+            fits = all(isinstance(item, bytes if array.dtype.kind == "S" else numbers.Number) for item in items.flat)
+        else:
+            fits = True
+    except Exception:  # whatever its methods raise: it does not fit
+        fits = False
+    if fits:
+        return array
+    misfit = np.empty((), object)
+    misfit[()] = value
+    return misfit
 
 
 def compute_rows(

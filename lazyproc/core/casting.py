@@ -177,6 +177,8 @@ def _overwrite(array: NDArray[Any], mask: Any, value: NDArray[Any]) -> None:
 
 def describe(value: Any) -> str:
     """Show a value that came, in a few words."""
+    if isinstance(value, np.ndarray) and value.dtype == object and not value.shape:
+        value = value[()]
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape} and dtype {value.dtype}"
     if value is None:
