@@ -22,6 +22,7 @@ from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Dimension, Output
 
 N_SPECTRAL = 5
+PAIR_OF_LARGE = np.dtype([("a", "u8"), ("b", "f8")])
 FIT = np.dtype([("Amplitude", "f4"), ("Phase", "f8"), ("Count", "i2")])
 PLAIN = ["f4", "f8", ">f4", "f2", "i1", "u2", "i8", "c8", "c16", "?", "S4"]
 
@@ -341,18 +342,19 @@ def test_a_misfit_is_refused_and_its_row_is_found(kind, bad_row):
     assert isinstance(alone.value, ValueError)
 
 
-def test_all_rows_must_come_in_the_same_form():
+@pytest.mark.parametrize("record", [True, False])
+def test_rows_may_come_in_different_forms(record):
     two = resolved(A=Output("f8"), B=Output("f8"))
-    forms = [{"A": 1, "B": 2}, (1, 2)]
-    for one, other in (forms, forms[::-1]):
-        with pytest.raises(OutputMismatch, match=r"\['A', 'B'\]") as caught:
-            compute_rows(
-                lambda row, pair=(one, other): pair[int(row[0] == 300 * N_SPECTRAL)],
-                block_of(400),
-                two,
-                vectorized=False,
-            )
-        assert caught.value.row == 300
+    forms = [lambda a, b: {"A": a, "B": b}, lambda a, b: (a, b), lambda a, b: {"B": [b], "A": np.array([a])}]
+    data = block_of(600)
+    failed = FailedRows(lambda runs: data, Runs.full(600)) if record else None
+    for shift in range(3):
+        found = compute_rows(
+            lambda row, shift=shift: forms[(int(row[0]) // N_SPECTRAL + shift) % 3](row[0], row[1]),
+            data, two, vectorized=False, failed=failed,
+        )  # fmt: skip
+        np.testing.assert_array_equal(np.hstack(found), data[:, :2])
+    assert failed is None or not failed.rows
 
 
 BLOCK_MISFITS = {
@@ -452,6 +454,93 @@ def test_python_integers_at_the_limits(value, dtype):
     else:
         with pytest.raises(OutputMismatch, match="'A'"):
             compute_rows(lambda row: value, block_of(2), output, vectorized=False)
+
+
+TOGETHER = [
+    # values that fit each, and have no type together in which they would fit
+    pytest.param("u8", [2**63, 1, 2**64 - 1, 0], id="digests"),
+    pytest.param("u8", [np.uint64(2**64 - 1), 1, True, np.int8(3)], id="unsigned beside others"),
+    pytest.param("i8", [np.uint64(2**62 + 1), -1, np.int32(-5)], id="negative beside unsigned"),
+    pytest.param("u8", [np.array([2**63], "u8"), np.array([1]), 2], id="arrays"),
+    pytest.param("f8", [1, np.array([2]), [3.0], np.float32(4)], id="of different shapes"),
+    pytest.param("f8", [2**70, 1.5, np.float32(2), -(2**64), True], id="large"),
+    pytest.param("f4", [2**70, 1], id="large integers"),
+    pytest.param("c16", [2**70, 1j, np.complex64(2)], id="large beside complex"),
+    pytest.param(PAIR_OF_LARGE, [(2**63, 2**70), (1, 0.5)], id="records"),
+    pytest.param(PAIR_OF_LARGE, [np.array((1, 2), [("a", "u1"), ("b", "f4")])[()], (2**63, 1)], id="mixed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["raise", "record", "block"])
+@pytest.mark.parametrize(("dtype", "values"), TOGETHER)
+def test_what_fits_alone_fits_together(dtype, values, way):
+    data = block_of(3 * len(values))
+    failed = FailedRows(lambda runs: data, Runs.full(len(data))) if way == "record" else None
+    functions = {"block": lambda block: {"A": values * 3}}
+    function = functions.get(way, lambda row: {"A": values[round(row[0]) // N_SPECTRAL % len(values)]})
+    (found,) = compute_rows(function, data, resolved(A=Output(dtype)), vectorized=way == "block", failed=failed)
+    plain = [value if isinstance(value, tuple) else np.ravel(value)[0] for value in values]
+    assert found[:, 0].tolist() == [np.array(value, dtype).item() for value in plain] * 3
+    assert failed is None or not failed.rows
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        ("u8", [2**63, 1]),
+        ("u8", [np.uint64(2**64 - 1), 1]),
+        ("f8", [2**70, 1.5]),
+        ("c8", [2**70, 1j]),
+        (PAIR_OF_LARGE, [(2**63, 2**70), (1, 0.5)]),
+    ],
+)
+def test_a_list_of_values_that_fit_each(dtype, values):
+    (found,) = compute_rows(
+        lambda row: {"A": values}, block_of(3), resolved(A=output_of(dtype, (2,))), vectorized=False
+    )
+    assert found.tolist() == [[np.array(value, dtype).item() for value in values]] * 3
+
+
+ODD = [
+    *(2**n + more for n in (0, 8, 31, 63, 64, 70, 2000) for more in (-1, 0)), -1, -(2**63), 0.5, 1e300, np.nan, 1j,
+    True, None, "text", b"ab", b"abc", np.uint64(2**64 - 1), np.int8(-7), np.float32(0.1), np.bool_(True), np.ma.masked,
+    [1], [2**63], (3.5,), np.array([5], "u8"), np.array(6), [[7]], [1, 2], np.ma.array([8]), {"A": 9}, {"B": 1}, object,
+]  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    dtype=st.sampled_from(["u8", "i8", "u1", "f4", "f8", "c8", "?", "S2"]),
+    shape=st.sampled_from([(), (1,), (2,)]),
+    values=st.lists(st.sampled_from(ODD), min_size=1, max_size=5),
+)
+def test_values_are_judged_together_as_they_are_alone(dtype, shape, values):
+    outputs = resolved(A=output_of(dtype, shape))
+    alone = []
+    for value in values:
+        try:
+            alone.append(compute_rows(lambda row, value=value: value, block_of(1), outputs, vectorized=False)[0][0])
+        except OutputMismatch:
+            alone.append(None)
+    bad = [row for row, one in enumerate(alone) if one is None]
+    wanted = [outputs[0].fill_value.tolist()] * outputs[0].width
+    wanted = [wanted if one is None else one.tolist() for one in alone]
+
+    def compute(failed=None):
+        return compute_rows(
+            lambda row: values[round(row[0]) // N_SPECTRAL], data, outputs, vectorized=False, failed=failed
+        )[0]
+
+    data = block_of(len(values))
+    failed = FailedRows(lambda runs: data, Runs.full(len(values)))
+    assert repr(compute(failed).tolist()) == repr(wanted)
+    assert [one.position for one in failed.rows] == bad
+    if bad:
+        with pytest.raises(OutputMismatch) as caught:
+            compute()
+        assert caught.value.row == bad[0]
+    else:
+        assert repr(compute().tolist()) == repr(wanted)
 
 
 @settings(max_examples=200, deadline=None)

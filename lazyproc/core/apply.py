@@ -326,22 +326,42 @@ def _call_rows(
 def _store_rows(
     returned: _Returned, start: int, outputs: Sequence[ResolvedOutput], results: Arrays, failed: FailedRows | None
 ) -> None:
-    """Check what the function returned for the rows from `start` on and put it into its place; else row by row."""
+    """Check what the function returned for the rows from `start` on and put it into its place; else row by row.
+
+    Rows that fit each may not fit together, in the type that NumPy finds for all of them: only one alone is judged.
+    """
     stop = start + len(returned)
     try:
         columns = _columns_of_rows(returned, outputs, start)
         for output, column, result in zip(outputs, columns, results, strict=True):
             store(column, output, result[start:stop], start, vectorized=False, plain=returned.plain)
     except OutputMismatch as error:
-        if failed is None:
+        if len(returned) > 1:
+            _store_each_row(returned, start, error, outputs, results, failed)
+        elif failed is None:
             raise
-        if len(returned) == 1:
+        else:
             _give_up(start, error, outputs, results, failed)
-            return
-        for row, value in enumerate(returned, start):
-            alone = _Returned([value])
-            alone.plain = returned.plain
+
+
+def _store_each_row(
+    returned: _Returned,
+    start: int,
+    error: OutputMismatch,
+    outputs: Sequence[ResolvedOutput],
+    results: Arrays,
+    failed: FailedRows | None,
+) -> None:
+    """Judge the rows from `start` on one by one; `error` is what is wrong with them together."""
+    for row, value in enumerate(returned, start):
+        alone = _Returned([value])
+        alone.plain = returned.plain
+        try:
             _store_rows(alone, row, outputs, results, failed)
+        except OutputMismatch as other:
+            if failed is not None or other.row != error.row:
+                raise
+            raise error from error.__cause__  # it was told of this row already
 
 
 def _give_up(

@@ -58,8 +58,24 @@ def store(
 
     Notes
     -----
-    What a masked array hides becomes the output's fill value, field by field where it is compound.
+    What a masked array hides becomes the output's fill value, field by field where it is compound. A list from a block
+    function may hold values that fit each, and for which NumPy has no type together: they are stored one by one then.
     """
+    try:
+        _store_all(column, output, result, start, vectorized=vectorized, plain=plain)
+    except OutputMismatch as error:
+        if not vectorized or not isinstance(column, list | tuple) or len(column) != len(result) or len(column) < 2:
+            raise
+        try:
+            _store_each(column, output, result, start)
+        except OutputMismatch:
+            raise error from error.__cause__
+
+
+def _store_all(
+    column: Any, output: ResolvedOutput, result: NDArray[Any], start: int, *, vectorized: bool, plain: bool
+) -> None:
+    """Store the values of one output in one step, or one by one if some hold masked ones."""
     mask: Any = None
     if not plain and _holds_masked(column):
         if is_masked(column):
@@ -213,7 +229,7 @@ def _stacked(values: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
         return np.asarray(values) if all(isinstance(item, bytes) for item in objects.flat) else objects
     shape, items = _tuples(values) if dtype.names else ((), [])
     if not items:
-        return np.asarray(values)
+        return _in_numbers(np.asarray(values), values, dtype)
     names = dtype.names or ()
     if any(not isinstance(item, tuple) or len(item) != len(names) for item in items):
         raise ValueError(f"expected tuples of {len(names)} values, one for each field")
@@ -225,6 +241,29 @@ def _stacked(values: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     for name, column in columns.items():
         records[name] = column
     return records.reshape(shape)
+
+
+def _in_numbers(array: NDArray[Any], values: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the array of values; as numbers that are expected where NumPy found no type for what stands together.
+
+    Of 1 and 2**63 it makes floats, which are not the same, and of 1.0 and 2**70 objects.
+    """
+    kinds = {"i": "fO", "u": "fO", "f": "O", "c": "O"}.get(dtype.kind, "")
+    if array.dtype.kind not in kinds:
+        return array
+    items = np.asarray(values, object)
+    if dtype.kind in "fc":
+        numbers: tuple[type, ...] = (int, float, np.number, np.bool_, *([complex] if dtype.kind == "c" else []))
+        return items.astype(np.result_type(dtype, "f8")) if _are(items, numbers) else array
+    if not _are(items, (int, np.integer, np.bool_)):
+        return array
+    integers = [int(item) for item in items.flat]
+    fit = bool(integers) and min(integers) >= 0 and max(integers) < 2**64
+    return np.array(integers, np.uint64).reshape(items.shape) if fit else array
+
+
+def _are(items: NDArray[Any], kinds: tuple[type, ...]) -> bool:
+    return all(isinstance(item, kinds) for item in items.flat)
 
 
 def _tuples(values: Any) -> tuple[tuple[int, ...], list[Any]]:
