@@ -29,7 +29,6 @@ from lazyproc.arguments import (
 )
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, DefinitionError, FileChangedError
 from lazyproc.core.events import Listener
-from lazyproc.core.jsonform import show
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import STATUS_MASK, Output, check_status_name, resolve_outputs, validate_outputs
 from lazyproc.declared import Declared
@@ -867,43 +866,15 @@ class Process(HookContract):
             if handler is not None:
                 log.removeHandler(handler)
 
-    def _lines(self) -> list[tuple[str, str]]:
-        if not self.h5_main:
-            return [("process", str(self.process_name)), ("main dataset", "closed")]
-        n_positions, n_spectral = self.h5_main.shape
-        return [
-            ("process", str(self.process_name)),
-            ("main dataset", f"{self._main_path or self.h5_main.file.filename}::{self.h5_main.name}"),
-            ("shape", f"{n_positions:,} positions x {n_spectral:,} values, {self.h5_main.dtype}"),
-            ("outputs", self._output_texts()),
-            (
-                "parameters",
-                ", ".join(f"{key}={show(value)}" for key, value in (self.parms_dict or {}).items()) or "none",
-            ),
-            ("target group", f"{self._place.path}::{self._place.name}"),
-            ("finished results", ", ".join(_names(self.duplicate_h5_groups)) or "none"),
-            ("partial results", ", ".join(_names(self.partial_h5_groups)) or "none"),
-            *([("failed positions", ", ".join(self._failed_texts()))] if self._n_failed else []),
-        ]
-
-    def _failed_texts(self) -> list[str]:
-        return [f"{count:,} in {name.rpartition('/')[2]}" for name, count in self._n_failed.items()]
-
-    def _output_texts(self) -> str:
-        if not self._declares:
-            return "created by the class itself"
-        return ", ".join(f"{one.name} {one.shape or ''} {one.dtype}" for one in self._outputs)
-
     def __repr__(self) -> str:
-        rows = self._lines()
+        from lazyproc.showing import lines_of
+
+        rows = lines_of(self)
         width = max(len(label) for label, _ in rows)
         return "\n".join(["<lazyproc.Process>", *(f"  {label:<{width}}  {text}" for label, text in rows)])
 
     def _repr_html_(self) -> str:
         from lazyproc.core.plan import html_table
+        from lazyproc.showing import lines_of
 
-        return html_table("lazyproc.Process", self._lines())
-
-
-def _names(groups: list[h5py.Group]) -> list[str]:
-    return [str(group.name).rpartition("/")[2] if group else "closed" for group in groups]
+        return html_table("lazyproc.Process", lines_of(self))

@@ -128,7 +128,7 @@ FLOORS = [
     }
     | {"layout", "main_handle", "opening"}
     | {"adapt", "finishing", "holding", "perform", "probing", "progress", "recording", "results", "retry", "run"}
-    | {"planning", "status", "views", "watch"},
+    | {"planning", "showing", "status", "views", "watch"},
     {"process"},
     {"compat", "loading", "making", "mapping", "slurm"},
     {"demo"},
