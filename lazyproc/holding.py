@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -33,9 +32,7 @@ def locked(declared: Declared) -> Iterator[RunLock | None]:
         with writing(declared.place.path, "the results"):
             yield None
         return
-    lock = RunLock(path, uuid.uuid4().hex)
-    lock.acquire()
-    try:
+    with RunLock(path) as lock:
         if isinstance(declared.place, HandlePlace):
             finish_pending(declared.place.handle.file, path)
         elif recover(path):
@@ -44,8 +41,6 @@ def locked(declared: Declared) -> Iterator[RunLock | None]:
             flush_guarded(handles_of(declared))
             remove_leftovers(path, target_file(declared))
             yield lock
-    finally:
-        lock.release()
 
 
 def with_lock(declared: Declared, kernel: Kernel, lock: RunLock | None) -> tuple[Declared, Kernel]:

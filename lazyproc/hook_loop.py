@@ -8,7 +8,6 @@ through the handles that are open. Where that changes the structure of a file, a
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -67,16 +66,14 @@ def locked(file: h5py.File) -> Iterator[None]:
     if path is None or path in _HELD.get():
         yield
         return
-    lock = RunLock(path, uuid.uuid4().hex)
-    lock.acquire()
-    held = _HELD.set(_HELD.get() | {path})
-    try:
-        finish_pending(file, path)
-        with writing(path, "the results", in_hdf5=True):
-            yield
-    finally:
-        _HELD.reset(held)
-        lock.release()
+    with RunLock(path):
+        held = _HELD.set(_HELD.get() | {path})
+        try:
+            finish_pending(file, path)
+            with writing(path, "the results", in_hdf5=True):
+                yield
+        finally:
+            _HELD.reset(held)
 
 
 def check_group(process: HookContract) -> None:

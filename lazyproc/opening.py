@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import h5py
 
@@ -121,17 +119,6 @@ def made_target(place: Place, main_path: str | None, main: h5py.Dataset, files: 
     if place.path == main_path:
         with locked(main.file), guarded([main.file]):
             return main.file.require_group(place.name)
-    with _locked(place.path), place.edit():
+    with RunLock(place.path), place.edit():
         pass
     return files.open_for_writing(place.path)[place.name]
-
-
-@contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """Hold the run's lock while something is made."""
-    lock = RunLock(path, uuid.uuid4().hex)
-    lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import logging
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -97,11 +96,6 @@ def remove_leftovers_locked(path: str) -> bool:
     """Do as `remove_leftovers`, for a caller who does not hold the run's lock; does nothing while a run goes on."""
     if not os.path.exists(path) or not _of_file(path):
         return False
-    lock = RunLock(path, uuid.uuid4().hex)
-    with suppress(LazyprocError):
-        lock.acquire()
-        try:
-            return remove_leftovers(path)
-        finally:
-            lock.release()
+    with suppress(LazyprocError), RunLock(path):
+        return remove_leftovers(path)
     return False

@@ -27,6 +27,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -109,8 +110,8 @@ class RunLock:
     ----------
     path : str
         The HDF5 file with the results.
-    run_id : str
-        The id of the run.
+    run_id : str, optional
+        The id of the run. Default: a new one.
 
     Attributes
     ----------
@@ -119,11 +120,11 @@ class RunLock:
 
     Notes
     -----
-    Taken by `acquire`, given back by `release` or by the end of the process, however it ends. One driver a file:
-    a second one is refused at once, in the same process too.
+    Taken by `acquire`, given back by `release` or by the end of the process, however it ends; a ``with`` does both. One
+    driver a file: a second one is refused at once, in the same process too.
     """
 
-    def __init__(self, path: str, run_id: str) -> None:
+    def __init__(self, path: str, run_id: str | None = None) -> None:
         self._path = path
         self._descriptor: int | None = None
         self._inode: int | None = None
@@ -131,7 +132,14 @@ class RunLock:
         self._n_calls = self._place_of_calls = 0
         self._is_suspect = False
         self.died_calling = False
-        self.fence = Fence(sidecar(path, "lock"), sidecar(path, "fence"), run_id, locking())
+        self.fence = Fence(sidecar(path, "lock"), sidecar(path, "fence"), run_id or uuid.uuid4().hex, locking())
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
 
     def acquire(self) -> None:
         """Take the lock and let only this run's workers through the fence.

@@ -19,7 +19,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -338,9 +337,5 @@ def recover_locked(path: str, *, force: bool = False) -> bool:
     is_pending = any(os.path.exists(sidecar(path, kind)) for kind in ("journal", "undo"))
     if not is_pending and not (os.path.exists(sidecar(path, "lock")) and holder(path) is None):
         return False
-    lock = RunLock(path, uuid.uuid4().hex)
-    lock.acquire()
-    try:
+    with RunLock(path):
         return recover(path, force=force)
-    finally:
-        lock.release()
