@@ -238,7 +238,7 @@ def _stored_output(dataset: h5py.Dataset, by_declaration: bool) -> tuple[Resolve
     """
     name = str(dataset.name).rpartition("/")[2]
     quantity, units = (read_text(attribute(dataset, name)) for name in ("quantity", "units"))
-    spec = Output(dataset.dtype, None, quantity, units, fill_value=dataset.fillvalue if by_declaration else None)
+    spec = Output.stored(dataset.dtype, quantity, units, dataset.fillvalue if by_declaration else None)
     grid = spectroscopic_grid(dataset)
     single = dataset.shape[1] == 1 and len(grid.labels) == 1
     if single and attribute(dataset, SCALAR_MARK, not by_declaration):

@@ -516,6 +516,24 @@ DECLARATIONS = [
     raises("a quantity of numbers", lambda: Output("f4", quantity=3), "quantity", "3"),
     raises("units of None", lambda: Output("f4", units=None), "units", "None"),
     raises("a fill value of another type", lambda: Output("f4", fill_value="none"), "fill_value", "'none'", "float32"),
+    *(raises(f"{value!r:.20} as a fill value of {dtype}", lambda dtype=dtype, value=value: Output(dtype, fill_value=value), "Output: fill_value", repr(value), str(np.dtype(dtype)), "same") for dtype, value in
+      (("i4", 1.5), ("i4", np.float32(1.5)), ("i4", np.nan), ("i4", np.float32(np.nan)), ("i4", 2**31), ("u1", 300), ("u1", -1), ("u1", np.int64(300)), ("i8", 2.0**63),
+       ("f4", 1e300), ("f4", -1e300), ("f2", 70000), ("f8", 2**2000), ("f4", 1j), ("f4", np.complex64(1)), ("c8", 1e300j), ("?", 2), ("f8", "1.5"),
+       ("S3", b"abcd"), ("S3", "abcd"), ("S3", 7), ("S3", "é"), ("f4", [1, 2]), ("f4", [1]), ("f4,i2", (1, 2.5)), ("f4,i2", (1e300, 2)), ("f4,i2", 2.5), ("f4,i2", (1, 2, 3)), ("S2,i2", (b"abc", 2)))),
+    raises("a fill value with a zero byte inside", lambda: Output("S3", fill_value=b"a\0b"), "fill_value", "zero byte"),
+    *(raises(f"{label} with {text!r}", lambda label=label, text=text: Output("f4", **{label: text}), f"Output: {label}", repr(text), "zero bytes") for label in ("quantity", "units") for text in ("a\0b", "\ud800")),
+    raises("a dimension with a zero byte", lambda: Dimension("a\0b", "V", 3), "Dimension: name", repr("a\0b"), "zero bytes"),
+    raises("units of a dimension with a zero byte", lambda: Dimension("Bias", "\0", 3), "'Bias'", "units", "zero bytes"),
+    declares("an output with a zero byte", {"outputs": {"a\0b": Output("f8")}, "_map_function": PLAIN}, repr("a\0b"), "zero bytes"),
+    raises("dims of a number", lambda: Output("f4", dims=3), "dims is 3", "list of Dimension"),
+    raises("fields in disorder", lambda: Output({"names": ["b", "a"], "formats": ["f8", "i1"], "offsets": [8, 0], "itemsize": 24}), "dtype", "'a'", "byte 0", "order of their offsets"),
+    raises("fields in disorder in a field", lambda: Output([("n", {"names": ["b", "a"], "formats": ["f8", "i1"], "offsets": [8, 0]}, (2,))]), "'a'", "order of their offsets"),
+    raises("fields that overlap", lambda: Output({"names": ["a", "b"], "formats": ["i4", "i2"], "offsets": [0, 2], "itemsize": 8}), "'b'", "byte 2", "overlap"),
+    raises("a field with a zero byte", lambda: Output([("a\0", "f4")]), repr("a\0"), "zero bytes"),
+    *(raises(f"a field of {form}", lambda form=form: Output([("x", "f4"), ("a", *form)]), "'a'", "expected a number") for form in (("U4",), ("M8[s]",), ("m8[s]",), ("S0",), ("V0",), ("f4", (0,)))),
+    raises("a text in a field of a field", lambda: Output([("a", [("b", "U2")], (3,))]), "'b'", "<U2", "expected a number"),
+    raises("no fields", lambda: Output({"names": [], "formats": [], "itemsize": 8}), "at least one field"),
+    raises("a dtype of unequal lists", lambda: Output({"names": ["a"], "formats": []}), "dtype", "NumPy dtype"),
     raises("a dimension without a name", lambda: Dimension("", "V", 3), "Dimension", "''"),
     raises("a dimension named by a number", lambda: Dimension(3, "V", 3), "Dimension", "3"),
     raises("a dimension with units of None", lambda: Dimension("Bias", None, 3), "'Bias'", "units", "None"),
@@ -571,6 +589,20 @@ def test_an_option_of_the_constructor_is_no_attribute_of_the_class(option, value
     body = {"outputs": {"Out": lazyproc.Output("f8")}, "_map_function": staticmethod(np.mean), option: value}
     with pytest.raises(lazyproc.DefinitionError, match=rf"Mean\(h5_main, {option}={value!r}\)"):
         type("Mean", (lazyproc.Process,), body)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "stored"),
+    [
+        ("f4", 0.1, np.float32(0.1)), ("f4", 2**70, 2.0**70), ("f4", -np.inf, -np.inf), ("f8", np.bool_(True), 1), ("c8", 1, 1),
+        ("c8", np.inf + 1j, np.inf + 1j), ("i4", 1.0, 1), ("u8", 2**64 - 1, 2**64 - 1), ("?", 1, True), ("u1", np.float32(255), 255),
+        ("S3", b"abc", b"abc"), ("S3", "ab", b"ab"), ("S3", b"ab\0\0", b"ab"), ("f4,i2", -1, (-1, -1)), ("f4,i2", (0.5, 2), (0.5, 2)),
+        ("f4,i2", np.array((0.5, 2), "f8,i8"), (0.5, 2)), ("f4,i2", np.array((0.5, 2), "f8,i8")[()], (0.5, 2)),
+        ([("a", "f4,i2", (2,)), ("b", "i2", (2,))], ([(1, 2), (3, 4)], (5, 6)), ([(1, 2), (3, 4)], [5, 6])),
+    ],
+)  # fmt: skip
+def test_fill_values_that_are_the_same_in_the_dtype(dtype, value, stored):
+    assert repr(Output(dtype, fill_value=value).fill_value) == repr(np.array(stored, dtype))
 
 
 def test_the_rows_of_the_table_have_names_of_their_own():

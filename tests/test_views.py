@@ -485,6 +485,17 @@ def test_the_declared_fill_value_shows_where_nothing_is_done(tmp_path):
         assert np.unique(results[name]).tolist() == [fill]
 
 
+def test_texts_and_fill_values_of_a_file_are_shown_as_they_are(tmp_path):
+    """What a new output may not have is no error in results that are there."""
+    address = address_of(make_usid_file(tmp_path / "a.h5"))
+    group = lazyproc.map_positions(np.mean, address, {"Mean": Output("f8")}, cores=1)
+    with h5py.File(address.partition("::")[0], "r+") as file:
+        file[group.name]["Mean"].attrs["units"] = np.bytes_(b"a\0b")
+    results = lazyproc.open_results(group).compute()
+    assert results["Mean"].attrs["units"] == "a\0b"
+    assert Output.stored(np.dtype("S3"), "", "", b"a\0b").fill_value.item() == b"a\0b"
+
+
 def four_forms(spectrum):
     return 1, [1, 2], np.array((1.0, 2), PAIR), b"text"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from lazyproc.core.compression import Compression
 from lazyproc.core.errors import ArgumentValueError, DefinitionError
+from lazyproc.core.storable import check_fields, check_text, fill_of, fixed_dtype
 
 STATUS_MASK = "completed_positions"
 """Name of the status mask, a dataset of 0 and 1 in the results group (pyUSID's convention)."""
@@ -62,7 +63,8 @@ class Dimension:
     Raises
     ------
     DefinitionError
-        If the name is empty, there are no values, or they are not finite numbers in one row.
+        If the name is empty, name or units cannot be stored, there are no values, or they are not finite numbers in one
+        row.
 
     Examples
     --------
@@ -79,6 +81,8 @@ class Dimension:
             raise DefinitionError(f"Dimension: name is {name!r}; expected a text that is not empty.")
         if not isinstance(units, str):
             raise DefinitionError(f"Dimension {name!r}: units is {units!r}; expected a text such as 'Hz' or 'a.u.'.")
+        check_text("Dimension: name", name)
+        check_text(f"Dimension {name!r}: units", units)
         if isinstance(values, int | np.integer) and not isinstance(values, bool):
             array = np.arange(int(values), dtype=np.float64)
         else:
@@ -134,7 +138,8 @@ class Output:
     shape_from_main : bool, optional
         The result of a position has the spectroscopic dimensions of the main dataset (a filter). Excludes `dims`.
     fill_value : scalar, optional
-        What views show for positions that are not computed. Default: NaN for floats, 0 for integers, field by field.
+        What views show for positions that are not computed: a value that is the same in the dtype, but for floats,
+        which may be rounded. Default: NaN for floats, 0 for integers, field by field.
     compression : str or int, optional
         ``"gzip"``, or its level: the finished dataset is stored compressed, in chunks of up to 1 MiB of whole rows, as
         h5py's ``create_dataset`` would with the same keyword. Default: contiguous. It is no part of what makes two
@@ -157,7 +162,8 @@ class Output:
     Raises
     ------
     DefinitionError
-        If the parts contradict each other, the type cannot be stored at fixed offsets, or the compression is another
+        If the parts contradict each other, the type cannot be stored at fixed offsets, its fields are not in the order
+        of their offsets, the fill value is not the same in it, a text cannot be stored, or the compression is another
         one.
 
     Notes
@@ -201,37 +207,50 @@ class Output:
         compression_opts: int | None = None,
         shuffle: bool = False,
     ) -> None:
-        try:
-            resolved = np.dtype(dtype)
-        except TypeError as error:
-            raise DefinitionError(f"Output: dtype is {dtype!r}; expected a NumPy dtype such as 'f4'.") from error
-        if resolved.hasobject or resolved.itemsize == 0 or (resolved.kind in "UVMm" and resolved.fields is None):
-            raise DefinitionError(
-                f"Output: dtype is {resolved}; expected a number, a truth value, bytes of fixed length ('S16') or a "
-                "compound of these: rows must lie at fixed offsets in the HDF5 file."
-            )
-        if dims is not None:
-            dims = (dims,) if isinstance(dims, Dimension) else tuple(dims)
-            wrong = [dim for dim in dims if not isinstance(dim, Dimension)]
-            if wrong or not dims:
-                raise DefinitionError(f"Output: dims is {list(dims)!r}; expected Dimension objects, or leave it out.")
-            names = [dim.name for dim in dims]
-            if len(set(names)) < len(names):
-                raise DefinitionError(f"Output: the dimensions are named {names}; expected different names.")
+        resolved = fixed_dtype(dtype)
+        check_fields(resolved)
+        dims = None if dims is None else _dimensions(dims)
         if dims is not None and shape_from_main:
             raise DefinitionError("Output: dims and shape_from_main exclude each other; give one of them.")
         for label, text in (("quantity", quantity), ("units", units)):
-            if not isinstance(text, str) and not (text is None and label == "quantity"):
+            if isinstance(text, str):
+                check_text(f"Output: {label}", text)
+            elif text is not None or label == "units":
                 raise DefinitionError(f"Output: {label} is {text!r}; expected a text.")
         if not isinstance(shape_from_main, bool):
             raise DefinitionError(f"Output: shape_from_main is {shape_from_main!r}; expected True or False.")
-        object.__setattr__(self, "dtype", resolved)
-        object.__setattr__(self, "dims", dims)
-        object.__setattr__(self, "quantity", quantity)
-        object.__setattr__(self, "units", units)
-        object.__setattr__(self, "shape_from_main", shape_from_main)
-        object.__setattr__(self, "fill_value", _fill(resolved, fill_value))
-        object.__setattr__(self, "filters", Compression.of(compression, compression_opts, shuffle))
+        filters = Compression.of(compression, compression_opts, shuffle)
+        self._set(resolved, dims, quantity, units, shape_from_main, fill_of(resolved, fill_value), filters)
+
+    def _set(self, *values: Any) -> None:
+        for one, value in zip(fields(self), values, strict=True):
+            object.__setattr__(self, one.name, value)
+
+    @classmethod
+    def stored(cls, dtype: np.dtype[Any], quantity: str, units: str, fill_value: Any = None) -> Output:
+        """Describe a dataset that is there, whoever made it: what a new one could not have is no error.
+
+        Parameters
+        ----------
+        dtype : numpy.dtype
+            Its type.
+        quantity, units : str
+            As they are stored.
+        fill_value : scalar, optional
+            What it shows for positions that are not computed. Default: NaN for floats, 0 for integers.
+
+        Raises
+        ------
+        DefinitionError
+            If its values have no place of fixed size.
+        """
+        filled = fill_of(fixed_dtype(dtype), None)
+        if fill_value is not None:
+            filled = np.array(fill_value, dtype)
+            filled.setflags(write=False)
+        output = cls.__new__(cls)
+        output._set(dtype, None, quantity, units, False, filled, None)
+        return output
 
     def resolve(self, name: str, n_spectral: int) -> ResolvedOutput:
         """Give the output its name and its shape.
@@ -250,6 +269,19 @@ class Output:
         """
         shape = (n_spectral,) if self.shape_from_main else tuple(dim.size for dim in self.dims or ())
         return ResolvedOutput(name, self.dtype, shape, self.quantity or name, self.units, self.dims, self)
+
+
+def _dimensions(dims: Any) -> tuple[Dimension, ...]:
+    """Return what is given as the dimensions of an output."""
+    if not isinstance(dims, Dimension | Iterable):
+        raise DefinitionError(f"Output: dims is {dims!r}; expected a list of Dimension objects, or leave it out.")
+    found = (dims,) if isinstance(dims, Dimension) else tuple(dims)
+    if not found or not all(isinstance(dim, Dimension) for dim in found):
+        raise DefinitionError(f"Output: dims is {list(found)!r}; expected Dimension objects, or leave it out.")
+    names = [dim.name for dim in found]
+    if len(set(names)) < len(names):
+        raise DefinitionError(f"Output: the dimensions are named {names}; expected different names.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -330,27 +362,9 @@ def validate_outputs(outputs: object, owner: str) -> dict[str, Output]:
             raise DefinitionError(
                 f"{owner}: an output is named {name!r}; expected a text without '/', since it names a dataset."
             )
+        check_text(f"{owner}: the name of an output", name)
         if name in _RESERVED_NAMES or name.endswith(("_Spectroscopic_Indices", "_Spectroscopic_Values")):
             raise DefinitionError(f"{owner}: the output name {name!r} is used by the file format; choose another one.")
         if not isinstance(output, Output):
             raise DefinitionError(f"{owner}: output {name!r} is {output!r}; expected a lazyproc.Output.")
     return dict(outputs)
-
-
-def _fill(dtype: np.dtype[Any], value: Any) -> Any:
-    """Return the fill value as a read-only zero-dimensional array of the dtype."""
-    filled = np.zeros((), dtype)
-    if value is not None:
-        try:
-            with np.errstate(all="ignore"):
-                filled[()] = value
-        except (TypeError, ValueError, OverflowError) as error:
-            raise DefinitionError(f"Output: fill_value is {value!r}; expected a value of the dtype {dtype}.") from error
-    elif dtype.fields is None:
-        if dtype.kind in "fc":
-            filled[()] = np.nan
-    else:
-        for name, (inner, *_) in dtype.fields.items():
-            filled[name] = _fill(inner, None) if inner.subdtype is None else _fill(inner.subdtype[0], None)
-    filled.setflags(write=False)
-    return filled
