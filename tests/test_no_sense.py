@@ -21,8 +21,14 @@ from faults import HERE, library, run, small_disks
 from faults.subject import CHANNEL, MAIN, N_POSITIONS, Twice, make_scan, masks, opened, problems
 
 from lazyproc import open_results
-from lazyproc.core.errors import ArgumentValueError, FileChangedError, LazyprocError, MissingFileError, ResultsError
-from lazyproc.hdf5.durable import JournalError
+from lazyproc.core.errors import (
+    ArgumentValueError,
+    FileChangedError,
+    JournalError,
+    LazyprocError,
+    MissingFileError,
+    ResultsError,
+)
 from lazyproc.hdf5.heap import is_endless_heap
 from lazyproc.hdf5.holder import sidecar
 from lazyproc.hdf5.transaction import read_journal, recover

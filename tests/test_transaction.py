@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazyproc.core.errors import FileBusyError
+from lazyproc.core.errors import FileBusyError, JournalError
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.lock import sidecar
 from lazyproc.hdf5.overlay import Overlay
-from lazyproc.hdf5.transaction import JournalError, read_journal, recover, transaction
+from lazyproc.hdf5.transaction import read_journal, recover, transaction
 
 # -- the overlay against a plain run of bytes ------------------------------------------------------------------------
 

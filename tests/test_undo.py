@@ -26,11 +26,10 @@ from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
 from lazyproc import cli
-from lazyproc.core.errors import FileBusyError
+from lazyproc.core.errors import FileBusyError, JournalError
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5 import guard as guard_module
 from lazyproc.hdf5.damage import address_of
-from lazyproc.hdf5.durable import JournalError
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.guard import guarded
 from lazyproc.hdf5.lock import RunLock, sidecar

@@ -148,6 +148,14 @@ class FileChangedError(ResultsError, OSError):
     """
 
 
+class JournalError(LazyprocError, RuntimeError):
+    """What a death has left beside a file does not belong to the file as it is now, or has to be settled first.
+
+    The message says what to do: to open the file again, to call ``lazyproc recover``, or to remove what lies there. The
+    file is as it was, and what was committed is kept.
+    """
+
+
 class StaleViewError(LazyprocError, RuntimeError):
     """A lazy view points to results that are no longer those it was made from: they were removed or replaced.
 

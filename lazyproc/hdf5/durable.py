@@ -1,16 +1,10 @@
-"""Bytes and names that are to outlive a power cut, and the error of a journal that does not fit."""
+"""Bytes and names that are to outlive a power cut."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 from contextlib import suppress
-
-from lazyproc.core.errors import LazyprocError
-
-
-class JournalError(LazyprocError, RuntimeError):
-    """A journal does not belong to the file as it is now, or stands in the way until the file is recovered."""
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

@@ -16,10 +16,10 @@ from contextvars import ContextVar
 
 import h5py
 
-from lazyproc.core.errors import NoRoomError
+from lazyproc.core.errors import JournalError, NoRoomError
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.damage import address_of
-from lazyproc.hdf5.durable import JournalError, sync_data
+from lazyproc.hdf5.durable import sync_data
 from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end
 from lazyproc.hdf5.extents import using
 from lazyproc.hdf5.on_disk import real_path

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from lazyproc.hdf5.durable import JournalError
+from lazyproc.core.errors import JournalError
 from lazyproc.hdf5.holder import open_sidecar
 
 JOURNAL_HEAD = 9

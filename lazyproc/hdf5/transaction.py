@@ -25,8 +25,8 @@ from contextlib import contextmanager, suppress
 
 import h5py
 
-from lazyproc.core.errors import FileBusyError, ReadOnlyFileError
-from lazyproc.hdf5.durable import JournalError, sync_data, sync_folder, write_all
+from lazyproc.core.errors import FileBusyError, JournalError, ReadOnlyFileError
+from lazyproc.hdf5.durable import sync_data, sync_folder, write_all
 from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end, end_of, is_marked
 from lazyproc.hdf5.extents import check_same_file
 from lazyproc.hdf5.file_id import FileId

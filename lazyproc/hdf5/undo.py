@@ -20,7 +20,8 @@ import os
 
 import numpy as np
 
-from lazyproc.hdf5.durable import JournalError, write_all
+from lazyproc.core.errors import JournalError
+from lazyproc.hdf5.durable import write_all
 from lazyproc.hdf5.foreign import changes_since
 from lazyproc.hdf5.lock import holder
 from lazyproc.hdf5.overlay import Patch
