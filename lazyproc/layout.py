@@ -15,6 +15,7 @@ from lazyproc.core.specs import ResolvedOutput
 from lazyproc.hdf5.grid import Grid, nd_shape_and_axes
 
 _BLOCK_BYTES = 16 * 2**20
+_FEW_POSITIONS, _MANY_BLOCKS = 256, 4096
 
 Coordinates = dict[str, tuple[tuple[str, ...], NDArray[Any], dict[str, Any]]]
 
@@ -219,3 +220,11 @@ def block_grid(shape: tuple[int, ...], most_positions: int) -> BlockGrid:
 def positions_per_view_block(row_bytes: int) -> int:
     """Return how many positions of a lazy view make a block of about 16 MiB."""
     return max(1, _BLOCK_BYTES // max(1, row_bytes))
+
+
+def positions_to_compute(n_positions: int, chunk_rows: int) -> int:
+    """Return how many positions a block may have that calls a function for each: one pixel is not to take minutes.
+
+    More where there would be very many blocks, and where storage chunks, which are decoded as a whole, hold more.
+    """
+    return max(_FEW_POSITIONS, n_positions // _MANY_BLOCKS, chunk_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,7 +25,15 @@ from lazyproc.hdf5.seal import PLACES, SEAL, check_places
 from lazyproc.hdf5.search import status_name_of
 from lazyproc.hdf5.steady import read_steadily
 from lazyproc.hdf5.usid import is_main, read_text
-from lazyproc.layout import Axis, axis_of_grid, axis_of_output, block_grid, name_apart, positions_per_view_block
+from lazyproc.layout import (
+    Axis,
+    axis_of_grid,
+    axis_of_output,
+    block_grid,
+    name_apart,
+    positions_per_view_block,
+    positions_to_compute,
+)
 from lazyproc.views import BlockView, Committed, StatusView, group_id, lazy_arrays
 
 if TYPE_CHECKING:
@@ -308,12 +317,14 @@ def _assemble(
     label: tuple[str, str],
     row_bytes: int = 0,
     *,
+    most_positions: int | None = None,
     recorded: bool = False,
 ) -> xarray.Dataset:
     import xarray
 
     row_bytes += sum(output.row_bytes for output in outputs)
-    grid = block_grid(positions.shape, positions_per_view_block(row_bytes))
+    most = min(most_positions or math.prod(positions.shape), positions_per_view_block(row_bytes))
+    grid = block_grid(positions.shape, most)
     view = BlockView(grid, tuple(outputs), committed, kernel, label)
     arrays = lazy_arrays(view, positions, [*inner, _NOTHING], name)
     status = arrays.pop()
@@ -369,8 +380,10 @@ def lazy_results(
     inner = _name_inner(outputs, [axis_of_output(output, columns) for output in outputs], positions)
     source_bytes = int(main.shape[1]) * main.dtype.itemsize
     who = (process_name, label)
+    most = None if kernel.vectorized else positions_to_compute(int(main.shape[0]), main.chunks[0] if main.chunks else 1)
     dataset = _assemble(
-        outputs, positions, inner, committed, kernel, process_name, who, source_bytes, recorded=recorded
-    )
+        outputs, positions, inner, committed, kernel, process_name, who, source_bytes,
+        most_positions=most, recorded=recorded,
+    )  # fmt: skip
     dataset.attrs.update(tool=process_name, **{name: _plain(value) for name, value in parameters.items()})
     return dataset

@@ -527,6 +527,20 @@ def test_a_part_of_a_view_computes_only_its_blocks(tmp_path, counter, small_bloc
     assert counter.stat().st_size == 4 * rows_a_block < 80
 
 
+def test_one_pixel_costs_few_positions_of_a_function_of_one(tmp_path, counter):
+    """However little a position takes of memory, it may take long; a block function is called for larger blocks."""
+    address = address_of(make_usid_file(tmp_path / "a.h5", n_rows=60, n_cols=70))
+    view = Counted(address, parms_dict={"counter": str(counter)}, lazy=True).to_xarray()
+    view["Mean"].isel(X=3, Y=4).compute()
+    assert 0 < counter.stat().st_size <= 256
+    mean = {"Mean": Output("f8")}
+    of_blocks = lazyproc.map_positions(np.mean, address, mean, vectorized=True, lazy=True)
+    assert of_blocks["Mean"].data.npartitions == 1
+    lazyproc.map_positions(np.mean, address, mean)
+    committed = lazyproc.open_results(f"{address.rpartition('/')[0]}/Raw_Data-mean_000")
+    assert committed["Mean"].data.npartitions == 1
+
+
 def test_a_task_travels_with_a_few_numbers_only(tmp_path, monkeypatch):
     """Else a graph of n blocks would take n times n."""
     import cloudpickle
