@@ -232,13 +232,7 @@ class HookLoop:
     def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], drain: Drain) -> int:
         """Compute a batch, let the hook write it, make that durable, then mark it and make that durable."""
         process = self._process
-        pixels = process._get_pixels_in_current_batch()
-        if pixels is None or len(pixels) == 0:
-            raise ResultsError(
-                f"{type(process).__name__}: self.data is set, but no positions belong to it: a _read_data_chunk "
-                "that sets self.data has to call the one of the base first."
-            )
-        block = Runs.from_positions(pixels)  # hooks get the array itself, and may change it
+        block = batch_of(process)
         process._lazyproc_rows = None
         with WriteWatch(files_of(process)) as watch:
             with _lazy_on_cluster(process._lazy), drain.interruptible():
@@ -304,6 +298,17 @@ def _lazy_on_cluster(lazy: bool) -> Iterator[None]:
 
     with dask.config.set(scheduler=client.get):  # type: ignore[union-attr]
         yield
+
+
+def batch_of(process: HookContract) -> Runs:
+    """Return the positions of the batch that was read: hooks get the array itself, and may change it."""
+    pixels = process._get_pixels_in_current_batch()
+    if pixels is None or len(pixels) == 0:
+        raise ResultsError(
+            f"{type(process).__name__}: self.data is set, but no positions belong to it: a _read_data_chunk "
+            "that sets self.data has to call the one of the base first."
+        )
+    return Runs.from_positions(pixels)
 
 
 def check_number(process: HookContract, n_positions: int) -> None:

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.errors import LazyprocError, ResultsError
+from lazyproc.core.errors import LazyprocError
 from lazyproc.core.events import BlockDone, Finished, Started
 from lazyproc.core.runs import Runs
 from lazyproc.drain import Drain, how_far
@@ -30,7 +30,7 @@ from lazyproc.hdf5.holder import is_locked
 from lazyproc.hdf5.lock import Fence, RunLock
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.whole import Whole
-from lazyproc.hook_loop import Batches, check_number
+from lazyproc.hook_loop import Batches, batch_of, check_number
 
 if TYPE_CHECKING:
     from lazyproc.hooks import HookContract
@@ -154,13 +154,7 @@ class RankedLoop:
     def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """Compute a batch, let the hook write it, sync, then mark it and sync."""
         process = self._process
-        pixels = process._get_pixels_in_current_batch()
-        if pixels is None or len(pixels) == 0:
-            raise ResultsError(
-                f"{type(process).__name__}: self.data is set, but no positions belong to it: a _read_data_chunk "
-                "that sets self.data has to call the one of the base first."
-            )
-        block = Runs.from_positions(pixels)
+        block = batch_of(process)
         process._lazyproc_rows = None
         process._unit_computation(*args, **kwargs)
         check_number(process, block.n_positions)

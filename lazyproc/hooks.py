@@ -307,13 +307,7 @@ class HookContract:
             locks.enter_context(locked(self._h5_target_group.file))
             with guarded(before := files_of(self), own=[self._own_group()]):
                 with drain.interruptible():
-                    if self.h5_results_grp is None:
-                        self._create_results_datasets()
-                        check_group(self)
-                        self._write_source_dset_provenance()
-                    else:
-                        self._get_existing_datasets()
-                check_group(self)
+                    self._make_or_find_results()
                 locks.enter_context(locked(self.h5_results_grp.file))
                 work = replace(self._hook_work(), parameters=work.parameters, searched=work.searched)
                 others = {self.h5_results_grp.file} - before  # which the hook has opened itself
@@ -323,6 +317,16 @@ class HookContract:
                     check_apart(self.h5_results_grp, [self.h5_main])
             HookLoop(self, mask).go(args, kwargs, drain)
         return self.h5_results_grp
+
+    def _make_or_find_results(self) -> None:
+        """Have the hooks make the results group, or open the one that is held."""
+        if self.h5_results_grp is None:
+            self._create_results_datasets()
+            check_group(self)
+            self._write_source_dset_provenance()
+        else:
+            self._get_existing_datasets()
+        check_group(self)
 
     def _holds_chosen(self) -> bool:
         """Tell whether the group that is held was chosen by `use_partial_computation`: it goes before finished ones."""
@@ -370,13 +374,7 @@ class HookContract:
         ranks = ranks_of(self.h5_main.file)
         path = os.path.abspath(self._h5_target_group.file.filename)
         with ranks.ending_all(), drain.on_signals(), locked_by_first(path, ranks) as lock:
-            if self.h5_results_grp is None:
-                self._create_results_datasets()
-                check_group(self)
-                self._write_source_dset_provenance()
-            else:
-                self._get_existing_datasets()
-            check_group(self)
+            self._make_or_find_results()
             work = replace(self._hook_work(), parameters=work.parameters, searched=work.searched)
             mask = ensure_status_mask(self.h5_results_grp, work, arguments, afresh=afresh)
             allocate_results(self)
