@@ -11,6 +11,7 @@ import operator
 import pathlib
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lazyproc.core.identity import code_changed, code_hash, function_name
+from lazyproc.core.identity import code_changed, code_hash, function_name, unnamed
+from lazyproc.core.state import LARGEST
 
 BYTE = f"byte{sys.version_info.major}{sys.version_info.minor}:"
 counter = itertools.count()
@@ -169,7 +171,7 @@ def unused(x): return {factor} + {level}
 def f(x): return [scaled(x) for _ in range(math.floor(LEVEL))] + list(CACHE)
 """
     base = code_hash(load(text.format(level=3, factor=2, cache="{}")).f)
-    assert base == code_hash(load(text.format(level=3, factor=2, cache="{1: 2}")).f)
+    assert base != code_hash(load(text.format(level=3, factor=2, cache="{1: 2}")).f)
     assert base != code_hash(load(text.format(level=4, factor=2, cache="{}")).f)
     assert base != code_hash(load(text.format(level=3, factor=5, cache="{}")).f)
 
@@ -329,7 +331,9 @@ def test_objects_that_can_be_called(load: Callable[..., Any]) -> None:
 )
 def test_what_has_no_python_code_goes_by_its_name(f: Any, name: str) -> None:
     assert function_name(f) == name
-    assert code_hash(f) == f"name:{name}"
+    base, _, more = code_hash(f).partition("+")
+    assert base == f"name:{name}"
+    assert bool(more) == (getattr(f, "__name__", "") in ("", "append"))  # which carry something along
 
 
 def test_names_of_local_functions() -> None:
@@ -353,7 +357,189 @@ def test_names_of_local_functions() -> None:
         ("", "src:1", None),
         ("", "", None),
         ("nonsense", "nonsense", None),
+        ("src:1+src:0123456789abcdef", "src:1+src:0123456789abcdef", False),
+        ("src:1+src:0123456789abcdef", "src:1+src:0123456789abcdee", True),
+        ("src:1+src:0123456789abcdef", "src:2+src:0123456789abcdef", True),
+        ("src:1", "src:1+src:0123456789abcdef", None),  # an earlier version looked at less
+        ("src:1", "src:2+src:0123456789abcdef", True),
+        ("name:operator:itemgetter", "name:operator:itemgetter+src:0123456789abcdef", None),
+        ("src:1+src:0123456789abcdef", "src:1+byte311:0123456789abcdef", None),
     ],
 )
 def test_comparing_hashes(stored: str, now: str, expected: bool | None) -> None:
     assert code_changed(stored, now) is expected
+
+
+# -- what a function carries along, or reads ---------------------------------------------------------------------------
+
+USER = """
+import functools, operator
+CONF = {{"gain": {gain}, "other": [1, None, {{"x", "y", "z"}}]}}
+K = [{k}]
+CALLS = []
+class P:
+    GAIN = {attribute}
+    @staticmethod
+    def helper(x): return x + {helper}
+    @property
+    def double(self): return {double}
+    def unused(self): return {unused}
+class Model:
+    def __init__(self, n): self.n = n
+    def fit(self, x): return self.part(x) * self.n
+    def part(self, x): return x + {part}
+model = Model({model})
+pick = operator.itemgetter({pick})
+@functools.lru_cache
+def cached(x): return x * {cached}
+def f(x):
+    CALLS.append(x)
+    return CONF["gain"] * x[K[0]] + P.GAIN + P.helper(x) + P().double + model.fit(x) + pick(x) + cached(1)
+"""
+VALUES = dict.fromkeys(("gain", "k", "attribute", "helper", "double", "unused", "part", "model", "pick", "cached"), 1)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_a_function_reads_of_its_module_counts(name: str, load: Callable[..., Any]) -> None:
+    base, other = load(USER.format(**VALUES)), load(USER.format(**{**VALUES, name: 2}))
+    before = code_hash(base.f)
+    base.CALLS += [1, 2]  # the code itself changes it
+    assert code_hash(base.f) == before
+    assert code_hash(load("\n" + USER.format(**VALUES), "__main__").f) == before
+    assert code_changed(before, code_hash(other.f)) is (name != "unused")
+    assert unnamed(base.f) == ""
+
+
+class Model:
+    """One that users would write."""
+
+    def __init__(self, n: Any) -> None:
+        self.n = n
+
+    def fit(self, x: Any) -> Any:
+        return x * self.n
+
+
+class Slots:
+    __slots__ = ("n",)
+
+    def __init__(self, n: Any) -> None:
+        self.n = n
+
+    def __call__(self, x: Any) -> Any:
+        return x * self.n
+
+
+def use(x: Any, model: Any = None) -> Any:
+    return x, model
+
+
+def closing_over(item: Any) -> Any:
+    def f(x: Any) -> Any:
+        return x, item
+
+    return f
+
+
+def with_default(item: Any) -> Any:
+    def f(x: Any, item: Any = item) -> Any:
+        return x, item
+
+    return f
+
+
+CARRYING: dict[str, tuple[Any, Any, str]] = {
+    "reduce": (np.add.reduce, np.maximum.reduce, "reduce"),
+    "itemgetter": (operator.itemgetter(0), operator.itemgetter(3), "itemgetter"),
+    "methodcaller": (operator.methodcaller("sum"), operator.methodcaller("max"), "methodcaller"),
+    "method": (Model(1).fit, Model(2).fit, "fit"),
+    "method of an array": (np.arange(3).take, np.arange(4).take, "take"),
+    "slots": (Slots(1), Slots(2), "Slots"),
+    "partial": (functools.partial(use, model=Model(1)), functools.partial(use, model=Model(2)), "use"),
+    "partial of a builtin": (
+        functools.partial(np.add.reduce, axis=0),
+        functools.partial(np.add.reduce, axis=1),
+        "reduce",
+    ),
+    "lambda": (functools.partial(lambda x, m: m, m=Model(1)), functools.partial(lambda x, m: m, m=Model(2)), "lambda"),
+    "closure": (closing_over(Model(1)), closing_over(Model([1])), ""),
+    "closure of objects": (closing_over([Model(1)]), closing_over([Model(2)]), ""),
+    "closure of a method": (closing_over(Model(1).fit), closing_over(Model(2).fit), ""),
+    "default": (with_default(Model({"a": np.zeros(3)})), with_default(Model({"a": np.ones(3)})), ""),
+    "random": (closing_over(np.random.default_rng(1)), closing_over(np.random.default_rng(2)), ""),
+    "beside a lock": (closing_over([threading.Lock(), 1]), closing_over([threading.Lock(), 2]), ""),
+    "vectorize": (np.vectorize(use, otypes="d"), np.vectorize(use, otypes="f"), ""),
+}
+
+
+@pytest.mark.parametrize("what", CARRYING)
+def test_what_a_function_carries_along_counts(what: str) -> None:
+    one, other, name = CARRYING[what]
+    assert code_hash(one) == code_hash(one)
+    assert code_hash(one).partition("+")[0] == code_hash(other).partition("+")[0] or what == "partial of a builtin"
+    assert code_changed(code_hash(one), code_hash(other)) is True
+    assert unnamed(one) == unnamed(other) == name
+
+
+def test_equal_objects_carry_the_same() -> None:
+    assert code_hash(Model(1).fit) == code_hash(Model(1).fit)
+    assert code_hash(closing_over(Model({"a": 1, "b": 2}))) == code_hash(closing_over(Model({"b": 2, "a": 1})))
+    ring = Model(None)
+    ring.n = [ring, {ring: ring}]
+    assert code_hash(ring.fit) == code_hash(ring.fit)
+
+
+def test_what_cannot_be_taken_apart_counts_by_its_type() -> None:
+    """Nothing is said that might be another time, or take too long."""
+    for made in (threading.Lock, object, lambda: (i for i in ()), lambda: Model(np.zeros(LARGEST // 8 + 1))):
+        assert code_hash(closing_over(made())) == code_hash(closing_over(made()))
+        assert "+" not in code_hash(closing_over(made()))
+    assert "+" in code_hash(closing_over(Model(np.zeros(LARGEST // 8 - 100))))
+
+
+def test_plain_functions_have_the_hashes_of_earlier_versions(load: Callable[..., Any]) -> None:
+    assert code_hash(load(BASE).f) == "src:f177728e3ad40790"
+    assert code_hash(functools.partial(load(BASE).f, power=[1, 2])) == "src:54d8ae2adc95e080"
+    text = "import numpy as np\nN = (1, 'a')\nA = np.arange(3)\n"
+    text += "def g(x): return x + N[0]\ndef f(x): return np.sum(g(x) * A)\n"
+    assert code_hash(load(text).f) == "src:235ec1528a0c7d81"
+
+
+def test_hashes_of_objects_are_the_same_in_every_process() -> None:
+    code = (
+        "import numpy as np, functools, fractions, re; from lazyproc.core.identity import code_hash\n"
+        "class M:\n    def __init__(self, n): self.n = n\n    def f(self, x): return self.n\n"
+        "n = [{'a', 'b', 3}, {'k': np.arange(3), 1: None}, np.random.default_rng(3), fractions.Fraction(3), M, len]\n"
+        "print(code_hash(M(n).f), code_hash(M([re.compile('a'), object(), functools.partial(M(n).f, 1)]).f))"
+    )
+    hashes = set()
+    for seed in ("1", "2", "3"):
+        run = [sys.executable, "-c", code]
+        env = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+        hashes.add(subprocess.run(run, env=env, capture_output=True, text=True, check=True, timeout=60).stdout)
+    assert len(hashes) == 1
+    assert hashes.pop().count("+") == 2
+
+
+def test_names_that_do_not_say_what_is_computed() -> None:
+    class Empty:
+        def f(self, x: Any) -> Any:
+            return x
+
+        @classmethod
+        def g(cls, x: Any) -> Any:
+            return x
+
+    for f in (
+        use,
+        np.std,
+        Empty().f,
+        Empty.g,
+        Empty.f,
+        functools.lru_cache(use),
+        functools.partial(use, model=[1, "a"]),
+    ):
+        assert unnamed(f) == "", f
+    for f, name in ((len, "len"), (np.sin, "sin"), (lambda x: x, "lambda"), (Empty, "Empty")):
+        assert unnamed(f) == name
+    assert unnamed(functools.partial(use, model=lambda x: x)) == "use"

@@ -205,7 +205,7 @@ class Table:
     packed = 0
 
     def __reduce__(self):
-        Table.packed += 1
+        Table.packed += sys._getframe(1).f_globals["__name__"] != "lazyproc.core.state"  # there it is only looked at
         return load, ()
 
 
