@@ -16,6 +16,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from lazyproc.core.errors import ArgumentValueError, ReadOnlyFileError, ResultsError
 from lazyproc.core.specs import Dimension, ResolvedOutput
@@ -29,7 +30,8 @@ LARGEST_FILLED = 16 * 1024 * 1024
 SCALAR_MARK = "lazyproc_scalar"
 """Attribute of an output that has one value a position, so that views give it no spectroscopic dimension."""
 
-_SINGLE_VALUE = Dimension("Single_Value", "a.u.", 1)
+SINGLE_VALUE = Dimension("Single_Value", "a.u.", 1)
+"""The dimension, in the file, of an output that has one value a position."""
 _ZEROS = 1024 * 1024
 
 Shape = tuple[int, ...]
@@ -270,18 +272,28 @@ def set_fill_value(creation: Any, value: Any, dtype: np.dtype[Any]) -> None:
     creation.set_fill_value(filled)
 
 
+def spectroscopic_name(output: ResolvedOutput) -> str:
+    """Return how the names of the spectroscopic datasets of an output begin."""
+    return f"{output.name}_Spectroscopic_"
+
+
+def index_along(dim: Dimension, width: int, faster: int) -> NDArray[np.int64]:
+    """Return the index along a dimension in each column; `faster` is the product of the sizes of those that are."""
+    return np.arange(width, dtype=np.int64) // faster % dim.size
+
+
 def _create_spectroscopic(group: h5py.Group, output: ResolvedOutput) -> tuple[h5py.Dataset, h5py.Dataset]:
     """Create the spectroscopic pair of an output: `(n_dims, width)`, the slowest dimension first."""
-    dims = output.dims or (_SINGLE_VALUE,)
+    dims = output.dims or (SINGLE_VALUE,)
     attrs = {"labels": [dim.name for dim in dims], "units": [dim.units for dim in dims]}
     shape = (len(dims), output.width)
-    name = f"{output.name}_Spectroscopic_"
+    name = spectroscopic_name(output)
     indices = create_contiguous(group, f"{name}Indices", shape, np.dtype(np.uint32), attrs)
     values = create_contiguous(group, f"{name}Values", shape, np.dtype(np.float64), attrs)
     faster = output.width
     for row, dim in enumerate(dims):
         faster //= dim.size
-        index = np.arange(output.width, dtype=np.int64) // faster % dim.size
+        index = index_along(dim, output.width, faster)
         indices[row] = index
         values[row] = dim.values[index]
     return indices, values
