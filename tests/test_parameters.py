@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lazyproc.core.canonical import canonical, digest_of, digest_of_array, same
+from lazyproc.core.canonical import canonical, digest_of, digest_of_array, same, texts_in
 from lazyproc.core.errors import ParameterError, ResultsError
 from lazyproc.core.identity import code_hash
 from lazyproc.core.parameters import (
@@ -438,7 +438,10 @@ def test_same(a: Any, b: Any) -> None:
     assert canonical(a) == canonical(b)
     assert hash(canonical(a)) == hash(canonical(b))
     assert same([a, {"x": a}], (b, {"x": b}))
-    assert same_arguments(arguments_text((a,), {"k": a}), arguments_text((b,), {"k": b}))
+    texts = arguments_text((a,), {"k": a}), arguments_text((b,), {"k": b})
+    assert same_arguments(*texts) == (texts_in(a) == texts_in(b))
+    assert bool(differences({"k": [a]}, {"k": [b]})) == (texts_in(a) != texts_in(b))
+    assert differences({"k": [a]}, {"k": [b]}, exact=False) == []
 
 
 def test_arrays_of_texts_as_h5py_reads_them_compare_as_texts() -> None:

@@ -80,6 +80,25 @@ def same(a: object, b: object) -> bool:
         return False
 
 
+def texts_in(value: Any) -> str:
+    """Tell which of the texts in a value are bytes, in the order of its form: an ``s`` or a ``b`` for each of them.
+
+    Examples
+    --------
+    >>> texts_in({"b": [b"x", 1], "a": "y"})
+    'sb'
+    """
+    if isinstance(value, str | bytes):
+        return "s" if isinstance(value, str) else "b"
+    if isinstance(value, np.ndarray):
+        return {"U": "s", "S": "b"}.get(value.dtype.kind, "") * value.size
+    if isinstance(value, dict):
+        return "".join(texts_in(value[key]) for key in sorted(value))
+    if isinstance(value, list | tuple):
+        return "".join(map(texts_in, value)) if pack(value) is None else ""
+    return ""
+
+
 def form_of(value: Any, where: str, parents: tuple[int, ...]) -> tuple[Any, ...]:
     """Return the form of a value. `where` is its place, for messages; `parents` the ids that it lies in."""
     check_nesting(value, where, parents)

@@ -7,6 +7,7 @@ such a key is written as ``{"$dict": pairs}``.
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -117,6 +118,33 @@ def from_json(tree: Any) -> Any:
     if any(key.startswith("$") for key in tree):
         raise ValueError(f"an unknown form in JSON: {show(tree)}")
     return {key: from_json(item) for key, item in tree.items()}
+
+
+def texts_of(tree: Any) -> str:
+    """Tell which of the texts in a value are bytes, as `texts_in` does, from what `to_json` returned."""
+    if isinstance(tree, str):
+        return "s"
+    if isinstance(tree, list):
+        return "".join(map(texts_of, tree))
+    if not isinstance(tree, dict):
+        return ""
+    match tree:
+        case {"$bytes": _} | {"$numpy": "bytes"}:
+            return "b"
+        case {"$str": _} | {"$numpy": "str"}:
+            return "s"
+        case {"$int": _} | {"$float": _} | {"$complex": _} | {"$numpy": _}:
+            return ""
+        case {"$array": dtype, "shape": shape}:
+            return {"U": "s", "S": "b"}.get(dtype[1:2], "") * math.prod(shape)
+        case {"$tuple": items}:
+            return texts_of(items)
+        case {"$dict": pairs}:
+            return "".join(
+                texts_of(item)
+                for _, item in sorted(((from_json(key), item) for key, item in pairs), key=lambda pair: pair[0])
+            )
+    return "".join(texts_of(tree[key]) for key in sorted(tree))
 
 
 def _items_from_json(items: list[Any], dtype: str, shape: Sequence[int]) -> NDArray[Any]:

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.canonical import LEAVES, check_array, digested, fits, form_of, pack, same
+from lazyproc.core.canonical import LEAVES, check_array, digested, fits, form_of, pack, same, texts_in
 from lazyproc.core.errors import ParameterError, ResultsError
-from lazyproc.core.jsonform import dumps, from_json, is_clean, show, to_json, typed
+from lazyproc.core.jsonform import dumps, from_json, is_clean, show, texts_of, to_json, typed
 
 RESERVED = frozenset(
     {
@@ -162,8 +162,15 @@ def decode(value: Any, kind: str) -> Any:
     )
 
 
-def differences(stored: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
+def differences(stored: Mapping[str, object], wanted: Mapping[str, object], *, exact: bool = True) -> list[str]:
     """Say in words how the stored parameters differ from the wanted ones.
+
+    Parameters
+    ----------
+    stored, wanted : mapping of str to object
+        The parameters.
+    exact : bool
+        Tell texts from bytes; what pyUSID stored does not.
 
     Returns
     -------
@@ -181,7 +188,7 @@ def differences(stored: Mapping[str, object], wanted: Mapping[str, object]) -> l
             lines.append(f"{name}: not stored, wanted {show(wanted[name])}")
         elif name not in wanted:
             lines.append(f"{name}: stored {show(stored[name])}, not wanted")
-        elif not same(stored[name], wanted[name]):
+        elif not same(stored[name], wanted[name]) or (exact and texts_in(stored[name]) != texts_in(wanted[name])):
             old, new = stored[name], wanted[name]
             lines.append(f"{name}: stored {_show_typed(old)}, wanted {_show_typed(new)}{_why(old, new)}")
     return lines
@@ -207,11 +214,15 @@ def arguments_text(args: Sequence[object], kwargs: Mapping[str, object]) -> str:
 
 
 def same_arguments(text_a: str, text_b: str) -> bool:
-    """Compare two texts of `arguments_text` as `canonical` compares values; a text that is none is the same as none."""
+    """Compare two texts of `arguments_text` as `canonical` does, but tell texts from bytes.
+
+    A text that is none is the same as none.
+    """
     if text_a == text_b:
         return True
     try:
-        return _arguments_form(text_a) == _arguments_form(text_b)
+        trees = (json.loads(text_a), json.loads(text_b))
+        return _arguments_form(trees[0]) == _arguments_form(trees[1]) and texts_of(trees[0]) == texts_of(trees[1])
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         return False
 
@@ -277,8 +288,7 @@ def _leaf(value: Any, kind: str) -> Any:
     return {"bool": bool, "int": int, "float": float, "complex": complex}[kind](value)
 
 
-def _arguments_form(text: str) -> tuple[Any, ...]:
-    tree = json.loads(text)
+def _arguments_form(tree: Any) -> tuple[Any, ...]:
     args, kwargs = from_json(tree["args"]), from_json(tree["kwargs"])
     positional = [digested(form_of(value, "An argument", ())) for value in args]
     return (*positional, [(name, digested(form_of(kwargs[name], "An argument", ()))) for name in sorted(kwargs)])
