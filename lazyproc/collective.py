@@ -80,6 +80,7 @@ def perform_together(
     with ranks.ending_all():
         declared = _by_bytes(declared)
         kernel, work = declared.kernel(args, kwargs), declared.work(args, kwargs)
+        work = replace(work, code=ranks.first(work.code))  # what it uses may differ, and all must write the same
         drain = Drain(nothing_yet(declared.process_name))
         drain.afresh = override
         declared.main.file.flush()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.blocks import BlockPlan
 from lazyproc.core.errors import MemoryLimitError, ParameterError
-from lazyproc.core.identity import code_hash
+from lazyproc.core.identity import code_hash, unnamed
 from lazyproc.core.imports import imports_to_come
 from lazyproc.core.memory import MemoryModel
 from lazyproc.core.parameters import arguments_text
@@ -135,7 +135,7 @@ class Declared:
     _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
     """Made once for each call of a method of Process: the values are taken not to change within it."""
     _hashes: dict[str, str] = field(default_factory=dict, repr=False)
-    """The same for the function's code."""
+    """The same for the function's code, and for its name."""
 
     @property
     def n_positions(self) -> int:
@@ -163,6 +163,7 @@ class Declared:
             arguments=_all_arguments(self.function, args, kwargs),
             outputs=self.outputs,
             code=self._code(),
+            unnamed=self._unnamed(),
             status_name=self.status_name,
             fingerprint=self._fingerprint_like,
             is_renamed=self._is_renamed,
@@ -180,6 +181,11 @@ class Declared:
         if "code" not in self._hashes:
             self._hashes["code"] = code_hash(self.function)
         return self._hashes["code"]
+
+    def _unnamed(self) -> str:
+        if "unnamed" not in self._hashes:
+            self._hashes["unnamed"] = unnamed(self.function).replace("-", "_")
+        return self._hashes["unnamed"]
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the main dataset's values as they are now."""

@@ -1,7 +1,7 @@
 """Find results groups of the same work, finished or partial; a search never writes.
 
 The same work means: the same process name, exactly the same parameters and arguments, the same main dataset with the
-same values, and results of the declared form, compressed or not. What differs is told in words.
+same values, and outputs declared alike, compressed or not. What differs is told in words.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from lazyproc.core.parameters import differences, same_arguments
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import STATUS_MASK, ResolvedOutput
 from lazyproc.hdf5.apart import check_apart
-from lazyproc.hdf5.attributes import read_parameters
+from lazyproc.hdf5.attributes import has_manifest, read_parameters
 from lazyproc.hdf5.damage import attribute, reading
+from lazyproc.hdf5.declaration import declared_differences
 from lazyproc.hdf5.failures import count_failed
 from lazyproc.hdf5.files import check_heaps
 from lazyproc.hdf5.marks import done_pieces
@@ -56,7 +57,9 @@ class Work:
     outputs : tuple of ResolvedOutput
         What is declared.
     code : str
-        Hash of the function's code.
+        Hash of the function's code, and of what it uses.
+    unnamed : str
+        What the process is called where it is called by a name of the function that does not say what is computed.
     status_name : str
         The name of the status mask.
     fingerprint : callable
@@ -73,6 +76,7 @@ class Work:
     arguments: str
     outputs: tuple[ResolvedOutput, ...]
     code: str
+    unnamed: str
     status_name: str
     fingerprint: Callable[[str], str] = field(repr=False)
     is_renamed: Callable[[str], bool] = field(default=lambda stored: False, repr=False)
@@ -89,7 +93,7 @@ class Found:
     differences : tuple of str
         Why it is not the same work; empty if it is.
     remarks : tuple of str
-        What is worth a warning though it is the same work: the function's code has changed.
+        What is worth a warning though it is the same work: the function's code has changed, or that cannot be told.
     n_done : int
         Positions that are marked done.
     n_positions : int
@@ -274,9 +278,10 @@ def _argument_differences(group: h5py.Group, work: Work) -> Iterable[str]:
 
 
 def _output_differences(group: h5py.Group, work: Work) -> Iterable[str]:
-    """Compare shape, dtype and references; how the values are stored, compressed or not, is no difference.
+    """Compare shape, dtype, references and all that is declared; how the values are stored is no difference.
 
-    Where h5py copies a group, references become null: such a copy could not be opened as results.
+    Where h5py copies a group, references become null: such a copy could not be opened as results. What other programs
+    have written, without dimensions of their own making perhaps, counts by shape and dtype.
     """
     for output in work.outputs:
         dataset = group.get(output.name)
@@ -293,6 +298,8 @@ def _output_differences(group: h5py.Group, work: Work) -> Iterable[str]:
                 validated(dataset)
             except NotMainDatasetError as error:
                 yield f"output {output.name!r}: stored, but {error}"
+        elif has_manifest(group):
+            yield from (f"output {output.name!r}: {line}" for line in declared_differences(dataset, output))
 
 
 def _has_null_references(dataset: h5py.Dataset) -> bool:
@@ -364,13 +371,16 @@ def _same_path(stored: str, now: str) -> bool:
 
 
 def _nameless_differences(group: h5py.Group, work: Work) -> Iterable[str]:
-    """Compare the code where the name of the work says nothing: that of a lambda is ``lambda``."""
-    if work.process_name == "lambda" and code_changed(text_attribute(group, "lazyproc_code"), work.code):
-        yield "function: stored results of another lambda; give process_name to tell by its name what is computed"
+    """Compare the code, and what it uses, where the name of the work says nothing: that of a lambda is ``lambda``."""
+    if work.process_name == work.unnamed and code_changed(text_attribute(group, "lazyproc_code"), work.code):
+        yield (
+            f"function: stored results of another {work.unnamed}, or what it uses has changed; give process_name to "
+            "tell by its name what is computed"
+        )
 
 
 def _parameter_differences(group: h5py.Group, work: Work) -> Iterable[str]:
-    yield from differences(read_parameters(group), work.parameters)
+    yield from differences(read_parameters(group), work.parameters, exact=has_manifest(group))
 
 
 _ASPECTS = (
@@ -385,8 +395,15 @@ _ASPECTS = (
 
 def _remarks(group: h5py.Group, work: Work) -> Iterable[str]:
     stored = text_attribute(group, "lazyproc_code")
-    if stored and code_changed(stored, work.code):
+    changed = code_changed(stored, work.code) if stored else False
+    if changed:
         yield (
-            "the function's code has changed since these results were computed; they are used as they are. "
-            "override=True computes afresh."
+            "the function's code has changed, or what it uses, since these results were computed; they are used as "
+            "they are. override=True computes afresh."
+        )
+    elif changed is None:
+        yield (
+            "whether the function's code, or what it uses, has changed since these results were computed cannot be "
+            "told: its source was not at hand for one of the two, or another version of Python or lazyproc computed "
+            "them. They are used as they are. override=True computes afresh."
         )
