@@ -935,7 +935,7 @@ def test_results_declared_otherwise_are_other_work(tmp_path, scan, changes, word
         {"dtype": "?"},
         {"dtype": "c8", "compression": "gzip"},
         {"dtype": ">f4", "units": "", "quantity": " Ä ", "dims": [lazyproc.Dimension("µ ", " ", 1)]},
-        {"dtype": "u8", "fill_value": 2**64 - 1, "dims": [lazyproc.Dimension("b\ud800", "\0", [0.1])]},
+        {"dtype": "u8", "fill_value": 2**64 - 1, "dims": [lazyproc.Dimension("b\U0001f600", "", [0.1])]},
     ],
     ids=["text", "compound", "compound with a fill value", "bool", "compressed", "texts", "surrogates"],
 )
