@@ -489,6 +489,16 @@ def test_equal_objects_carry_the_same() -> None:
     assert code_hash(ring.fit) == code_hash(ring.fit)
 
 
+def test_a_function_for_each_type_is_the_same_after_a_call(load: Callable[..., Any]) -> None:
+    """It keeps in weak references for which types it was called."""
+    text = "import functools\n@functools.singledispatch\ndef f(x): return {}\n@f.register\ndef _(x: int): return {}\n"
+    f = load(text.format(1, 1)).f
+    before = code_hash(f)
+    assert f(3.5) + f(1) == 2
+    assert code_hash(f) == before
+    assert code_changed(before, code_hash(load(text.format(1, 2)).f)) is True
+
+
 def test_what_cannot_be_taken_apart_counts_by_its_type() -> None:
     """Nothing is said that might be another time, or take too long."""
     for made in (threading.Lock, object, lambda: (i for i in ()), lambda: Model(np.zeros(LARGEST // 8 + 1))):

@@ -20,11 +20,13 @@ from lazyproc.core.canonical import NUMBERS, pack, payload_of
 
 LARGEST = 64 * 2**20
 """Bytes of texts and arrays that are looked at in one value."""
-MOST = 100_000
+MOST = 50_000
 """Objects that are looked at in one value, which takes about a second."""
 _DEEPEST = 200  # objects within objects
 _LEAVES = (bool, int, float, complex, type(None), type(...), type(NotImplemented))
 _NAMED = (types.ModuleType, types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType)
+_NEVER = ("itertools", "weakref")
+"""Modules whose objects are not taken apart: pickling iterators warns, and what nobody else holds goes by itself."""
 _FIELDS = ("reduced", "arguments", "state", "items", "pairs")
 
 Form = tuple[Any, ...]
@@ -42,7 +44,7 @@ def opaque(item: Any) -> Form:
 
 def taken_apart(item: Any) -> tuple[Any, ...] | None:
     """Return what pickle takes of an object, or None if it can take nothing."""
-    if _is_ours(type(item)) or type(item).__module__ == "itertools":  # pickling these warns, in some versions of Python
+    if isinstance(item, type) or type(item).__module__ in _NEVER or _is_ours(type(item)):
         return None
     try:
         reducer = copyreg.dispatch_table.get(type(item))
