@@ -4,6 +4,7 @@
 
     first Ctrl-C, SIGTERM or SIGUSR1    nothing new is started, what is under way is finished and committed
     second one, or the grace is over    what is under way is dropped, what is finished is committed
+    SIGTERM twice within a second       one: batch systems signal all processes, and some of these hand it on
     SIGTERM, SIGUSR1 between two runs   the script is left, with the same code (`stoppable`)
 
 Handlers raise nothing, except in places marked as `Drain.interruptible`: the function in this process, a look at it,
@@ -18,6 +19,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -32,6 +34,8 @@ GRACE_SECONDS = 20.0
 GRACE_NAME = "LAZYPROC_GRACE_SECONDS"
 """The environment variable that says it."""
 
+_SAME_SECONDS = 1.0
+"""A signal of a batch system that comes so soon again is the same one, handed on by a shell, srun or mpiexec, too."""
 _OF_BATCH_SYSTEMS = (signal.SIGTERM, signal.SIGUSR1)
 _SIGNALS = (signal.SIGINT, *_OF_BATCH_SYSTEMS)
 _PROTECTED, _AT_SECOND, _AT_FIRST = range(3)
@@ -84,6 +88,7 @@ class Drain:
         self._listener = listener
         self._process = os.getpid()
         self._n_signals = 0
+        self._came: dict[int, float] = dict.fromkeys(map(int, _SIGNALS), -math.inf)
         self._requested = False
         self._dropping = False
         self._told = False
@@ -205,6 +210,11 @@ class Drain:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return _handle_in_fork(number)
+        now = time.monotonic()
+        before = self._came[number]
+        self._came[number] = now  # no call in between: the same one again, handled inside of this one, would come there
+        if number in _OF_BATCH_SYSTEMS and now - before < _SAME_SECONDS:
+            return
         self.signal = self.signal or number
         self._requested = True
         self._n_signals += 1

@@ -75,7 +75,9 @@ class SlurmJob:
         Slurm sends USR1 to the script's shell (``--signal=B:``), which hands it on to the command; lazyproc then
         finishes the blocks under way, commits and leaves with code 75, and the script submits itself again. So it does
         if the command was ended by that signal, which came before lazyproc was there to take it. With any other code it
-        ends with that code. A job whose node fails is queued again by Slurm itself.
+        ends with that code, and so it does after SIGTERM: a job that is cancelled is to stay away, and one whose node
+        fails, that has to make room, or that is queued again by hand, Slurm itself starts again. Only at the wall time,
+        by which it tells that it has passed, SIGTERM is no reason not to go on.
 
         ``lazyproc run … --override`` starts afresh in the first job: what comes after it, by either way, runs with
         ``--resume``, too, and so goes on with what that job has begun.
@@ -138,8 +140,10 @@ echo "job $SLURM_JOB_ID, number $job in a row, on $SLURM_JOB_NODELIST"
 child=$!
 # Before the wall time Slurm signals this shell; the run finishes its blocks, commits and leaves with code 75.
 trap 'signalled=yes; drained=yes; kill -USR1 "$child" 2>/dev/null' USR1
-trap 'signalled=yes; kill -TERM "$child" 2>/dev/null' TERM
+# By scancel, scontrol requeue, preemption, or at the wall time itself: Slurm sends it to all other processes, too.
+trap 'signalled=yes; terminated=yes; kill -TERM "$child" 2>/dev/null' TERM
 drained=
+terminated=
 code=127
 while
     signalled=
@@ -151,6 +155,11 @@ do :; done
 # Ended by USR1 itself: no run was there to take it, and so nothing was under way.
 case "$drained$code" in {ended}) code=75 ;; esac
 
+# Whoever cancels a job wants none in its place, and one that is to run again Slurm queues by itself.
+if [ -n "$terminated" ] && ! scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -q "Reason=TimeLimit"; then
+    [ "$code" -ne 75 ] || echo "ended by SIGTERM with work left: submit again with: sbatch {path}" >&2
+    exit "$code"
+fi
 if [ "$code" -eq 75 ]; then
     if [ "$job" -lt {max_jobs} ]; then
         LAZYPROC_JOB=$((job + 1)) sbatch --export=ALL --dependency="afterany:$SLURM_JOB_ID" {path} && exit 0

@@ -265,6 +265,7 @@ def drive(engine: str, folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
             os.killpg(process.pid, signal.Signals[name])  # to all of its processes, as a terminal and Slurm do
             said = talk.wait_for("interrupt again")
             if kind == "twice":
+                time.sleep(1.1)  # sooner it would be the same one
                 os.killpg(process.pid, signal.Signals[name])
             n_before = len(talk.lines)
             report = json.loads(talk.wait_for('"caught"'))
@@ -496,6 +497,7 @@ def test_the_command_line_leaves_with_75(tmp_path: Path, kind: str) -> None:
         os.killpg(process.pid, signal.SIGUSR1 if kind == "USR1" else signal.SIGTERM)
         talk.wait_for("interrupt again")
         if kind == "TERM twice":
+            time.sleep(1.1)
             os.killpg(process.pid, signal.SIGTERM)
         talk.wait_for("The same call of compute() goes on from there")
         assert process.wait(60) == 75

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner
 from usid_files import CHANNEL, make_usid_file
@@ -186,6 +187,48 @@ def test_signal_is_handed_on_and_the_end_waited_for(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert len(shell.submitted()) == 1
+
+
+TERMINATED = PATIENT.replace("SIGUSR1", "SIGTERM")
+
+
+@pytest.mark.parametrize(("state", "again"), [("JobState=COMPLETING Reason=None", 0), ("Reason=TimeLimit", 1)])
+def test_a_job_that_is_ended_from_outside_is_not_submitted_again(tmp_path: Path, state: str, again: int) -> None:
+    """By scancel, or scontrol requeue, or to make room; the wall time itself is no reason to stay away."""
+    shell = Shell(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$*: {state}"\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    (tmp_path / "patient.py").write_text(TERMINATED)
+    process = shell.start([sys.executable, str(tmp_path / "patient.py")])
+    wait_for_line(process, "ready")
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == (0 if again else 75)
+    assert len(shell.submitted()) == again
+    assert ("ended by SIGTERM with work left" in errors) == (not again)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(tmp_path: Path) -> None:
+    """Slurm sends SIGTERM to the command, and to the shell, which hands it on: what is under way is finished."""
+    shell = Shell(tmp_path)
+    address, _ = make_scan(tmp_path)
+    parameters = ["-p", "seconds=0.3", "--cores", "2", "--verbose"]
+    command = [sys.executable, "-m", "lazyproc.cli", "run", f"{tmp_path}/slow.py:Slow", address, *parameters]
+    process = shell.start(command)
+    assert process.stderr is not None
+    while "positions in" not in (line := process.stderr.readline()):
+        assert line
+    time.sleep(1.0)
+    (ours,) = psutil.Process(process.pid).children()
+    ours.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert "stopped early" in errors
+    assert "leaving at once" not in errors
+    assert not shell.submitted()
 
 
 def test_command_line_writes_it(tmp_path: Path) -> None:
@@ -448,6 +491,39 @@ def test_job_drains_before_the_wall_time_and_submits_itself_again(
     text = (slurm.folder / f"drain-{ntasks}.out").read_text()
     assert text.count("in a row") >= 2, text
     assert "CANCELLED" not in text, text
+
+
+CANCELS = (("scancel",), ("scancel", "--full"), ("scontrol", "requeue"))
+
+
+@on_demand
+@pytest.mark.parametrize("how", CANCELS, ids=" ".join)
+@pytest.mark.parametrize(("ntasks", "launcher"), [(1, "srun"), (4, "srun"), (4, "mpiexec")])
+def test_a_job_that_is_cancelled_stays_away(
+    slurm: Slurm, tmp_path: Path, ntasks: int, launcher: str, how: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is under way is finished; one that is queued again is there under its old number only."""
+    address, _ = make_scan(tmp_path)
+    script, output = tmp_path / "job.sh", tmp_path / "job.out"
+    parameters = ("-p", "seconds=0.3", "--cores", "1", "--verbose")
+    command = (lazyproc_command(), "run", f"{tmp_path}/slow.py:Slow", address, *parameters)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    job = SlurmJob(command, str(script), ntasks=ntasks, launcher=launcher, options=(f"--output={output}",))
+    script.write_text(job.script())
+    number = slurm.call("sbatch", "--parsable", str(script)).strip()
+    slurm.wait(lambda: output.exists() and "positions in" in output.read_text())
+    time.sleep(2)
+    slurm.call(*how, number)
+    slurm.wait(lambda: "submit again with" in output.read_text(), 60)
+    assert {line.split()[0] for line in slurm.call("squeue", "-h").splitlines()} <= {number}
+    text = output.read_text()
+    assert "stopped early" in text, text
+    assert "leaving at once" not in text, text
+    if how[0] == "scontrol":
+        slurm.wait(lambda: "PD" in slurm.call("squeue", "-h", "-o", "%t"), 60)  # for two minutes
+        slurm.call("scancel", number)
+    slurm.wait(slurm.idle, 60)
+    assert output.read_text().count("in a row") == 1, output.read_text()
 
 
 JOBQUEUE = """
