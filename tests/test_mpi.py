@@ -149,6 +149,49 @@ def test_the_same_command_line(folder, start):
     assert json.loads("".join(ended.out))["results"].endswith(GROUP)
 
 
+BESIDE = """
+import os
+import lazyproc
+from helper import total
+
+class Total(lazyproc.Process):
+    outputs = {"Total": lazyproc.Output("f8"), "Rank": lazyproc.Output("i4")}
+
+    @staticmethod
+    def _map_function(row):
+        from helper import later
+        return later(total(row)), int(os.environ.get("PMI_RANK", -1))
+"""
+HELPER = "def total(row):\n    return row.sum()\n\ndef later(value):\n    return value\n"
+
+
+@pytest.fixture
+def beside(folder):
+    """A class in a folder where nobody works, with a module beside it."""
+    (folder / "code").mkdir()
+    (folder / "code" / "helper.py").write_text(HELPER)
+    (folder / "code" / "peaks.py").write_text(BESIDE)
+    return folder / "code"
+
+
+@pytest.mark.parametrize("named", ["code/peaks.py:Total", "peaks:Total"])
+def test_a_class_on_the_command_line_with_a_module_beside_it(folder, start, beside, named):
+    if ":" in named and "/" not in named:  # of the folder where the command is given
+        for name in ("helper.py", "peaks.py"):
+            (beside / name).rename(folder / name)
+    clean(start(3, BIN / "lazyproc", "run", named, f"scan.h5::{CHANNEL}/Raw_Data").end())
+    assert set(check_results(folder / "scan.h5")) == {1, 2}
+
+
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_a_script_elsewhere_with_a_module_beside_it(folder, start, beside, ranks):
+    address = f"{folder / 'scan.h5'}::{CHANNEL}/Raw_Data"
+    run = f"with lazyproc.cluster(2) as client:\n    Total({address!r}).compute()\n"
+    (beside / "script.py").write_text(BESIDE + run)
+    clean(start(ranks, sys.executable, "code/script.py").end())
+    check_results(folder / "scan.h5")
+
+
 def test_one_process_speaks_for_all_where_the_command_line_is_wrong(folder, start):
     ended = start(3, BIN / "lazyproc", "run", "process.py:Total", "--nonsense").end()
     assert (ended.code, ended.out) == (2, []), ended
@@ -446,7 +489,7 @@ def test_local_processes_need_no_guard_and_leave_with_a_killed_driver(folder, st
     check_results(folder / "scan.h5")
 
 
-def test_a_scheduler_that_is_configured_is_used_and_left_alone(folder, start):
+def test_a_scheduler_that_is_configured_is_used_and_left_alone(folder, start, beside):
     (folder / "scheduler.py").write_text(
         "import time, distributed\n"
         "if __name__ == '__main__':\n"
@@ -460,6 +503,11 @@ def test_a_scheduler_that_is_configured_is_used_and_left_alone(folder, start):
     for _ in range(2):
         ended = clean(start(None, environ={"DASK_SCHEDULER_ADDRESS": address}).end())
         assert json.loads(ended.out[-1])["ranks"] == ["", ""]
+    check_results(folder / "scan.h5")
+    with h5py.File(folder / "scan.h5", "r+") as file:
+        del file[GROUP]
+    command = [BIN / "lazyproc", "run", "code/peaks.py:Total", f"scan.h5::{CHANNEL}/Raw_Data"]
+    clean(start(None, *command, "--scheduler", address).end())
     check_results(folder / "scan.h5")
     assert existing.process.poll() is None
 
