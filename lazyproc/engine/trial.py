@@ -17,7 +17,7 @@ from lazyproc.core.blocks import Block
 from lazyproc.core.errors import WorkerError
 from lazyproc.core.probe import Probe, run_probe
 from lazyproc.core.runs import Runs
-from lazyproc.engine.cluster import count_threads, is_elastic, is_gone, least_busy, submit, was_sent_away
+from lazyproc.engine.cluster import count_threads, is_gone, least_busy, submit, was_sent_away
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import FailedElsewhere, Failure
 from lazyproc.engine.kernel import Kernel, failure_of
@@ -125,18 +125,17 @@ def try_on_cluster(client: Any, packed: bytes, trial: Trial) -> Probe | Failure:
 
     Notes
     -----
-    Not a task, as blocks are; but where workers come and go as tasks call for them it is one, bound to its worker,
-    which would be taken for idle and sent away.
+    A task, bound to its worker: where workers come and go as tasks call for them, that would else be taken for idle and
+    sent away; and what the function does may depend on it. In a task `distributed.get_worker` works, and whatever waits
+    for other tasks, as a Dask array does, lets others have its thread.
     """
-    as_task = is_elastic(client)
     for _ in range(_ATTEMPTS):
         pulse = Pulse(client, count_threads(client))
         try:
             address = least_busy(client)
             if address is None:
                 continue
-            asked = _as_task(client, packed, trial, address) if as_task else _aside(client, packed, trial, address)
-            with asked as question:
+            with _as_task(client, packed, trial, address) as question:
                 made = _wait_for(question, client, address, pulse, trial)
             if made is not None:
                 return made
@@ -144,7 +143,6 @@ def try_on_cluster(client: Any, packed: bytes, trial: Trial) -> Probe | Failure:
                 continue
             if not was_sent_away(client, address):
                 return _crashed(f"the worker {address}, which is gone")
-            as_task = True
         finally:
             pulse.close()
     raise WorkerError(
@@ -159,17 +157,15 @@ def _wait_for(question: Any, client: Any, address: str, pulse: Pulse, trial: Tri
         pulse.check()
         if pulse.is_connected() and is_gone(client, address):
             return None
+    from distributed import KilledWorker
+
     try:
-        made = question.result()
-    except (OSError, CancelledError):  # of the connection to the scheduler
+        made: Probe | Failure = question.result()
+        return made
+    except (OSError, CancelledError, KilledWorker):  # of the connection to the scheduler; of a worker that is gone
         return None
     except Exception as error:  # of a worker that cannot load what it is to do
         return trial.failure(error)
-    if isinstance(made, dict):
-        made = made.get(address)
-    if made is None or isinstance(made, OSError):  # of the scheduler's connection to the worker
-        return None
-    return made if isinstance(made, Probe | Failure) else trial.failure(made)
 
 
 def _is_lost(client: Any, address: str, pulse: Pulse) -> bool:
@@ -186,21 +182,11 @@ def _is_lost(client: Any, address: str, pulse: Pulse) -> bool:
 
 
 @contextmanager
-def _aside(client: Any, packed: bytes, trial: Trial, address: str) -> Iterator[Future[Any]]:
-    """Have a worker make the probe beside its tasks."""
-    run = client.run(_answer, trial, packed, workers=[address], on_error="return", asynchronous=True)
-    question = ask(client, run)
-    try:
-        yield question
-    finally:
-        question.cancel()
-
-
-@contextmanager
 def _as_task(client: Any, packed: bytes, trial: Trial, address: str) -> Iterator[Future[Any]]:
     """Have a worker make the probe as a task that nobody else gets."""
     key = f"try-{uuid.uuid4().hex}"
-    task = submit(client, trial.answer, packed, key=key, workers=[address], allow_other_workers=False)
+    options = {"workers": [address], "allow_other_workers": False, "priority": 1}  # before what waits there already
+    task = submit(client, trial.answer, packed, key=key, **options)
     question = ask(client, client.gather(task, asynchronous=True))
     try:
         yield question
@@ -209,13 +195,6 @@ def _as_task(client: Any, packed: bytes, trial: Trial, address: str) -> Iterator
         if client.status == "running":
             with suppress(Exception):  # the connection may break just now: then the scheduler drops it itself
                 task.cancel()
-
-
-async def _answer(trial: Trial, packed: bytes, dask_worker: Any) -> Probe | Failure:
-    """Make the probe in a thread of those that do the worker's tasks."""
-    import asyncio
-
-    return await asyncio.get_running_loop().run_in_executor(dask_worker.executors["default"], trial.answer, packed)
 
 
 def _crashed(where: str) -> Probe:
