@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,13 @@ def rows_of(start: int, stop: int) -> tuple[Any, Any]:
 
 
 @contextmanager
+def afresh(path: Path) -> Iterator[h5py.Group]:
+    """Open the results group for reading, for as long as the context lasts."""
+    with closing(Files()) as files:
+        yield files.open(str(path))["results"]
+
+
+@contextmanager
 def opened(kind: str, path: Path) -> Iterator[HandleTarget | TransactionTarget]:
     lock = RunLock(str(path), "test")
     lock.acquire()
@@ -49,13 +56,11 @@ def opened(kind: str, path: Path) -> Iterator[HandleTarget | TransactionTarget]:
             with h5py.File(path, "r+") as file:
                 yield HandleTarget(file["results"], list(SHAPES), MASK)
             return
-        files = Files()
-        target = TransactionTarget(str(path), "/results", list(SHAPES), MASK, lambda: files.open(str(path))["results"])
+        target = TransactionTarget(str(path), "/results", list(SHAPES), MASK, lambda: afresh(path))
         try:
             yield target
         finally:
             target.close()
-            files.close()
     finally:
         lock.release()
 
