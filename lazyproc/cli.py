@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -408,15 +409,22 @@ def _write_script(path: str, text: str, *, force: bool) -> None:
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         raise MissingFileError(f"-o {path}: there is no folder {folder}; expected one that is there. Make it first.")
-    try:
-        with open(path, "w" if force or os.path.isdir(path) else "x", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(path, 0o755)
-    except FileExistsError as error:
+    if os.path.lexists(path) and not force and not os.path.isdir(path):
         raise LazyprocError(
             f"-o {path}: there is a file of this name already; expected a new one. Choose another name, or give "
             "--force to write over it."
-        ) from error
+        )
+    whole = f"{path}.{os.getpid()}"  # which gets its name when all of it is there: half a script must not be submitted
+    try:
+        try:
+            with open(whole, "x", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(whole, 0o755)
+            os.replace(whole, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(whole)
+            raise
     except OSError as error:
         raise LazyprocError(
             f"-o {path}: cannot be written ({error.strerror}); expected a file's name. Choose another one."

@@ -95,7 +95,6 @@ def perform(
     Interrupted, SystemExit
         After a drain, by Ctrl-C or SIGTERM.
     """
-    declared.place.check_writable()
     declared, kernel = declared.called_with(args, kwargs)
     for slip, meant in slips(declared.function, declared.parameters).items():
         log.warning(

@@ -583,6 +583,8 @@ class Process(HookContract):
         try:
             with self._logging(), declared.place.briefly() as place:
                 declared = replace(declared, place=place)
+                if not may_return:
+                    place.check_writable()
                 unwritable = finished_to_read(declared, args, kwargs, self._chosen) if may_return else None
                 name = unwritable or work(declared, args, kwargs)
         except BaseException:

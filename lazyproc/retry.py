@@ -62,7 +62,6 @@ def retry(
     The positions are first taken out of the status mask, durably, and then computed by the loop of any run. Killed in
     between, those not computed again yet are not done: `compute` computes them, and so does the next `retry`.
     """
-    declared.place.check_writable()
     declared, kernel = declared.called_with(args, kwargs)
     work = declared.work(args, kwargs)
     raises = declared.max_failures is None

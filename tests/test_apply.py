@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
+from lazyproc.core.apply import OutputMismatch, RowError, _as_it_is_now, compute_rows
 from lazyproc.core.errors import OutputError
 from lazyproc.core.failed import FailedRows
 from lazyproc.core.runs import Runs
@@ -915,3 +915,14 @@ def test_what_does_not_fit_beside_masked_values_is_refused(function, match):
 def test_a_list_with_masked_values_for_too_few_positions_is_refused():
     with pytest.raises(OutputMismatch, match="the positions come first"):
         compute_rows(lambda block: [MISSING], block_of(4), resolved(Out=Output("f4")), vectorized=True)
+
+
+def test_no_memory_for_what_came_is_no_misfit():
+    """It is tried again elsewhere, or later; a misfit would be recorded as a failed position."""
+
+    class Heavy:
+        def __array__(self, dtype=None, copy=None):
+            raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        _as_it_is_now(Heavy())

@@ -687,6 +687,23 @@ def test_a_job_script_is_written_over_nothing_but_by_force(folder):
     assert lazyproc_command("slurm", "--", "true", cwd=folder).returncode == 1
 
 
+def test_a_job_script_is_there_as_a_whole_or_as_it_was(folder):
+    """Half a script would be submitted; here no file may become larger than nothing."""
+    script = folder / "job.sh"
+    for before in (None, "an older one\n"):
+        if before is not None:
+            script.write_text(before)
+        done = subprocess.run(
+            ["bash", "-c", 'ulimit -f 0; trap "" XFSZ; exec "$@"', "bash", sys.executable, "-B", "-m", "lazyproc",
+             "slurm", "-o", "job.sh", "--force", "--", "true"],
+            cwd=folder, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert "cannot be written (File too large)" in done.stderr
+        assert (script.read_text() if script.exists() else None) == before
+        assert [one.name for one in folder.iterdir() if one.name.startswith("job.sh")] == ["job.sh"] * script.exists()
+
+
 def test_the_demo_leaves_a_scan_of_somebody_else_alone(folder):
     before = (folder / "scan.h5").read_bytes()
     done = lazyproc_command("demo", ".", cwd=folder)

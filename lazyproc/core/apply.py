@@ -98,6 +98,8 @@ def _as_it_is_now(value: Any) -> Any:
             fits = all(isinstance(item, bytes if array.dtype.kind == "S" else numbers.Number) for item in items.flat)
         else:
             fits = True
+    except MemoryError:  # elsewhere, or later, there may be enough
+        raise
     except Exception:  # whatever its methods raise: it does not fit
         fits = False
     if fits:

@@ -26,9 +26,9 @@ class Failure:
     Attributes
     ----------
     kind : str
-        ``"function"``: the user's function raised; ``"output"``: what it returned does not fit; ``"worker"``: reading,
-        writing failed; ``"loading"``: the kernel cannot be loaded in the worker;
-        ``"lost"``: the workers that had the block died, each time it was tried.
+        ``"function"``: the user's function raised; ``"output"``: what it returned does not fit; ``"worker"``: reading
+        or writing failed; ``"loading"``: the kernel cannot be loaded in the worker; ``"lost"``: the workers that had
+        the block died, each time it was tried.
     positions : tuple of int
         First position and last position plus one that are concerned.
     error : Exception

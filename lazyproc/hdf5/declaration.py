@@ -33,7 +33,7 @@ def declared_differences(dataset: h5py.Dataset, output: ResolvedOutput) -> Itera
         if stored != _as_stored(wanted):
             yield f"stored with the {name} {stored!r}, wanted {wanted!r}"
     fill_value = np.asarray(dataset.fillvalue, dataset.dtype)
-    # h5py stores no such value of texts: what is read of one is whatever memory held
+    # of texts earlier versions have stored whatever memory held
     if output.dtype.kind != "S" and not _same_values(fill_value, output.fill_value):
         yield f"stored with the fill value {fill_value}, wanted {output.fill_value}"
     indices, values = (_referred(dataset, name) for name in REFERENCES[2:])
