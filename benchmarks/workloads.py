@@ -104,6 +104,9 @@ WORKLOADS = {
     "fit-long": Workload(24_000, 256, fit_one, False, 4, about="the same, half a minute"),
     "gzip": Workload(200_000, 512, mean_of_block, True, 1, "gzip", about="a reduction of a gzip source"),
     "shuffle-gzip": Workload(200_000, 512, mean_of_block, True, 1, "shuffle-gzip", about="the same, shuffled before"),
+    "shuffle-gzip-long": Workload(
+        1_000_000, 512, mean_of_block, True, 1, "shuffle-gzip", about="the same, five times as long"
+    ),
     "lzf": Workload(200_000, 512, mean_of_block, True, 1, "shuffle-lzf", about="the same with shuffle and LZF"),
     "lzf-long": Workload(1_000_000, 512, mean_of_block, True, 1, "shuffle-lzf", about="the same, five times as long"),
     "narrow-1": Workload(10_000_000, 16, mean_of_block, True, 1, about="one value a position, ten million positions"),
