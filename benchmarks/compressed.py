@@ -85,7 +85,7 @@ def twice(block: Any) -> Any:
 def with_lazyproc(path: str, filters: dict[str, Any], cores: int, client: Any = None) -> dict[str, float]:
     """Compute once, and tell the seconds and what the results take in the file."""
     import lazyproc
-    import lazyproc.perform  # imported at the first run else
+    import lazyproc.run.perform  # imported at the first run else
 
     outputs = {"Twice": lazyproc.Output("f4", shape_from_main=True, **filters)}
     cls = type("Double", (lazyproc.Process,), {"outputs": outputs, "_block_function": staticmethod(twice)})

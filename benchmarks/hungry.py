@@ -230,7 +230,7 @@ def imports(name: str, engine: str) -> None:
     if HUNGRY[name].compression == "scaleoffset":
         source = "lazyproc.hdf5.source"
     worker = ["threadpoolctl", "encodings.ascii", "lazyproc.engine.worker", "lazyproc.hdf5.sink", source]
-    driver = [*worker, "lazyproc.engine.sending", "lazyproc.perform", "lazyproc.process"]
+    driver = [*worker, "lazyproc.engine.sending", "lazyproc.run.perform", "lazyproc.process"]
     function = {"fit": ["scipy.optimize"], "fit-block": ["scipy.linalg"]}.get(name, [])
     for module in (*(worker if engine == "worker" else driver), *function):
         importlib.import_module(module)
@@ -261,7 +261,7 @@ def baseline(name: str, engine: str) -> None:
 def run(name: str, path: str, engine: str, max_mem_mb: int) -> dict[str, Any]:
     """Run a workload with an engine; return what was projected, and what happened."""
     import lazyproc
-    import lazyproc.declared
+    import lazyproc.run.where
     from lazyproc.core.errors import LazyprocError
     from lazyproc.core.events import BlockDone
     from lazyproc.engine.choose import Scheduler
@@ -269,7 +269,9 @@ def run(name: str, path: str, engine: str, max_mem_mb: int) -> dict[str, Any]:
     workload = HUNGRY[name]
     parameters = workload.parameters()
     n_workers = 1 if engine == "serial" else N_WORKERS
-    lazyproc.declared.choose_local = lambda kernel, probe, n, workers, apart: Scheduler(engine, min(workers, n_workers))
+    lazyproc.run.where.choose_local = lambda kernel, probe, n, workers, apart: Scheduler(
+        engine, min(workers, n_workers)
+    )
     projected, ahead, sizes, answer, told = [], [], [], {"error": None}, []
 
     class Keep(logging.Handler):

@@ -64,7 +64,7 @@ def nothing(block: Any) -> Any:
 def workers(kind: str, cores: int) -> Iterator[dict[str, Any]]:
     """Have blocks done where it is said, whatever lazyproc would choose; return the arguments of the process."""
     import lazyproc
-    import lazyproc.declared
+    import lazyproc.run.where
     from lazyproc.engine.choose import Scheduler
 
     if kind == "cluster":
@@ -72,7 +72,7 @@ def workers(kind: str, cores: int) -> Iterator[dict[str, Any]]:
             yield {"cores": cores, "client": client}
         return
     n_workers = 1 if kind == "serial" else cores
-    lazyproc.declared.choose_local = lambda kernel, probe, n, most, apart: Scheduler(kind, n_workers)
+    lazyproc.run.where.choose_local = lambda kernel, probe, n, most, apart: Scheduler(kind, n_workers)
     yield {"cores": n_workers}
 
 

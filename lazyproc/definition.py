@@ -8,7 +8,7 @@ from typing import Any
 
 from lazyproc.core.errors import ArgumentValueError, DefinitionError
 from lazyproc.core.specs import validate_outputs
-from lazyproc.hooks import HOOKS, HookContract
+from lazyproc.hooks.contract import HOOKS, HookContract
 
 _OPTIONS = ("on_error", "checkpoint_interval", "verify")
 """Of the constructor, which are likely to be taken for attributes of the class, as `max_failures` is."""

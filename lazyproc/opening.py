@@ -15,7 +15,7 @@ from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.place import HandlePlace, Place
 from lazyproc.hdf5.source import Source, source_of
 from lazyproc.hdf5.steady import read_steadily
-from lazyproc.hook_loop import locked
+from lazyproc.hooks.loop import locked
 from lazyproc.main_handle import MainDatasetHandle
 
 _MOST_LINKS = 16

@@ -31,7 +31,6 @@ from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, Definiti
 from lazyproc.core.events import Listener
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import STATUS_MASK, Output, check_status_name, resolve_outputs, validate_outputs
-from lazyproc.declared import Declared
 from lazyproc.definition import check_definition, check_hook_style, check_recordable, function_of
 from lazyproc.engine.limits import available_cores, default_cores
 from lazyproc.engine.own_job import mpi_attributes
@@ -39,13 +38,15 @@ from lazyproc.hdf5.extents import ExtentSource
 from lazyproc.hdf5.files import Files, check_heaps
 from lazyproc.hdf5.place import place_of, results_in
 from lazyproc.hdf5.search import Found, best_of, examine
-from lazyproc.holding import flush_for_views
-from lazyproc.hook_ranks import leaving_alike, made_alike, opened_together
-from lazyproc.hooks import HookContract
+from lazyproc.hooks.contract import HookContract
 from lazyproc.main_handle import MainDatasetHandle
 from lazyproc.opening import made_target, open_main, open_source, stamp_of, target_handle
-from lazyproc.perform import compute_here, finished_to_read, perform, warn_of
 from lazyproc.progress import ProgressBar, has_standard_error
+from lazyproc.run.declared import Declared
+from lazyproc.run.holding import flush_for_views
+from lazyproc.run.perform import compute_here, finished_to_read, perform, warn_of
+from lazyproc.run.sizes import most_positions
+from lazyproc.together import leaving_alike, made_alike, opened_together
 
 if TYPE_CHECKING:
     import xarray
@@ -243,7 +244,7 @@ class Process(HookContract):
                     self._look(work, (), {})
                     if not self._lazy and not self.duplicate_h5_groups:
                         self._place.check_writable()
-                    self._max_pos_per_read = work.most_positions()
+                    self._max_pos_per_read = most_positions(work)
                 else:
                     self._target = target_handle(self._place, self._main_path, self.h5_main, self._files)
                     self._start_hooks(wanted_cores, max_mem_mb, self._multiplier)
@@ -399,7 +400,7 @@ class Process(HookContract):
         >>> print(Mean(address, parms_dict={"operator": "B"}).why_not_duplicate(group))
         operator: stored 'A' (str), wanted 'B' (str)
         """
-        from lazyproc.hook_plan import open_target, why_not_of_hooks
+        from lazyproc.hooks.plan import open_target, why_not_of_hooks
 
         declared = self._declared() if self._declares else None
         with self._place.briefly() as place:
@@ -500,7 +501,7 @@ class Process(HookContract):
                     return self._compute_hooks(bool(override), args, kwargs)
             run = perform
             if opened_together(self.h5_main):
-                from lazyproc.collective import perform_together as run
+                from lazyproc.run.collective import perform_together as run
             return self._settle(
                 partial(run, override=bool(override), chosen=self._chosen, listener=self._progress),
                 args,
@@ -568,7 +569,7 @@ class Process(HookContract):
                 "h5_main: the dataset of a file that several ranks have opened with driver='mpio' came; expected one "
                 "that this process has to itself. Give its address, under lazyproc.cluster(), to retry."
             )
-        from lazyproc.retry import retry
+        from lazyproc.run.retry import retry
 
         return self._settle(
             partial(retry, chosen=self._chosen, listener=self._progress), args, kwargs, may_return=False
@@ -698,10 +699,10 @@ class Process(HookContract):
         ('start', 20, True)
         """
         if not self._declares:
-            from lazyproc.hook_plan import plan_of_hooks
+            from lazyproc.hooks.plan import plan_of_hooks
 
             return plan_of_hooks(self, args, kwargs)
-        from lazyproc.planning import plan_of
+        from lazyproc.run.planning import plan_of
 
         declared, kernel = self._declared().called_with(args, kwargs)
         work = declared.work(args, kwargs)

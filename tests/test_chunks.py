@@ -381,7 +381,7 @@ def test_processes_start_at_once_where_hdf5_has_much_to_read(
 ) -> None:
     """And what they compute is right, whether or not they are needed in the end."""
     path, name = make_usid_file(tmp_path / "a.h5", n_rows=40, chunks=chunks, compression=compression)
-    monkeypatch.setattr("lazyproc.declared._HDF5_PER_SECOND", 1.0)
+    monkeypatch.setattr("lazyproc.run.where._HDF5_PER_SECOND", 1.0)
     started: list[int] = []
     start = Crew.start
     monkeypatch.setattr(Crew, "start", lambda crew, n: (started.append(n), start(crew, n))[1])

@@ -32,14 +32,15 @@ from numpy.typing import NDArray
 from usid_files import CHANNEL, make_usid_file, random_data
 
 import lazyproc
-from lazyproc import cli, finishing, perform
-from lazyproc.collective import _refuse_compression
+from lazyproc import cli
 from lazyproc.core import compression
 from lazyproc.core.compression import Compression, chunk_shape
 from lazyproc.core.errors import ArgumentValueError, DefinitionError, LazyprocError, NoRoomError, ResultsError
 from lazyproc.hdf5 import compress, overlay, transaction
 from lazyproc.hdf5.compress import encode, n_threads
 from lazyproc.hdf5.overlay import Overlay
+from lazyproc.run import finishing, perform
+from lazyproc.run.collective import _refuse_compression
 from lazyproc.status import file_status
 
 MAIN = f"{CHANNEL}/Raw_Data"

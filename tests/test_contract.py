@@ -766,9 +766,9 @@ def test_clause_08_unchanged_classes_give_the_same_when_lazy(tmp_path, monkeypat
     import dask.array
 
     spoken = []
-    own = lazyproc.hooks.parallel_compute
+    own = lazyproc.hooks.contract.parallel_compute
     monkeypatch.setattr(
-        lazyproc.hooks, "parallel_compute", lambda data, *a, **k: (spoken.append(data), own(data, *a, **k))[1]
+        lazyproc.hooks.contract, "parallel_compute", lambda data, *a, **k: (spoken.append(data), own(data, *a, **k))[1]
     )
     for make, key, storage in ((make_mean, "Results", {}), (make_filter, "Filtered_Data", {"chunks": (4, 3)})):
         results = []
@@ -1058,7 +1058,8 @@ def test_clause_14_a_usid_dataset_may_be_given_and_writers_take_the_handles(main
 
 
 def test_clause_14_lazyproc_does_not_need_pyusid(tmp_path):
-    code = "import sys, lazyproc.process, lazyproc.hooks; print([m for m in sys.modules if m in ('pyUSID', 'sidpy')])"
+    code = """import sys, lazyproc.process, lazyproc.hooks.contract
+print([m for m in sys.modules if m in ('pyUSID', 'sidpy')])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

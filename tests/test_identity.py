@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lazyproc.core.identity import code_changed, code_hash, function_name, unnamed
+from lazyproc.core.identity import code_changed, code_hash, unnamed
+from lazyproc.core.naming import function_name
 from lazyproc.core.state import LARGEST
 
 BYTE = f"byte{sys.version_info.major}{sys.version_info.minor}:"

@@ -29,7 +29,7 @@ from lazyproc.core.sizing import Division
 from lazyproc.core.specs import Output
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.kernel import Kernel
-from lazyproc.run import Committer
+from lazyproc.run.loop import Committer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -481,9 +481,9 @@ def test_results_with_many_holes_are_resumed_part_by_part_and_nothing_is_compute
         group = file[name].parent[group_name]
         group["completed_positions"][10:390:2] = 0
         group["Out"][10:390:2] = -1
-    monkeypatch.setattr("lazyproc.perform._MOST_RUNS", 20)
+    monkeypatch.setattr("lazyproc.run.perform._MOST_RUNS", 20)
     monkeypatch.setattr("lazyproc.core.runs._PART", 16)
-    monkeypatch.setattr("lazyproc.run._MANY_SPANS", 5)
+    monkeypatch.setattr("lazyproc.run.loop._MANY_SPANS", 5)
     events: list[Any] = []
     cls = type(
         "Doubled",
@@ -520,7 +520,7 @@ class Counting:
 
 def test_many_holes_are_committed_before_they_take_much_memory(monkeypatch):
     """However long the interval is; and blocks without holes between them are not."""
-    monkeypatch.setattr("lazyproc.run._MANY_SPANS", 5000)
+    monkeypatch.setattr("lazyproc.run.loop._MANY_SPANS", 5000)
     target = Counting()
     committer = Committer(target, 1e9, 0, lambda event: None)
     for start in range(0, 100_000, 100):

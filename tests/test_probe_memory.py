@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
 from lazyproc.core.errors import MemoryLimitError
 from lazyproc.core.highwater import can_measure
+from lazyproc.core.measure import run_probe
 from lazyproc.core.memory import DRIVER_BYTES, MEBIBYTE, WORKER_BYTES, MemoryModel
-from lazyproc.core.probe import Probe, run_probe
+from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Output
 from lazyproc.hdf5.usid import REFERENCES
@@ -364,7 +365,8 @@ def main(address, name, cores, max_mem_mb):
         row, scheduler = next(record.args[3:5] for record in records if " blocks of up to " in record.msg)
         declared = process._declared()
         from lazyproc.core.probe import Probe
-        model = declared.memory(Probe(**probe))
+        from lazyproc.run.sizes import memory_of
+        model = memory_of(declared, Probe(**probe))
         answer = dict(projected=model.peak(row, scheduler.n_workers), scheduler=str(scheduler), rows=row)
     print(json.dumps(answer), flush=True)
 
@@ -396,7 +398,7 @@ class PerPosition(lazyproc.Process):
 def imports(number):
     # What a run loads in any case in the driver.
     import dask.local, h5py, psutil, tblib, threadpoolctl, xxhash
-    import lazyproc.engine.kernel, lazyproc.hdf5.sink, lazyproc.run, lazyproc.perform
+    import lazyproc.engine.kernel, lazyproc.hdf5.sink, lazyproc.run.loop, lazyproc.run.perform
     np.fft.irfft(np.fft.rfft(np.ones(64, "f4")))
     return number
 

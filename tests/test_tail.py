@@ -26,7 +26,7 @@ from lazyproc.core.apply import compute_rows
 from lazyproc.core.blocks import Block, BlockPlan
 from lazyproc.core.events import BlockDone
 from lazyproc.core.feed import BlockFeed
-from lazyproc.core.probe import run_probe
+from lazyproc.core.measure import run_probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.sizing import Division
 from lazyproc.core.specs import Output
@@ -35,7 +35,7 @@ from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.kernel import Kernel, Receipt
 from lazyproc.engine.native import limits
 from lazyproc.hdf5.handle_target import HandleTarget
-from lazyproc.run import Committer, run_loop
+from lazyproc.run.loop import Committer, run_loop
 
 AMPLE = Division(
     memory_rows=10**9, n_workers=8, align=1, bytes_per_position=1, preferred_bytes=2**60, interval=10.0

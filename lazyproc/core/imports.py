@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from lazyproc.core.identity import inner_function, method_function
+from lazyproc.core.naming import inner_function, method_function
 
 _QUICK = sys.stdlib_module_names | {"numpy", "h5py", "lazyproc"}
 """Packages of which nothing takes long to load."""

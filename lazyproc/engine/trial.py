@@ -15,7 +15,8 @@ from typing import Any
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import WorkerError
-from lazyproc.core.probe import Probe, run_probe
+from lazyproc.core.measure import run_probe
+from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.engine.cluster import count_threads, is_gone, least_busy, submit, was_sent_away
 from lazyproc.engine.crew import Crew

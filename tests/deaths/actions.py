@@ -100,12 +100,14 @@ def import_all() -> None:
     import loky.process_executor  # noqa: F401
     import threadpoolctl  # noqa: F401
 
-    import lazyproc.core.probe
+    import lazyproc.core.measure
+    import lazyproc.core.trials
     import lazyproc.engine.parallel
-    import lazyproc.perform
+    import lazyproc.run.perform
 
     if not float(os.environ.get(PAUSE, "0")):
-        lazyproc.core.probe.time = _SteadyClock()  # type: ignore[attr-defined]
+        clock = _SteadyClock()
+        lazyproc.core.measure.time = lazyproc.core.trials.time = clock  # type: ignore[attr-defined]
 
 
 class _SteadyClock:

@@ -10,24 +10,21 @@ from typing import Any
 
 import h5py
 
-from lazyproc.adapt import Adapting
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import LazyprocError, ReadOnlyFileError
 from lazyproc.core.events import Finished, Listener, Started
 from lazyproc.core.highwater import can_measure, give_back, high_water
-from lazyproc.core.identity import function_name
 from lazyproc.core.memory import DRIVER_BYTES, MEBIBYTE
+from lazyproc.core.naming import function_name
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.signature import slips
-from lazyproc.declared import Declared, stored_probe
 from lazyproc.drain import Drain, how_far, nothing_yet
 from lazyproc.engine.choose import Scheduler, can_be_sent
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import raise_failures
 from lazyproc.engine.kernel import Kernel, failure_of
-from lazyproc.finishing import finish_late, finish_results
 from lazyproc.hdf5.finish import adopt
 from lazyproc.hdf5.leftovers import rows_files
 from lazyproc.hdf5.lock import RunLock
@@ -43,10 +40,22 @@ from lazyproc.hdf5.record import (
 from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.target import Target
-from lazyproc.holding import locked, target_file, with_lock
-from lazyproc.probing import block_of, probe_function
-from lazyproc.recording import raise_limit, say_failed
-from lazyproc.run import Committer, Outcome, run_loop
+from lazyproc.run.adapt import Adapting
+from lazyproc.run.declared import Declared
+from lazyproc.run.finishing import finish_late, finish_results
+from lazyproc.run.holding import locked, target_file, with_lock
+from lazyproc.run.loop import Committer, Outcome, run_loop
+from lazyproc.run.probing import block_of, probe_function, stored_probe
+from lazyproc.run.recording import raise_limit, say_failed
+from lazyproc.run.sizes import check_fits, divide
+from lazyproc.run.where import (
+    early_processes,
+    imports_to_spare,
+    in_place_everywhere,
+    likely_processes,
+    processes_for_reading,
+    scheduler_of,
+)
 
 _LONG_CALL = 0.03
 """Seconds: a first call of the function that is not back by then may be one of a long job."""
@@ -116,6 +125,7 @@ def perform(
             finish_late(declared, work, best.name, drain)
             log.info("%s: returning the finished results %s", declared.process_name, best.name)
             return best.name
+        check_fits(declared, None)  # before anything is read of it
         declared = declared.settled()
         kernel = replace(kernel, source=declared.source)
         with Crew([Sink.__module__, type(kernel.source).__module__, *_FIRST_LOADED]) as crew:
@@ -172,11 +182,11 @@ def _spare_imports(declared: Declared, kernel: Kernel, crew: Crew) -> Declared:
 
     They would have to load them anyway, and where all cores are busy with that, this process would be in their way.
     """
-    modules = declared.imports_to_spare()
+    modules = imports_to_spare(declared)
     if not modules or declared.apart or not can_be_sent(kernel, logging.DEBUG):
         return declared
     crew.load(modules)
-    crew.start(declared.early_processes)
+    crew.start(early_processes(declared))
     return replace(declared, apart=True, may_be_here=True)
 
 
@@ -187,20 +197,18 @@ def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: C
 
     def early(seconds: float) -> None:
         crew.stand_down()
-        crew.start(declared.likely_processes(seconds))
+        crew.start(likely_processes(declared, seconds))
         new = [name for name in list(sys.modules) if name not in loaded]
         crew.load(new)
         loaded.update(new)
 
     remaining = Runs.full(declared.n_positions)
     declared.flush_main()
-    declared.blocks(remaining, Scheduler("serial", 1), None, driver_writes=False)  # does one position fit at all?
-    crew.start(declared.processes_for_reading())
+    crew.start(processes_for_reading(declared))
     # A call that takes a while loads what it needs, or is long: processes can start beside it.
-    with drain.interruptible(at_first=True), crew.standby(declared.likely_processes(_LONG_CALL), _LONG_CALL):
+    with drain.interruptible(at_first=True), crew.standby(likely_processes(declared, _LONG_CALL), _LONG_CALL):
         probe = probe_function(declared, kernel, remaining, begun=False, early=early, crew=crew)
-    # and with what was measured? Before anything is created
-    declared.blocks(remaining, Scheduler("serial", 1), probe, driver_writes=declared.place.lock_path is None)
+    check_fits(declared, probe)  # before anything is created
     with drain.interruptible(at_first=True):
         fingerprint = declared.fingerprint()
     provenance = Provenance(
@@ -359,10 +367,10 @@ def _loop(
     to_come = _BYTES_OF_RUN * len(remaining)
     books = max(0, high_water.kept() + to_come - DRIVER_BYTES) if can_measure() else None
     with drain.interruptible(at_first=True):  # a cluster may take its time to answer
-        scheduler = declared.scheduler(kernel, probe, remaining.n_positions)
+        scheduler = scheduler_of(declared, kernel, probe, remaining.n_positions)
         watched = scheduler.tells_memory()
-        in_place = declared.in_place_everywhere(scheduler, target.sink)
-    sizes = declared.blocks(remaining, scheduler, probe, driver_writes=not in_place, books_bytes=books)
+        in_place = in_place_everywhere(declared, scheduler, target.sink)
+    sizes = divide(declared, remaining, scheduler, probe, driver_writes=not in_place, books_bytes=books)
     scheduler = scheduler.with_workers(sizes.n_workers)
     crew.reduce(scheduler.n_processes)
     kernel = kernel.for_run(target.sink if in_place else None, scheduler.native_threads, watched=watched)

@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 from lazyproc.core.errors import LazyprocError
-from lazyproc.declared import Declared
 from lazyproc.drain import Drain
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.spread import Spread
@@ -14,6 +13,8 @@ from lazyproc.hdf5.compress import Encoders, StoppedError, n_threads
 from lazyproc.hdf5.finish import finish, is_unfinished
 from lazyproc.hdf5.rows_file import waiting
 from lazyproc.hdf5.search import Work
+from lazyproc.run.declared import Declared
+from lazyproc.run.sizes import limit_bytes
 
 _CALLS_A_WORKER = 3
 """Chunks that are being encoded for each worker of a cluster, on their way, or waiting to be written."""
@@ -43,7 +44,7 @@ def finish_results(
     """
 
     def room(n_calls: int) -> int:
-        return n_threads(declared.outputs, work.n_positions, n_calls, declared.limit_bytes())
+        return n_threads(declared.outputs, work.n_positions, n_calls, limit_bytes(declared))
 
     elsewhere = None
     if cluster is not None and cluster.client.status == "running":

@@ -45,7 +45,7 @@ from lazyproc.hdf5.hook_record import (
 )
 from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.source import source_of, write_out
-from lazyproc.hook_loop import (
+from lazyproc.hooks.loop import (
     Batches,
     HookLoop,
     allocate_results,
@@ -55,7 +55,7 @@ from lazyproc.hook_loop import (
     locked,
     settle_end,
 )
-from lazyproc.hook_ranks import RankedLoop, counter_of, locked_by_first, opened_together, ranks_of
+from lazyproc.together import counter_of, locked_by_first, opened_together, ranks_of
 
 if TYPE_CHECKING:
     from lazyproc.hdf5.place import Place
@@ -371,6 +371,8 @@ class HookContract:
         kwargs: Mapping[str, Any],
     ) -> h5py.Group:
         """Do the same on all ranks of a file that they have opened together."""
+        from lazyproc.hooks.ranks import RankedLoop
+
         ranks = ranks_of(self.h5_main.file)
         path = os.path.abspath(self._h5_target_group.file.filename)
         with ranks.ending_all(), drain.on_signals(), locked_by_first(path, ranks) as lock:

@@ -17,7 +17,7 @@ from lazyproc.hdf5.hook_record import group_differences, text_of
 from lazyproc.hdf5.search import named_groups, remaining_positions
 
 if TYPE_CHECKING:
-    from lazyproc.hooks import HookContract
+    from lazyproc.hooks.contract import HookContract
 
 
 def plan_of_hooks(process: HookContract, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
@@ -72,7 +72,7 @@ def plan_of_hooks(process: HookContract, args: tuple[Any, ...], kwargs: Mapping[
 
 
 def _where(process: HookContract) -> str:
-    from lazyproc.hooks import HookContract
+    from lazyproc.hooks.contract import HookContract
 
     own = getattr(process._unit_computation, "__func__", process._unit_computation)
     if own is not HookContract._unit_computation:

@@ -9,9 +9,9 @@ from lazyproc.core.apply import RowError
 from lazyproc.core.errors import FailureLimitError
 from lazyproc.core.failed import FailedPosition, first_lines
 from lazyproc.core.probe import Probe
-from lazyproc.declared import Declared
 from lazyproc.hdf5.failures import read_failures
-from lazyproc.run import Outcome
+from lazyproc.run.declared import Declared
+from lazyproc.run.loop import Outcome
 
 log = logging.getLogger("lazyproc")
 

@@ -43,7 +43,7 @@ from lazyproc.hdf5.unmark import take_back
 from lazyproc.hdf5.whole import Whole
 
 if TYPE_CHECKING:
-    from lazyproc.hooks import HookContract
+    from lazyproc.hooks.contract import HookContract
 
 log = logging.getLogger("lazyproc")
 

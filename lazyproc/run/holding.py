@@ -10,7 +10,6 @@ from dataclasses import replace
 import h5py
 
 from lazyproc.core.errors import FileBusyError, LockingError, NoRoomError, ReadOnlyFileError
-from lazyproc.declared import Declared
 from lazyproc.engine.kernel import Kernel
 from lazyproc.hdf5.extents import ExtentSource
 from lazyproc.hdf5.guard import finish_pending, flush_guarded
@@ -20,6 +19,7 @@ from lazyproc.hdf5.place import HandlePlace
 from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.source import write_out
 from lazyproc.hdf5.transaction import recover
+from lazyproc.run.declared import Declared
 
 log = logging.getLogger("lazyproc")
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from lazyproc.core.plan import Plan
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
-from lazyproc.declared import Declared, stored_probe
 from lazyproc.engine.kernel import Kernel
 from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions
+from lazyproc.run.declared import Declared
+from lazyproc.run.probing import stored_probe
+from lazyproc.run.sizes import divide
+from lazyproc.run.where import scheduler_of
 
 
 def plan_of(declared: Declared, work: Work, found: list[Found], kernel: Kernel, wanted: str | None = None) -> Plan:
@@ -22,8 +25,8 @@ def plan_of(declared: Declared, work: Work, found: list[Found], kernel: Kernel, 
             group = place.results(chosen.name)
             remaining = remaining_positions(group, declared.n_positions, declared.status_name)
             probe = stored_probe(group)
-    scheduler = declared.scheduler(kernel, probe, remaining.n_positions, wait=False)
-    sizes = declared.blocks(remaining, scheduler, probe, driver_writes=declared.place.lock_path is None)
+    scheduler = scheduler_of(declared, kernel, probe, remaining.n_positions, wait=False)
+    sizes = divide(declared, remaining, scheduler, probe, driver_writes=declared.place.lock_path is None)
     memory = sizes.memory
     rows = min(sizes.plan.max_positions, max(1, remaining.n_positions))
     return Plan(

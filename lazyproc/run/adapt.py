@@ -14,10 +14,11 @@ from lazyproc.core.learn import MemoryLearner, Room
 from lazyproc.core.memory import MEBIBYTE, MemoryModel
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
-from lazyproc.declared import BlockSizes, Declared
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.kernel import Receipt
 from lazyproc.engine.local import Receipts
+from lazyproc.run.declared import Declared
+from lazyproc.run.sizes import BlockSizes, divide
 
 _LARGER = 1.25
 """A cluster that has so many times more threads than were reckoned with gets other blocks."""
@@ -94,10 +95,15 @@ class Adapting:
             return self._most()
         try:
             scheduler = self._scheduler.resized(n_threads)
-            sizes = self._declared.blocks(
-                self.feed.rest(), scheduler, self._probe, driver_writes=self._driver_writes, limit=self._limit,
+            sizes = divide(
+                self._declared,
+                self.feed.rest(),
+                scheduler,
+                self._probe,
+                driver_writes=self._driver_writes,
+                limit=self._limit,
                 books_bytes=self._books,
-            )  # fmt: skip
+            )
         except (MemoryLimitError, WorkerError) as error:  # the connection may break just now; it may come back
             log.debug("%s: blocks stay as they are: %s", self._declared.process_name, error)
             return self._most()

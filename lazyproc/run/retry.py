@@ -14,17 +14,17 @@ from lazyproc.core.events import Listener
 from lazyproc.core.failed import first_lines
 from lazyproc.core.highwater import high_water
 from lazyproc.core.runs import Runs
-from lazyproc.declared import Declared, stored_probe
 from lazyproc.drain import Drain, nothing_yet
-from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.failure import Failure
 from lazyproc.hdf5.failures import positions_to_retry, read_failures
 from lazyproc.hdf5.finish import adopt
 from lazyproc.hdf5.record import ensure_room, note_reopened
 from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions
-from lazyproc.holding import locked, with_lock
-from lazyproc.perform import run_group
-from lazyproc.probing import probe_function
+from lazyproc.run.declared import Declared
+from lazyproc.run.holding import locked, with_lock
+from lazyproc.run.perform import run_group
+from lazyproc.run.probing import probe_function, stored_probe
+from lazyproc.run.sizes import check_fits
 
 log = logging.getLogger("lazyproc")
 
@@ -78,6 +78,7 @@ def retry(
             return found.name
         for remark in found.remarks:
             log.warning("%s: %s", found.name, remark)
+        check_fits(declared, None)
         declared = replace(declared.settled(), max_failures=again.n_positions)  # all of them may fail again
         declared.flush_main()
         kernel = replace(kernel, source=declared.source, max_failures=again.n_positions)
@@ -85,7 +86,7 @@ def retry(
         if probe is None:
             with drain.interruptible(at_first=True):
                 probe = probe_function(declared, kernel, again, begun=True)
-        declared.blocks(again, Scheduler("serial", 1), probe, driver_writes=declared.place.lock_path is None)
+        check_fits(declared, probe)
         with declared.place.edit() as editable:
             ensure_room(editable, found.name, work, again.n_positions)
             note_reopened(editable, found.name, int(undone.starts[0]))

@@ -18,11 +18,10 @@ from typing import Any
 
 from lazyproc.core.errors import ArgumentValueError, LazyprocError
 from lazyproc.core.events import BlockDone, Event, Finished, Listener, Started
-from lazyproc.core.identity import function_name
+from lazyproc.core.naming import function_name
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import FAILED_POSITIONS, POSITION_STATUS
-from lazyproc.declared import Declared, stored_probe
 from lazyproc.drain import Drain, how_far, nothing_yet
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.failure import raise_failures
@@ -38,11 +37,13 @@ from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.source import source_of
 from lazyproc.hdf5.target import InPlaceTarget
-from lazyproc.hook_ranks import agree_on_signal, counter_of, locked_by_first, ranks_of
-from lazyproc.perform import warn_of
-from lazyproc.probing import probe_function
 from lazyproc.progress import quiet
-from lazyproc.run import Committer, run_loop
+from lazyproc.run.declared import Declared
+from lazyproc.run.loop import Committer, run_loop
+from lazyproc.run.perform import warn_of
+from lazyproc.run.probing import probe_function, stored_probe
+from lazyproc.run.sizes import divide
+from lazyproc.together import agree_on_signal, counter_of, locked_by_first, ranks_of
 
 log = logging.getLogger("lazyproc")
 
@@ -61,7 +62,7 @@ def perform_together(
     Parameters
     ----------
     declared, args, kwargs, override, chosen, listener
-        As for `lazyproc.perform.perform`, the same on all ranks.
+        As for `lazyproc.run.perform.perform`, the same on all ranks.
 
     Raises
     ------
@@ -199,7 +200,7 @@ def _run(
     tell = listener if ranks.rank == 0 else quiet
     committer = Committer(target, declared.interval, n_before, _without_commits(tell), status)
     scheduler = Scheduler("processes", ranks.size)
-    sizes = ranks.once(lambda: declared.blocks(remaining, scheduler, probe, driver_writes=False))
+    sizes = ranks.once(lambda: divide(declared, remaining, scheduler, probe, driver_writes=False))
     kernel = kernel.for_run(target.sink, 1)
     tell(Started(declared.process_name, work.n_positions, n_before, f"{ranks.size} ranks"))
     counter = counter_of(os.path.abspath(declared.place.path), ranks, fence)

@@ -1,0 +1,1 @@
+"""The contract towards subclasses written for pyUSID: their hooks, and the loops that call them."""
