@@ -17,6 +17,7 @@ import traceback
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -428,11 +429,9 @@ def run_with(kind: str, process: Process) -> None:
     """Let a process run on a chosen scheduler, as a job of the right size would."""
     from lazyproc.engine.choose import Scheduler
 
-    declared = process._declared()
     chosen = Scheduler(kind, 2 if kind != "serial" else 1)
-    object.__setattr__(declared, "scheduler", lambda *_, **__: chosen)
-    process._declared = lambda: declared
-    process.compute()
+    with mock.patch("lazyproc.run.perform.scheduler_of", return_value=chosen):
+        process.compute()
 
 
 def check_failure(caught: pytest.ExceptionInfo[FunctionError], address: str) -> None:

@@ -18,6 +18,7 @@ import lazyproc
 from lazyproc import MemoryLimitError, Output, ParameterError, Process
 from lazyproc.core.memory import MEBIBYTE, WORKER_BYTES
 from lazyproc.core.plan import format_share
+from lazyproc.run.sizes import divide
 
 
 class Never(Process):
@@ -109,7 +110,7 @@ def test_blocks_are_aligned_on_storage_chunks(tmp_path):
     path, name = make_usid_file(tmp_path / "a.h5", n_rows=100, n_cols=100, n_spectral=64, chunks=(64, 16))
     with Never(f"{path}::{name}", cores=1, max_mem_mb=least_mb(f"{path}::{name}") + 1) as process:
         plan = process.plan()
-        sizes = process._declared().blocks(*remaining_of(process), driver_writes=False)
+        sizes = divide(process._declared(), *remaining_of(process), driver_writes=False)
     assert plan.chunk_positions == 64
     assert plan.block_positions % 64 == 0
     assert plan.n_blocks > 1
