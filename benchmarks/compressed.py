@@ -127,7 +127,7 @@ def on_cluster(path: str, filters: dict[str, Any], cores: int) -> dict[str, floa
 
 
 def _import() -> None:
-    import lazyproc.engine.kernel
+    import lazyproc.engine.packing
     import lazyproc.hdf5.compress  # noqa: F401
 
 

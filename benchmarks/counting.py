@@ -79,9 +79,9 @@ def _kinds_that_stay() -> Iterator[type]:
 
         yield h5py.HLObject
     with suppress(ImportError):
-        from lazyproc.engine.local import _Batch
+        from lazyproc.engine.window import Batch
 
-        yield _Batch
+        yield Batch
 
 
 def start_counting() -> Counts:
@@ -136,8 +136,8 @@ def _watch_joblib(counts: Counts) -> None:
 
 def _watch_lazyproc(counts: Counts) -> None:
     import lazyproc.process
-    from lazyproc.engine.kernel import pack_once
     from lazyproc.engine.lane import Lane
+    from lazyproc.engine.packing import pack_once
 
     real = Lane._start
 

@@ -250,7 +250,7 @@ def _sleep_and_write(size: int, start: int, path: str, seconds: float) -> int:
 
 
 def _import() -> None:
-    import lazyproc.engine.kernel  # noqa: F401
+    import lazyproc.engine.packing  # noqa: F401
 
 
 def _cpu() -> tuple[int, float]:

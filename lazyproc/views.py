@@ -17,7 +17,9 @@ from lazyproc.core.errors import StaleViewError
 from lazyproc.core.failed import DONE, FAILED, NOT_DONE, FailedRows
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import FAILED_POSITIONS, Output, ResolvedOutput
-from lazyproc.engine.kernel import Kernel, failure_of, pack, unpack
+from lazyproc.engine.block_function import failure_of
+from lazyproc.engine.kernel import Kernel
+from lazyproc.engine.packing import pack, unpack
 from lazyproc.hdf5.damage import reading
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.marks import read_status

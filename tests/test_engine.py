@@ -30,12 +30,15 @@ from lazyproc.core.learn import Room
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Output
+from lazyproc.engine.block_function import run_loaded
 from lazyproc.engine.choose import Scheduler, can_be_sent, choose_local
 from lazyproc.engine.cluster import block_graph
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Kernel, Receipt, pack, pack_once, run_loaded, unpack
+from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.limits import available_cores, default_cores
 from lazyproc.engine.local import run_processes, run_serial, run_threads
+from lazyproc.engine.packing import pack, pack_once, unpack
+from lazyproc.engine.receipt import Receipt
 from lazyproc.engine.threads import BlockThreads
 from lazyproc.engine.worker import Packed
 

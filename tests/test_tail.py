@@ -32,8 +32,9 @@ from lazyproc.core.sizing import Division
 from lazyproc.core.specs import Output
 from lazyproc.drain import Drain
 from lazyproc.engine.choose import Scheduler
-from lazyproc.engine.kernel import Kernel, Receipt
+from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.native import limits
+from lazyproc.engine.receipt import Receipt
 from lazyproc.hdf5.handle_target import HandleTarget
 from lazyproc.run.loop import Committer, run_loop
 

@@ -34,8 +34,9 @@ from lazyproc.core.specs import Dimension, Output
 from lazyproc.engine import lane
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.crew import Crew
-from lazyproc.engine.kernel import Receipt
-from lazyproc.engine.local import never, run_processes
+from lazyproc.engine.local import run_processes
+from lazyproc.engine.receipt import Receipt
+from lazyproc.engine.streams import never
 from lazyproc.hdf5.claims import Claims
 from lazyproc.hdf5.lock import FencedError, RunLock
 from lazyproc.status import file_status

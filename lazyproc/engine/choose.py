@@ -13,18 +13,10 @@ from lazyproc.core.learn import Room
 from lazyproc.core.probe import Probe
 from lazyproc.engine.cluster import count_threads, most_on_machine, tells_memory, threads_now
 from lazyproc.engine.crew import Crew
-from lazyproc.engine.kernel import Kernel, pack_once
-from lazyproc.engine.local import (
-    Interruptible,
-    Receipts,
-    Stopping,
-    never,
-    or_here,
-    run_both,
-    run_processes,
-    run_serial,
-    run_threads,
-)
+from lazyproc.engine.kernel import Kernel
+from lazyproc.engine.local import or_here, run_both, run_processes, run_serial, run_threads
+from lazyproc.engine.packing import pack_once
+from lazyproc.engine.streams import Interruptible, Receipts, Stopping, never
 
 HELP_PAYS = 0.4
 """Seconds of computing from which worker processes can still help this one."""

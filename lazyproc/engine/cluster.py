@@ -15,7 +15,7 @@ from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import ArgumentValueError, WorkerError
-from lazyproc.engine.kernel import run_task
+from lazyproc.engine.packing import run_task
 from lazyproc.engine.pulse import PATIENCE_SECONDS, answer, are_coming
 
 _LOOK_SECONDS = 0.25

@@ -32,9 +32,11 @@ from lazyproc.engine.cluster import (
     was_sent_away,
 )
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Kernel, Receipt, pack_for_cluster
-from lazyproc.engine.local import TICK, Receipts, Stopping, never
+from lazyproc.engine.kernel import Kernel
+from lazyproc.engine.packing import pack_for_cluster
 from lazyproc.engine.pulse import PATIENCE_SECONDS, Pulse, answer, ask
+from lazyproc.engine.receipt import Receipt
+from lazyproc.engine.streams import TICK, Receipts, Stopping, never
 
 _WINDOW = 3
 _AHEAD_SECONDS, _MOST_AHEAD = 15.0, 50

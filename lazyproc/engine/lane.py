@@ -21,9 +21,12 @@ from typing import Any
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import WorkerError
 from lazyproc.core.learn import Room
+from lazyproc.engine.block_function import run_part
 from lazyproc.engine.crew import Crew, kill
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Kernel, Receipt, pack_once, run_part
+from lazyproc.engine.kernel import Kernel
+from lazyproc.engine.packing import pack_once
+from lazyproc.engine.receipt import Receipt
 from lazyproc.engine.worker import LOOK_SECONDS
 
 _LEAVE_SECONDS = 5.0

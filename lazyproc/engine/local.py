@@ -1,9 +1,6 @@
 """Blocks on this machine: in the process, in its threads, or in worker processes under Dask's local scheduler.
 
-Each engine is a generator: blocks go in, receipts come out as they are ready; None comes out now and then while nothing
-is ready, so that the driver can keep its checkpoint interval. Once `stopping()` is true nothing new is started and
-what is under way is waited for; once `dropping()` is true it is not waited for any longer. How much is under way, or
-finished and not yet taken, is bounded by a window of two blocks a worker, however slow one of them is.
+How much is under way, or finished and not yet taken, is bounded by a window of two blocks a worker.
 """
 
 from __future__ import annotations
@@ -11,30 +8,26 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import queue
-import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.learn import Room
+from lazyproc.engine.block_function import run_block
 from lazyproc.engine.crew import Crew
-from lazyproc.engine.kernel import Kernel, Receipt, pack_once, run_block
+from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.lane import Lanes
+from lazyproc.engine.packing import pack_once
+from lazyproc.engine.streams import TICK, Interruptible, Receipts, Stopping, never
 from lazyproc.engine.threads import BlockThreads
+from lazyproc.engine.window import Batch, Graph, Window, a_tick
 
-TICK = 0.25
-"""Seconds: how often an engine gives the driver a turn while nothing is ready."""
 _GRAPH_AFTER = 60.0
 """Seconds: what is begun by then does without Dask, whose loading takes a quarter of a second of a core, or more."""
-_GRAPH_BLOCKS = 8
-"""Blocks a worker in one Dask graph."""
 _ATTEMPTS = 2
 """How often a block is tried, while others are, if its worker process dies; then once more, with nothing beside it."""
 
@@ -42,19 +35,6 @@ _DEATHS_ALONE = 100
 """So many processes may die in a run to find out which positions of its lost blocks are the ones that end them."""
 
 log = logging.getLogger("lazyproc")
-
-Receipts = Iterator[Receipt | None]
-Stopping = Callable[[], bool]
-Interruptible = Callable[[], AbstractContextManager[None]]
-
-
-def never() -> bool:
-    """Return False: neither stop nor drop anything."""
-    return False
-
-
-def _a_tick() -> float:
-    return TICK
 
 
 def run_serial(
@@ -106,7 +86,7 @@ def run_processes(
     dropping: Stopping = never,
     room: Room | None = None,
     crew: Crew | None = None,
-    patience: Callable[[], float] = _a_tick,
+    patience: Callable[[], float] = a_tick,
     graph_after: float = _GRAPH_AFTER,
     keep: bool = False,
 ) -> Receipts:
@@ -138,7 +118,7 @@ def run_processes(
     pack_once(kernel)  # what cannot be packed is to raise here, not in a lane
     lost: list[Block] = []
     lanes = Lanes(kernel, n_workers, _ATTEMPTS, crew, keep=keep)
-    window = _Window(lanes, 2 * n_workers, stopping, room, patience)
+    window = Window(lanes, 2 * n_workers, stopping, room, patience)
     for receipt in _run_batches(window, blocks, n_workers, name, dropping, graph_after):
         if receipt is not None and receipt.failure is not None and receipt.failure.kind == "lost":
             lost += [receipt.block] if receipt.rest is None else [receipt.block, receipt.rest]
@@ -162,7 +142,7 @@ def _do_alone(
     """Do a block with nothing beside it; in halves, and halves of these, if its process dies, to lose no others."""
     waiting = deque([block])
     while waiting and not stopping():
-        window = _Window(Lanes(kernel, 1, 1), 1, stopping, room)
+        window = Window(Lanes(kernel, 1, 1), 1, stopping, room)
         for receipt in _run_batches(window, [waiting.popleft()], 1, name, dropping, math.inf):
             if receipt is not None and receipt.rest is not None:
                 waiting.append(receipt.rest)  # no others are to come that it could be done with
@@ -254,15 +234,15 @@ def or_here(receipts: Receipts, kernel: Kernel, interruptible: Interruptible) ->
 
 
 def _run_batches(
-    window: _Window, blocks: Iterable[Block], n_workers: int, name: str, dropping: Stopping, graph_after: float
+    window: Window, blocks: Iterable[Block], n_workers: int, name: str, dropping: Stopping, graph_after: float
 ) -> Receipts:
     """Do the blocks in batches; one begins as soon as what is left of those before does not fill the window."""
     waiting = iter(blocks)
-    batches: list[_Batch] = []
+    batches: list[Batch] = []
     begin = time.monotonic()
     try:
         while not dropping():
-            kind = _Graph if time.monotonic() - begin >= graph_after else _Batch
+            kind = Graph if time.monotonic() - begin >= graph_after else Batch
             batches = [batch for batch in batches if batch.n_left]
             if window.wanted() and sum(batch.n_left for batch in batches) < window.size:
                 if some := list(itertools.islice(waiting, kind.blocks_a_worker * n_workers)):
@@ -272,150 +252,3 @@ def _run_batches(
             yield window.next_receipt()
     finally:
         window.close(kill=True)
-
-
-class _Window:
-    """What is under way in lanes, or finished and not yet taken: never more than `size` blocks.
-
-    A slow block holds back its own place only; a slow driver, which does not take receipts, holds back everything.
-    """
-
-    def __init__(
-        self,
-        lanes: Lanes,
-        size: int,
-        stopping: Stopping,
-        room: Room | None = None,
-        patience: Callable[[], float] = _a_tick,
-    ) -> None:
-        self.size = size
-        self._patience = patience
-        self._room = room
-        self.threads = ThreadPoolExecutor(size, "lazyproc")
-        self._lanes = lanes
-        self._stopping = stopping
-        self._closed = False
-        self._places = threading.Semaphore(size)
-        self._ready: queue.SimpleQueue[Receipt | None] = queue.SimpleQueue()
-        self._error: Exception | None = None
-
-    def wanted(self) -> bool:
-        """Tell whether another block may begin."""
-        return not (self._closed or self._stopping())
-
-    def do(self, block: Block) -> None:
-        """Do a block in a lane and keep its receipt until it is taken: a task of Dask's local scheduler."""
-        while not self._places.acquire(timeout=TICK):
-            if not self.wanted():
-                return
-        receipt = self._lanes.do(block, self.wanted, self._room)
-        if receipt is None:
-            self._places.release()
-        else:
-            self._ready.put(receipt)
-
-    def is_over(self) -> bool:
-        """Tell whether all receipts are taken, and no error is to be raised."""
-        return self._ready.empty() and self._error is None and self._lanes.error is None
-
-    def next_receipt(self) -> Receipt | None:
-        """Take a receipt, or None if there is none for some time.
-
-        Raises
-        ------
-        WorkerError
-            If nothing can be done in the lanes anymore.
-        """
-        try:
-            receipt = self._ready.get(timeout=self._patience())
-        except queue.Empty:
-            error = self._error or self._lanes.error
-            if error is not None:
-                raise error from None
-            return None
-        if receipt is not None:
-            self._places.release()
-        return receipt
-
-    def wake(self) -> None:
-        """Give the driver a turn now: a batch has ended."""
-        self._ready.put(None)
-
-    def fail(self, error: Exception) -> None:
-        """Let the driver raise an error."""
-        self._error = error
-
-    def close(self, *, kill: bool = False) -> None:
-        """End the worker processes; with `kill` whatever they are doing."""
-        self._closed = True
-        self._lanes.close(kill=kill)
-        self.threads.shutdown()
-
-
-class _Batch:
-    """Some blocks that go straight to the threads of the window.
-
-    Attributes
-    ----------
-    n_left : int
-        Blocks of which nothing has come of yet.
-    """
-
-    blocks_a_worker = 1
-
-    def __init__(self, window: _Window, blocks: list[Block], name: str) -> None:
-        self._window = window
-        self._counting = threading.Lock()
-        self.n_left = len(blocks)
-        self._begin(blocks, name)
-
-    def _begin(self, blocks: list[Block], name: str) -> None:
-        for block in blocks:
-            self._window.threads.submit(self._window.do, block).add_done_callback(self._end_of_block)
-
-    def _end_of_block(self, future: Future[None]) -> None:
-        if not future.cancelled() and (error := future.exception()) is not None:
-            assert isinstance(error, Exception)
-            self._window.fail(error)
-        self._count(1)
-
-    def _count(self, n_blocks: int) -> None:
-        with self._counting:
-            self.n_left -= n_blocks
-        if not self.n_left:
-            self._window.wake()
-
-
-class _Graph(_Batch):
-    """The same as one Dask graph, run by Dask's local scheduler in a thread of its own."""
-
-    blocks_a_worker = _GRAPH_BLOCKS
-    """They are cut before it is known how long those of the graph take."""
-
-    def _begin(self, blocks: list[Block], name: str) -> None:
-        run = f"{name}-{uuid.uuid4().hex}"
-        waiting = deque(blocks)  # Dask begins with the last ones, as it likes; the smallest are to come last
-
-        def do_next() -> None:
-            self._window.do(waiting.popleft())
-
-        graph = {(run, block.index): (do_next,) for block in blocks}
-        threading.Thread(target=self._run, args=(graph,), name="lazyproc-graph", daemon=True).start()
-
-    def _run(self, graph: dict[Any, Any]) -> None:
-        """Run the graph; called by the thread."""
-        from dask.local import get_async
-
-        def finished(key: Any, result: Any, dsk: Any, state: Any, worker: Any) -> None:
-            left.discard(key)
-            if left:
-                self._count(1)
-
-        left = set(graph)
-        callbacks = [(None, None, None, finished, None)]
-        try:
-            get_async(self._window.threads.submit, self._window.size, graph, list(graph), callbacks=callbacks)
-        except Exception as error:  # not of a block: these are told by its receipt
-            self._window.fail(error)
-        finally:
-            self._count(self.n_left)

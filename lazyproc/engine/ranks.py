@@ -16,7 +16,9 @@ from typing import Any, Protocol, TypeVar
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import Interrupted, LazyprocError
-from lazyproc.engine.kernel import Kernel, Receipt, run_block
+from lazyproc.engine.block_function import run_block
+from lazyproc.engine.kernel import Kernel
+from lazyproc.engine.receipt import Receipt
 from lazyproc.engine.world import LOST, code_of, flush
 
 _STOP = 2**40

@@ -7,7 +7,9 @@ import threading
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.learn import Room
-from lazyproc.engine.kernel import Kernel, Receipt, run_block, run_part
+from lazyproc.engine.block_function import run_block, run_part
+from lazyproc.engine.kernel import Kernel
+from lazyproc.engine.receipt import Receipt
 
 
 class BlockThreads:

@@ -18,10 +18,11 @@ from lazyproc.core.errors import WorkerError
 from lazyproc.core.measure import run_probe
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
+from lazyproc.engine.block_function import failure_of
 from lazyproc.engine.cluster import count_threads, is_gone, least_busy, submit, was_sent_away
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import FailedElsewhere, Failure
-from lazyproc.engine.kernel import Kernel, failure_of
+from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.lane import Died, Lane
 from lazyproc.engine.pulse import Pulse, ask
 

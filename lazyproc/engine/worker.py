@@ -15,8 +15,10 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from lazyproc.core.blocks import Block
+from lazyproc.engine.block_function import run_loaded
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Kernel, Receipt, RunDetails, run_loaded
+from lazyproc.engine.kernel import Kernel, RunDetails
+from lazyproc.engine.receipt import Receipt
 
 LOOK_SECONDS = 0.5
 """How often a worker process looks whether its driver is still there, and the driver whether a worker is."""

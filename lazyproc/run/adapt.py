@@ -15,8 +15,8 @@ from lazyproc.core.memory import MEBIBYTE, MemoryModel
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.engine.choose import Scheduler
-from lazyproc.engine.kernel import Receipt
-from lazyproc.engine.local import Receipts
+from lazyproc.engine.receipt import Receipt
+from lazyproc.engine.streams import Receipts
 from lazyproc.run.declared import Declared
 from lazyproc.run.sizes import BlockSizes, divide
 

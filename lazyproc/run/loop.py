@@ -14,8 +14,8 @@ from lazyproc.core.failed import FailedPosition
 from lazyproc.core.runs import Runs
 from lazyproc.drain import Drain, Leave
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Receipt
-from lazyproc.engine.local import Receipts
+from lazyproc.engine.receipt import Receipt
+from lazyproc.engine.streams import Receipts
 from lazyproc.hdf5.failure_log import FailureLog
 from lazyproc.hdf5.target import Target
 

@@ -21,10 +21,11 @@ from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.signature import slips
 from lazyproc.drain import Drain, how_far, nothing_yet
+from lazyproc.engine.block_function import failure_of
 from lazyproc.engine.choose import Scheduler, can_be_sent
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import raise_failures
-from lazyproc.engine.kernel import Kernel, failure_of
+from lazyproc.engine.kernel import Kernel
 from lazyproc.hdf5.finish import adopt
 from lazyproc.hdf5.leftovers import rows_files
 from lazyproc.hdf5.lock import RunLock

@@ -14,11 +14,13 @@ from lazyproc.core.blocks import Block
 from lazyproc.core.measure import run_probe
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
+from lazyproc.engine.block_function import failure_of
 from lazyproc.engine.choose import can_be_sent
 from lazyproc.engine.cluster import active_client
 from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import Failure
-from lazyproc.engine.kernel import Kernel, failure_of, pack_for_cluster
+from lazyproc.engine.kernel import Kernel
+from lazyproc.engine.packing import pack_for_cluster
 from lazyproc.engine.trial import Trial, try_in_process, try_on_cluster
 from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.raised import H5_ERRORS
