@@ -23,8 +23,8 @@ from lazyproc.engine.packing import pack, unpack
 from lazyproc.hdf5.damage import reading
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.marks import read_status
+from lazyproc.hdf5.origin import text_attribute
 from lazyproc.hdf5.rows_file import check_readable
-from lazyproc.hdf5.search import text_attribute
 from lazyproc.hdf5.source import Source
 from lazyproc.hdf5.steady import read_steadily
 from lazyproc.layout import Axis, BlockGrid, block_grid, positions_per_view_block

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lazyproc.core.apply import OutputMismatch, RowError, _as_it_is_now, compute_rows
+from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
 from lazyproc.core.errors import OutputError
 from lazyproc.core.failed import FailedRows
+from lazyproc.core.returned import as_it_is_now
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Dimension, Output
 
@@ -925,4 +926,4 @@ def test_no_memory_for_what_came_is_no_misfit():
             raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
-        _as_it_is_now(Heavy())
+        as_it_is_now(Heavy())

@@ -39,7 +39,7 @@ from lazyproc.core.errors import ArgumentValueError, DefinitionError, LazyprocEr
 from lazyproc.hdf5 import compress, overlay, transaction
 from lazyproc.hdf5.compress import encode, n_threads
 from lazyproc.hdf5.overlay import Overlay
-from lazyproc.run import finishing, perform
+from lazyproc.run import finishing
 from lazyproc.run.collective import _refuse_compression
 from lazyproc.status import file_status
 
@@ -456,7 +456,7 @@ def test_resumed_through_a_handle_with_an_open_dataset(scan: Path) -> None:
 
 def test_a_complete_group_is_compressed_by_the_next_call(scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(perform, "finish_results", lambda *args, **more: None)
+        patch.setattr("lazyproc.run.group.finish_results", lambda *args, **more: None)
         name = compute(scan)
     assert len(rows_beside(scan)) == 2
     monkeypatch.setenv(DIES_AT, "5")  # nothing is computed again
@@ -757,7 +757,7 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             return np.random.default_rng(0).random((len(block), 2**15))
 
     with monkeypatch.context() as patch:
-        patch.setattr(perform, "finish_results", lambda *args, **more: None)
+        patch.setattr("lazyproc.run.group.finish_results", lambda *args, **more: None)
         compute(path, Noise)
     tracemalloc.start()
     compute(path, Noise)

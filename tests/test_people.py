@@ -430,7 +430,7 @@ def run_with(kind: str, process: Process) -> None:
     from lazyproc.engine.choose import Scheduler
 
     chosen = Scheduler(kind, 2 if kind != "serial" else 1)
-    with mock.patch("lazyproc.run.perform.scheduler_of", return_value=chosen):
+    with mock.patch("lazyproc.run.group.scheduler_of", return_value=chosen):
         process.compute()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.casting import OutputMismatch as OutputMismatch
-from lazyproc.core.casting import describe, store
-from lazyproc.core.failed import FailedRows
-from lazyproc.core.masked import is_masked
+from lazyproc.core.casting import store
+from lazyproc.core.columns import columns_of_block, columns_of_rows
+from lazyproc.core.failed import FailedRows, Tried
+from lazyproc.core.returned import IMMUTABLE, Returned
 from lazyproc.core.specs import ResolvedOutput
 
 _BATCH_ROWS = 256
@@ -24,20 +24,13 @@ _BATCH_BYTES = 2**20
 its source and its results, and not that of its results three times."""
 _TURNS = 16
 """How often the clock is looked at in a block with a deadline."""
-_IMMUTABLE = frozenset(
-    {float, int, complex, bool, str, bytes, type(None), np.bytes_, np.str_}
-    | {np.dtype(code).type for code in "?bhilqBHILQefdgFDG"}
-)
-"""Results that no later call can change."""
-_CONSTANT = (float, int, complex, str, bytes, np.generic)
-"""The same with their subclasses, but for records."""
 
 _NUMBERS = "biufc"
 
 Arrays = tuple[NDArray[Any], ...]
 
 
-class RowError(Exception):
+class RowError(Tried):
     """The user's function failed; carries the rows it was given, `__cause__` is its exception.
 
     Parameters
@@ -50,63 +43,6 @@ class RowError(Exception):
         super().__init__(first, last)
         self.first = first
         self.last = last
-
-
-class _Returned(list[Any]):
-    """What the function returned for some rows; `plain` until something came that may hold masked arrays."""
-
-    plain = True
-
-    def hold(self, value: Any) -> None:
-        """Append a result as it is now: the function may use its array, list or dict again in the next call."""
-        self.append(self._held(value))
-
-    def _held(self, value: Any) -> Any:
-        kind = type(value)
-        if kind is np.ndarray:
-            return value.copy()
-        if kind is tuple or kind is list:
-            return kind([item if type(item) in _IMMUTABLE else self._held(item) for item in value])
-        if is_masked(value):
-            self.plain = False  # copied by its constructor, since the `copy` of a masked record fails
-            return value if value is np.ma.masked else np.ma.MaskedArray(value.data, np.ma.getmask(value), copy=True)
-        if isinstance(value, np.ndarray | np.void):
-            return value.copy()
-        if isinstance(value, Mapping):
-            return {name: item if type(item) in _IMMUTABLE else self._held(item) for name, item in value.items()}
-        if isinstance(value, _CONSTANT):
-            return value
-        if isinstance(value, tuple | list) and not hasattr(value, "__array__"):
-            items = [self._held(item) for item in value]
-            return (
-                value._make(items) if hasattr(value, "_make") else tuple(items) if isinstance(value, tuple) else items
-            )
-        return _as_it_is_now(value)
-
-
-def _as_it_is_now(value: Any) -> Any:
-    """Return the array that NumPy makes of an object of any other type, which may be another one after the next call.
-
-    Without one, or where only some items are numbers or bytes, the result is something that does not fit any output.
-    """
-    try:
-        array = np.array(np.asarray(value))  # a copy; asked for a copy, some objects warn
-        if array.dtype.kind in "OUS":
-            items = np.asarray(value, object)
-            if not items.shape and items[()] is value:
-                return value  # NumPy sees nothing in it that could change
-            fits = all(isinstance(item, bytes if array.dtype.kind == "S" else numbers.Number) for item in items.flat)
-        else:
-            fits = True
-    except MemoryError:  # elsewhere, or later, there may be enough
-        raise
-    except Exception:  # whatever its methods raise: it does not fit
-        fits = False
-    if fits:
-        return array
-    misfit = np.empty((), object)
-    misfit[()] = value
-    return misfit
 
 
 def compute_rows(
@@ -227,7 +163,7 @@ def _call_block(
         returned = function(data, *args, **kwargs)
     except Exception as error:
         raise RowError(start, start + len(data)) from error
-    columns = _columns_of_block(returned, outputs)
+    columns = columns_of_block(returned, outputs)
     for output, column, result in zip(outputs, columns, results, strict=True):
         store(column, output, result, start, vectorized=True)
 
@@ -246,7 +182,7 @@ def _apply_to_rows(
     place = 0
     arrays = len(outputs) == 1 and outputs[0].width > 1 and outputs[0].dtype.kind in _NUMBERS
     while place < len(rows):
-        returned = _Returned()
+        returned = Returned()
         failure: RowError | None = None
         try:
             if arrays:
@@ -274,7 +210,7 @@ def _store_arrays(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     result: NDArray[Any],
-    returned: _Returned,
+    returned: Returned,
 ) -> int:
     """Call the function for rows from `place` on and store what it returns, while that is an array just as declared.
 
@@ -306,10 +242,10 @@ def _call_rows(
     start: int,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    returned: _Returned,
+    returned: Returned,
 ) -> None:
     """Call the function for each row until it fails; the hot loop, so what is usual comes first, without a call."""
-    keep, hold, immutable, only = returned.append, returned.hold, _IMMUTABLE, _IMMUTABLE.issuperset
+    keep, hold, immutable, only = returned.append, returned.hold, IMMUTABLE, IMMUTABLE.issuperset
     try:
         for row in rows:
             value = function(row, *args, **kwargs)
@@ -326,7 +262,7 @@ def _call_rows(
 
 
 def _store_rows(
-    returned: _Returned, start: int, outputs: Sequence[ResolvedOutput], results: Arrays, failed: FailedRows | None
+    returned: Returned, start: int, outputs: Sequence[ResolvedOutput], results: Arrays, failed: FailedRows | None
 ) -> None:
     """Check what the function returned for the rows from `start` on and put it into its place; else row by row.
 
@@ -334,7 +270,7 @@ def _store_rows(
     """
     stop = start + len(returned)
     try:
-        columns = _columns_of_rows(returned, outputs, start)
+        columns = columns_of_rows(returned, outputs, start)
         for output, column, result in zip(outputs, columns, results, strict=True):
             store(column, output, result[start:stop], start, vectorized=False, plain=returned.plain)
     except OutputMismatch as error:
@@ -347,7 +283,7 @@ def _store_rows(
 
 
 def _store_each_row(
-    returned: _Returned,
+    returned: Returned,
     start: int,
     error: OutputMismatch,
     outputs: Sequence[ResolvedOutput],
@@ -356,7 +292,7 @@ def _store_each_row(
 ) -> None:
     """Judge the rows from `start` on one by one; `error` is what is wrong with them together."""
     for row, value in enumerate(returned, start):
-        alone = _Returned([value])
+        alone = Returned([value])
         alone.plain = returned.plain
         try:
             _store_rows(alone, row, outputs, results, failed)
@@ -379,70 +315,3 @@ def _give_up(
     if isinstance(error, OutputMismatch):
         error.row = row
     failed.add(row, error, error.__cause__ if isinstance(error, RowError) else None)
-
-
-def _columns_of_block(returned: Any, outputs: Sequence[ResolvedOutput]) -> list[Any]:
-    """Sort what a block function returned into one array an output."""
-    names = [output.name for output in outputs]
-    if isinstance(returned, Mapping):
-        _check_names(returned, names, 0)
-        return [returned[name] for name in names]
-    if isinstance(returned, tuple) and (len(outputs) > 1 or len(returned) == 1):
-        _check_count(returned, names, 0)
-        return list(returned)
-    if len(outputs) == 1:
-        return [returned]
-    raise OutputMismatch(_wrong_form(returned, names))
-
-
-def _columns_of_rows(returned: list[Any], outputs: Sequence[ResolvedOutput], start: int) -> list[Any]:
-    """Sort what the function returned for each row into one list an output."""
-    names = [output.name for output in outputs]
-    first = returned[0]
-    if isinstance(first, Mapping):
-        wanted = set(names)
-        for row, item in enumerate(returned):
-            if type(item) is dict and item.keys() == wanted:
-                continue
-            if not isinstance(item, Mapping):
-                raise OutputMismatch(_wrong_form(item, names), start + row)
-            _check_names(item, names, start + row)
-        return [[item[name] for item in returned] for name in names]
-    if isinstance(first, tuple) and (len(outputs) > 1 or len(first) == 1):
-        for row, item in enumerate(returned):
-            if not isinstance(item, tuple):
-                raise OutputMismatch(_wrong_form(item, names), start + row)
-            _check_count(item, names, start + row)
-        return [list(column) for column in zip(*returned, strict=True)]
-    if len(outputs) == 1:
-        return [returned]
-    raise OutputMismatch(_wrong_form(first, names), start)
-
-
-def _check_names(item: Mapping[str, Any], names: list[str], row: int) -> None:
-    if item.keys() != set(names):
-        missing = [name for name in names if name not in item]
-        surplus = [name for name in item if name not in names]
-        raise OutputMismatch(
-            f"The function returned a mapping with the names {list(item)}; expected the declared outputs {names}"
-            + (f"; missing: {missing}" if missing else "")
-            + (f"; not declared: {surplus}" if surplus else "")
-            + ". Return each output once, under its name.",
-            row,
-        )
-
-
-def _check_count(item: tuple[Any, ...], names: list[str], row: int) -> None:
-    if len(item) != len(names):
-        raise OutputMismatch(
-            f"The function returned a tuple of {len(item)}; expected {len(names)} values, in the order of the declared "
-            f"outputs {names}. Return one value an output.",
-            row,
-        )
-
-
-def _wrong_form(returned: Any, names: list[str]) -> str:
-    return (
-        f"The function returned {describe(returned)}; expected a mapping with the names {names} or a tuple of "
-        f"{len(names)} values in that order."
-    )

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.errors import OutputError
+from lazyproc.core.failed import Tried
 from lazyproc.core.masked import is_masked, masked_type
 from lazyproc.core.specs import ResolvedOutput
 
 
-class OutputMismatch(OutputError):
+class OutputMismatch(OutputError, Tried):
     """What the function returned does not fit; carries the row within the block."""
 
     def __init__(self, message: str, row: int = 0) -> None:

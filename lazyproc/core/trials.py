@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.apply import Arrays
-from lazyproc.core.failed import FailedPosition, FailedRows
+from lazyproc.core.failed import FailedPosition, FailedRows, Tried
 from lazyproc.core.highwater import Kept, peak_of
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
@@ -54,7 +54,7 @@ class Trials:
         self.left = remaining
         self._computed: list[tuple[Runs, Arrays]] = []
         self._failed: list[FailedPosition] = []
-        self._first: Exception | None = None
+        self._first: Tried | None = None
         self.seconds: list[float] = []
         self.slowest = 0.0
 
@@ -130,15 +130,15 @@ class Trials:
         failed = FailedRows(self._read, runs)
         try:
             return self._compute(rows, failed) if self._record else self._compute(rows), failed
-        except Exception as error:
-            error.runs = runs  # type: ignore[attr-defined]
+        except Tried as error:
+            error.runs = runs
             raise
 
     def _keep(self, runs: Runs, results: Arrays, failed: FailedRows) -> None:
         self._computed.append((runs, results))
         self.left = self.left.difference(runs)
         if failed.first is not None:
-            failed.first.runs = runs  # type: ignore[attr-defined]
+            failed.first.runs = runs
             self._failed += failed.positions()
             self._first = self._first or failed.first
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import FunctionError, LazyprocError, OutputError, WorkerError
-from lazyproc.core.runs import Runs
+from lazyproc.core.failed import Tried
 
 _NAMED_BLOCKS = 10
 _ENDS = 25
@@ -96,18 +96,14 @@ class Failure:
         raise WorkerError(f"{process_name}: a worker failed {where} of {dataset}: {what}") from self.error
 
 
-class FailedElsewhere(Exception):
+class FailedElsewhere(Tried):
     """What a function raised in another process, where it was only tried.
 
     Attributes
     ----------
     failure : Failure
         What is known of it.
-    runs : Runs
-        The positions that were tried.
     """
-
-    runs: Runs
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure)

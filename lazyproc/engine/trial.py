@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import WorkerError
+from lazyproc.core.failed import Tried
 from lazyproc.core.measure import run_probe
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
@@ -81,24 +81,21 @@ class Trial:
                 try_threads=False,
                 record=self.record,
             )
-        except (RowError, OutputMismatch) as error:
-            raise _for_travel(error, self.remaining) from None
-        return replace(probe, first=_for_travel(probe.first, self.remaining))
+        except Tried as error:
+            raise self._for_travel(error) from None
+        return probe if probe.first is None else replace(probe, first=self._for_travel(probe.first))
+
+    def _for_travel(self, error: Tried) -> FailedElsewhere:
+        runs = error.runs or self.remaining
+        travelling = FailedElsewhere(failure_of(error, Block.of(runs)))
+        travelling.runs = runs
+        return travelling
 
     def failure(self, error: BaseException) -> Failure:
         """Return what went wrong as a failure of the function, or else of the worker."""
         if isinstance(error, FailedElsewhere):
             return error.failure
         return Failure.of_worker(error, Block.of(self.remaining))
-
-
-def _for_travel(error: Any, remaining: Runs) -> Any:
-    if error is None:
-        return None
-    runs: Runs = getattr(error, "runs", remaining)
-    travelling = FailedElsewhere(failure_of(error, Block.of(runs)))
-    travelling.runs = runs
-    return travelling
 
 
 def try_in_process(kernel: Kernel, trial: Trial, crew: Crew) -> Probe | Failure:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,18 +24,8 @@ from lazyproc.core.runs import Runs
 from lazyproc.hdf5.attributes import read_parameters
 from lazyproc.hdf5.create import create_status_mask
 from lazyproc.hdf5.damage import members, reading
-from lazyproc.hdf5.durable import sync_data
-from lazyproc.hdf5.extents import using
-from lazyproc.hdf5.on_disk import real_path
-from lazyproc.hdf5.room import writing
-from lazyproc.hdf5.search import (
-    file_differences,
-    named_groups,
-    other_file_differences,
-    remaining_positions,
-    source_name,
-)
-from lazyproc.hdf5.unmark import take_back
+from lazyproc.hdf5.origin import file_differences, other_file_differences, source_name
+from lazyproc.hdf5.search import named_groups, remaining_positions
 from lazyproc.hdf5.usid import read_text
 
 NO_ARGUMENTS = arguments_text((), {})
@@ -316,59 +305,3 @@ def _write_record(mask: h5py.Dataset, work: HookWork, arguments: str) -> None:
     mask.attrs[_ARGUMENTS] = _short(arguments)
     mask.attrs[_FINGERPRINT] = work.fingerprint("")
     mask.attrs[_SOURCE] = work.main_name
-
-
-def sync_files(files: Iterable[h5py.File]) -> None:
-    """Flush files down to the disk: what HDF5 holds back of them, then what the system does."""
-    for file in files:
-        if file.mode == "r":
-            continue
-        path = real_path(file)
-        with writing(str(file.filename), "the results"):
-            file.flush()
-            if path is not None:
-                with using(path, "what was written"):
-                    take_back(file)
-                    sync_data(file.id.get_vfd_handle())
-
-
-class WriteWatch:
-    """Tells whether anything was written into some files while its context lasts, by their time of modification.
-
-    Parameters
-    ----------
-    files : iterable of h5py.File
-        Open and flushed. Meanwhile their time of modification is set back by a microsecond: the clock of a file system
-        ticks too slowly to tell two writes apart, but any write moves that time away from where it was put.
-    """
-
-    def __init__(self, files: Iterable[h5py.File]) -> None:
-        self._files = [file for file in files if file.mode != "r"]
-        self._put: list[tuple[h5py.File, int, int]] = []
-
-    def __enter__(self) -> WriteWatch:
-        for file in self._files:
-            if real_path(file) is None:
-                continue
-            descriptor = file.id.get_vfd_handle()
-            before = os.fstat(descriptor).st_mtime_ns
-            try:
-                _set_modified(descriptor, before - 1000)
-            except OSError:  # the file is somebody else's
-                continue
-            self._put.append((file, before, os.fstat(descriptor).st_mtime_ns))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for file, before, put in self._put:
-            if file and os.fstat(file.id.get_vfd_handle()).st_mtime_ns == put:
-                _set_modified(file.id.get_vfd_handle(), before)
-
-    def saw_nothing(self) -> bool:
-        """Return True only if it is certain that nothing was written; flush the files before."""
-        untouched = [os.fstat(file.id.get_vfd_handle()).st_mtime_ns == put for file, _, put in self._put]
-        return len(untouched) == len(self._files) and all(untouched)
-
-
-def _set_modified(descriptor: int, nanoseconds: int) -> None:
-    os.utime(descriptor, ns=(os.fstat(descriptor).st_atime_ns, nanoseconds))

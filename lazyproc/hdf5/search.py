@@ -7,7 +7,6 @@ same values, and outputs declared alike, compressed or not. What differs is told
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lazyproc.core.errors import ArgumentTypeError, FileChangedError, NotMainDatasetError, ResultsError
+from lazyproc.core.errors import FileChangedError, NotMainDatasetError, ResultsError
 from lazyproc.core.identity import code_changed
 from lazyproc.core.parameters import differences, same_arguments
 from lazyproc.core.runs import Runs
@@ -28,10 +27,11 @@ from lazyproc.hdf5.declaration import declared_differences
 from lazyproc.hdf5.failures import count_failed
 from lazyproc.hdf5.files import check_heaps
 from lazyproc.hdf5.marks import done_pieces
+from lazyproc.hdf5.origin import source_differences, text_attribute
 from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.rows_file import check_rows
 from lazyproc.hdf5.seal import check_places, check_seal
-from lazyproc.hdf5.usid import REFERENCES, read_text, validated
+from lazyproc.hdf5.usid import REFERENCES, validated
 
 log = logging.getLogger("lazyproc")
 
@@ -188,7 +188,7 @@ def examine(group: h5py.Group, work: Work, *, thorough: bool = True) -> Found:
                 lines += compare(group, work)
                 if lines and not thorough:
                     return Found(str(group.name), tuple(lines), remarks, n_done, work.n_positions)
-            lines += _source_differences(group, work)
+            lines += source_differences(group, work)
             remarks = tuple(_remarks(group, work))
             if not lines:
                 n_done = count_done(group, work.n_positions, work.status_name)
@@ -242,23 +242,6 @@ def remaining_positions(
     return Runs.from_spans([(min(max(last, start), n_positions), n_positions)])
 
 
-def text_attribute(group: h5py.Group, name: str, default: str = "") -> str:
-    """Return the text in an attribute of a results group, or `default` without it.
-
-    Raises
-    ------
-    ResultsError
-        If it is no text, or cannot be read.
-    """
-    try:
-        return read_text(attribute(group, name, default))
-    except (ArgumentTypeError, *H5_ERRORS) as error:
-        raise ResultsError(
-            f"{group.name}: the attribute {name} cannot be read ({error}); expected a text. It was changed by another "
-            "program, or the file is damaged: compute with override=True."
-        ) from error
-
-
 def status_name_of(group: h5py.Group) -> str:
     """Return the name of a results group's status mask: where a class has one of its own, the group says so."""
     return text_attribute(group, "lazyproc_status_mask") or STATUS_MASK
@@ -306,68 +289,6 @@ def _has_null_references(dataset: h5py.Dataset) -> bool:
     """Tell whether references of a dataset lead nowhere; other software may have stored results without any."""
     values = (attribute(dataset, name, None) for name in REFERENCES)
     return any(isinstance(value, h5py.Reference) and not value for value in values)
-
-
-def _source_differences(group: h5py.Group, work: Work) -> Iterable[str]:
-    stored_name = source_name(group)
-    if stored_name is not None and stored_name != work.main_name and not work.is_renamed(stored_name):
-        yield f"source: stored results of {stored_name}, wanted {work.main_name}"
-        return
-    stored = text_attribute(group, "lazyproc_fingerprint")
-    now = work.fingerprint(stored) if stored else ""
-    if now:
-        if now != stored:
-            yield f"source: the values of {work.main_name} have changed since (fingerprint {stored}, now {now})"
-        yield from other_file_differences(group, work.main_file)
-        return
-    yield from file_differences(group, work.main_file)
-
-
-def file_differences(group: h5py.Group, main_file: str) -> Iterable[str]:
-    """Compare the recorded file of the main dataset with the present one; for groups without a fingerprint."""
-    stored_file = _source_file(group)
-    if stored_file is None:
-        yield f"source: the file that these results were made from is not known, wanted {main_file}"
-    elif not _same_path(stored_file, main_file):
-        yield f"source: stored results of the file {stored_file}, wanted {main_file}"
-
-
-def other_file_differences(group: h5py.Group, main_file: str) -> Iterable[str]:
-    """Tell whether the recorded file is there, and another one; else the main dataset's was moved or renamed."""
-    if os.path.exists(_source_file(group) or ""):
-        yield from file_differences(group, main_file)
-
-
-def source_name(group: h5py.Group) -> str | None:
-    """Return the path of the main dataset that the results were made from, if it is recorded."""
-    for name in ("lazyproc_source", "source_dataset_path"):
-        if name in group.attrs:
-            return text_attribute(group, name)
-    reference = attribute(group, "source_000", None)
-    if isinstance(reference, h5py.Reference) and reference:
-        try:
-            return str(group.file[reference].name)
-        except (ValueError, KeyError):
-            return None
-    return None
-
-
-def _source_file(group: h5py.Group) -> str | None:
-    if "source_file_path" in group.attrs:
-        return text_attribute(group, "source_file_path")
-    return None if _is_elsewhere(group) else ""
-
-
-def _is_elsewhere(group: h5py.Group) -> bool:
-    """Tell whether the results may come from another file: nothing in this one is their source."""
-    if "source_000" in group.attrs:
-        return False
-    main = str(group.name).rpartition("/")[2].partition("-")[0]
-    return main not in group.parent
-
-
-def _same_path(stored: str, now: str) -> bool:
-    return stored == "" or os.path.realpath(stored) == os.path.realpath(now)
 
 
 def _nameless_differences(group: h5py.Group, work: Work) -> Iterable[str]:

@@ -32,7 +32,6 @@ from lazyproc.engine.cluster import active_client
 from lazyproc.hdf5.create import create_status_mask
 from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.guard import BatchGuards, finish_pending, guarded
-from lazyproc.hdf5.hook_record import WriteWatch, sync_files
 from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.room import writing
@@ -41,6 +40,7 @@ from lazyproc.hdf5.settled import allocate, datasets_below, is_settled
 from lazyproc.hdf5.source import source_of
 from lazyproc.hdf5.unmark import take_back
 from lazyproc.hdf5.whole import Whole
+from lazyproc.hdf5.write_watch import WriteWatch, sync_files
 
 if TYPE_CHECKING:
     from lazyproc.hooks.contract import HookContract

@@ -9,8 +9,8 @@ from contextlib import nullcontext
 
 import h5py
 
-from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
+from lazyproc.core.failed import Tried
 from lazyproc.core.measure import run_probe
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
@@ -45,7 +45,7 @@ def probe_function(
     """
     try:
         probe = _probe(declared, kernel, remaining, early, crew)
-    except (RowError, OutputMismatch) as error:
+    except Tried as error:
         failure = failure_of(error, block_of(error, remaining))
     else:
         if isinstance(probe, Failure):
@@ -102,10 +102,9 @@ def _probe(
         )
 
 
-def block_of(error: Exception, remaining: Runs) -> Block:
+def block_of(error: Tried, remaining: Runs) -> Block:
     """Return the positions that were tried when the function raised."""
-    runs: Runs = getattr(error, "runs", remaining)
-    return Block.of(runs)
+    return Block.of(error.runs or remaining)
 
 
 def stored_probe(group: h5py.Group) -> Probe | None:

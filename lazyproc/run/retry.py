@@ -21,8 +21,8 @@ from lazyproc.hdf5.finish import adopt
 from lazyproc.hdf5.record import ensure_room, note_reopened
 from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions
 from lazyproc.run.declared import Declared
+from lazyproc.run.group import run_group
 from lazyproc.run.holding import locked, with_lock
-from lazyproc.run.perform import run_group
 from lazyproc.run.probing import probe_function, stored_probe
 from lazyproc.run.sizes import check_fits
 
