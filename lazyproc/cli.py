@@ -83,7 +83,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             if isinstance(error, FunctionError):
                 _show_cause(error)
-            click.echo(f"Error: {error}", err=True)
+            click.echo("\n".join([f"Error: {error}", *getattr(error, "__notes__", ())]), err=True)
             sys.exit(1)
 
     return wrapper

@@ -25,7 +25,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block, BlockPlan
-from lazyproc.core.errors import FunctionError
+from lazyproc.core.errors import FileChangedError, FunctionError, WorkerError
 from lazyproc.core.learn import Room
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
@@ -397,6 +397,24 @@ def test_what_an_exception_says_arrives_even_if_it_says_nothing_there() -> None:
     failure = pickle.loads(pickle.dumps(Failure("function", (4, 5), SaysNothingElsewhere(3))))
     with pytest.raises(FunctionError, match="axis 3 is out of bounds"):
         failure.raise_error("Fit", "scan.h5::/Raw_Data")
+
+
+def test_what_a_worker_of_another_machine_found_names_it() -> None:
+    gone = FileChangedError("scan.h5: is gone; expected the file that the run began with. Restore it.")
+    here = Failure.of_worker(gone, Block(0, (3,), (5,)))
+    with pytest.raises(FileChangedError) as caught:
+        pickle.loads(pickle.dumps(here)).raise_error("Fit", "scan.h5::/Raw_Data")
+    assert not hasattr(caught.value, "__notes__")
+    with pytest.raises(FileChangedError, match="is gone") as caught:
+        pickle.loads(pickle.dumps(replace(here, host="node-7"))).raise_error("Fit", "scan.h5::/Raw_Data")
+    assert caught.value.__notes__ == [
+        "That is what a worker on node-7 found: it must see the same files by these paths."
+    ]
+    other = Failure.of_worker(OSError("no such device"), Block(0, (3,), (5,)))
+    with pytest.raises(WorkerError, match="a worker failed in the block of positions 3 to 4"):
+        other.raise_error("Fit", "scan.h5::/Raw_Data")
+    with pytest.raises(WorkerError, match="a worker on node-7 failed in the block of positions 3 to 4"):
+        replace(other, host="node-7").raise_error("Fit", "scan.h5::/Raw_Data")
 
 
 def test_only_unusual_error_settings_travel() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 import traceback
 import types
 from collections.abc import Sequence
@@ -33,11 +34,14 @@ class Failure:
         First position and last position plus one that are concerned.
     error : Exception
         What was raised, its traceback included.
+    host : str
+        The machine of the worker, where it may be to blame: it may not see a file that others see.
     """
 
     kind: str
     positions: tuple[int, int]
     error: BaseException
+    host: str = ""
 
     @classmethod
     def of_function(cls, error: RowError, block: Block) -> Failure:
@@ -56,12 +60,12 @@ class Failure:
     @classmethod
     def of_worker(cls, error: BaseException, block: Block) -> Failure:
         """The block could not be read, written or started."""
-        return cls("worker", (block.start, block.stop), error)
+        return cls("worker", (block.start, block.stop), error, socket.gethostname())
 
     @classmethod
     def of_loading(cls, error: BaseException, block: Block) -> Failure:
         """The kernel cannot be loaded in the worker."""
-        return cls("loading", (block.start, block.stop), error)
+        return cls("loading", (block.start, block.stop), error, socket.gethostname())
 
     @classmethod
     def of_lost(cls, error: BaseException, block: Block) -> Failure:
@@ -69,13 +73,14 @@ class Failure:
         return cls("lost", (block.start, block.stop), error)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load, (self.kind, self.positions, _dump_error(self.error))
+        return _load, (self.kind, self.positions, _dump_error(self.error), self.host)
 
     def raise_error(self, process_name: str, dataset: str, *, could_record: bool = False) -> NoReturn:
         """Raise what the user shall see; with `could_record` that such failures might be recorded, too."""
         first, last = self.positions
         where = f"at position {first}" if last - first == 1 else f"in the block of positions {first} to {last - 1}"
         what = f"{type(self.error).__name__}: {self.error}"
+        elsewhere = f" on {self.host}" if self.host not in ("", socket.gethostname()) else ""
         advice = ""
         if could_record:
             advice = " (To note such positions and compute the others: on_error='record', or --on-error record.)"
@@ -86,14 +91,18 @@ class Failure:
         if self.kind == "output":
             raise OutputError(f"{process_name}: {where} of {dataset}: {self.error}") from None
         if isinstance(self.error, LazyprocError):
+            if elsewhere:
+                self.error.add_note(
+                    f"That is what a worker{elsewhere} found: it must see the same files by these paths."
+                )
             raise self.error
         if self.kind == "loading":
             raise WorkerError(
-                f"{process_name}: the workers cannot load the function, or an argument of it ({what}); expected what "
-                "they can import, or what can be sent. Define it, and what it uses, at the top level of a module that "
-                "they find, too."
+                f"{process_name}: the workers{elsewhere} cannot load the function, or an argument of it ({what}); "
+                "expected what they can import, or what can be sent. Define it, and what it uses, at the top level of "
+                "a module that they find, too."
             ) from self.error
-        raise WorkerError(f"{process_name}: a worker failed {where} of {dataset}: {what}") from self.error
+        raise WorkerError(f"{process_name}: a worker{elsewhere} failed {where} of {dataset}: {what}") from self.error
 
 
 class FailedElsewhere(Tried):
@@ -170,7 +179,7 @@ def _short(trace: types.TracebackType) -> types.TracebackType:
     return short
 
 
-def _load(kind: str, positions: tuple[int, int], dumped: tuple[bytes, Any, str]) -> Failure:
+def _load(kind: str, positions: tuple[int, int], dumped: tuple[bytes, Any, str], host: str) -> Failure:
     from tblib import Traceback
 
     packed, trace, text = dumped
@@ -182,4 +191,4 @@ def _load(kind: str, positions: tuple[int, int], dumped: tuple[bytes, Any, str])
         error.code = error.args[0]  # tblib's way of pickling, which Dask brings along, loses it
     if trace is not None:
         error = error.with_traceback(Traceback.from_dict(trace).as_traceback())
-    return Failure(kind, positions, error)
+    return Failure(kind, positions, error, host)
