@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -41,12 +40,13 @@ from lazyproc.hdf5.search import Found, best_of, examine
 from lazyproc.hooks.contract import HookContract
 from lazyproc.main_handle import MainDatasetHandle
 from lazyproc.opening import made_target, open_main, open_source, stamp_of, target_handle
-from lazyproc.progress import ProgressBar, has_standard_error
+from lazyproc.progress import ProgressBar
 from lazyproc.run.declared import Declared
 from lazyproc.run.holding import flush_for_views
 from lazyproc.run.perform import compute_here, finished_to_read, perform, warn_of
 from lazyproc.run.sizes import most_positions
 from lazyproc.together import leaving_alike, made_alike, opened_together
+from lazyproc.verbose import logging_as
 
 if TYPE_CHECKING:
     import xarray
@@ -238,7 +238,7 @@ class Process(HookContract):
             self._n_failed: dict[str, int] = {}
             self.h5_results_grp: h5py.Group | None = None
             self.mpi_comm, self.mpi_rank, self.mpi_size = mpi_attributes(self._client)
-            with self._logging():
+            with logging_as(self.verbose):
                 if self._declares:
                     work = self._declared()
                     self._look(work, (), {})
@@ -497,7 +497,7 @@ class Process(HookContract):
         with leaving_alike(self.h5_main):
             check_flag(override, "override")
             if not self._declares:
-                with self._logging():
+                with logging_as(self.verbose):
                     return self._compute_hooks(bool(override), args, kwargs)
             run = perform
             if opened_together(self.h5_main):
@@ -582,7 +582,7 @@ class Process(HookContract):
         declared = self._declared()
         self._h5_status_dset = None  # h5py would go on showing what it has read of it
         try:
-            with self._logging(), declared.place.briefly() as place:
+            with logging_as(self.verbose), declared.place.briefly() as place:
                 declared = replace(declared, place=place)
                 if not may_return:
                     place.check_writable()
@@ -845,29 +845,6 @@ class Process(HookContract):
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.close()
         self._left_alike.__exit__(kind, error, trace)
-
-    @contextlib.contextmanager
-    def _logging(self) -> Iterator[None]:
-        """Show what is logged while this object works, if it is verbose."""
-        log = logging.getLogger("lazyproc")
-        level = log.level
-        handler: logging.Handler | None = None
-        if not has_standard_error():  # logging would raise where it wants to say that it cannot write
-            handler = logging.NullHandler()
-        elif self.verbose:
-            handler = logging.StreamHandler()
-        if log.hasHandlers():
-            handler = None
-        if self.verbose:
-            log.setLevel(logging.INFO)
-        if handler is not None:
-            log.addHandler(handler)
-        try:
-            yield
-        finally:
-            log.setLevel(level)
-            if handler is not None:
-                log.removeHandler(handler)
 
     def __repr__(self) -> str:
         from lazyproc.showing import lines_of

@@ -281,6 +281,46 @@ def test_verbose_logs_to_standard_error_and_quiet_says_nothing(tmp_path, address
     assert len(lines) == len(set(lines)), "nothing is said twice"
 
 
+ONE_AFTER_THE_OTHER = """
+    import logging, sys, threading
+    import numpy as np
+    import lazyproc
+
+    log = logging.getLogger("lazyproc")
+    second_in, first_out = threading.Event(), threading.Event()
+
+    def mean(spectrum):
+        if threading.current_thread() is second:
+            second_in.set()
+            assert first_out.wait(60)
+        elif not second_in.is_set():
+            second.start()
+            assert second_in.wait(60)
+        return np.mean(spectrum)
+
+    def run(address, name):
+        lazyproc.map_positions(mean, address, lazyproc.Output("f8"), process_name=name, verbose=True, cores=1)
+
+    log.setLevel(logging.ERROR)
+    second = threading.Thread(target=run, args=(sys.argv[2], "Second"))
+    run(sys.argv[1], "First")
+    assert log.level == logging.INFO
+    first_out.set()
+    second.join()
+    assert (log.level, log.handlers) == (logging.ERROR, [])
+"""
+
+
+def test_a_verbose_object_goes_on_being_shown_when_another_one_ends(tmp_path, address):
+    script, other = tmp_path / "two.py", "::".join(make_usid_file(tmp_path / "other.h5"))
+    script.write_text(textwrap.dedent(ONE_AFTER_THE_OTHER))
+    words = [sys.executable, str(script), address, other]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("First", "Second"):
+        assert done.stderr.count(f"{name}: results go to") == 1, done.stderr
+
+
 def test_logging_is_as_before_after_a_verbose_process(address, caplog):
     log = logging.getLogger("lazyproc")
     before = log.level, list(log.handlers)
