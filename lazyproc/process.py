@@ -43,7 +43,8 @@ from lazyproc.opening import made_target, open_main, open_source, stamp_of, targ
 from lazyproc.progress import ProgressBar
 from lazyproc.run.declared import Declared
 from lazyproc.run.holding import flush_for_views
-from lazyproc.run.perform import compute_here, finished_to_read, perform, warn_of
+from lazyproc.run.perform import compute_here, finished_to_read, perform
+from lazyproc.run.recording import warn_of
 from lazyproc.run.sizes import most_positions
 from lazyproc.together import leaving_alike, made_alike, opened_together
 from lazyproc.verbose import logging_as
@@ -400,11 +401,11 @@ class Process(HookContract):
         >>> print(Mean(address, parms_dict={"operator": "B"}).why_not_duplicate(group))
         operator: stored 'A' (str), wanted 'B' (str)
         """
-        from lazyproc.hooks.plan import open_target, why_not_of_hooks
+        from lazyproc.hooks.plan import target_of_hooks, why_not_of_hooks
 
         declared = self._declared() if self._declares else None
         with self._place.briefly() as place:
-            parent = place.group() if declared else open_target(self)
+            parent = place.group() if declared else target_of_hooks(self)
             if isinstance(group, str) and parent:
                 name = group.rpartition("::")[2]
                 group = (parent.file if name.startswith("/") else parent).get(name)

@@ -49,10 +49,10 @@ def logging_as(verbose: bool) -> Iterator[None]:
     """
     if verbose:
         handler: logging.Handler = _enter()
-    elif has_standard_error() or log.hasHandlers():
+    elif has_standard_error():
         yield
         return
-    else:  # logging would raise where it wants to say that it cannot write
+    else:  # logging would raise where it wants to say that it cannot write; others, if there are any, may leave first
         log.addHandler(handler := logging.NullHandler())
     try:
         yield

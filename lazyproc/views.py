@@ -11,10 +11,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block, BlockPlan
 from lazyproc.core.errors import StaleViewError
 from lazyproc.core.failed import DONE, FAILED, NOT_DONE, FailedRows
+from lazyproc.core.no_result import NoResult
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import FAILED_POSITIONS, Output, ResolvedOutput
 from lazyproc.engine.block_function import failure_of
@@ -23,10 +23,10 @@ from lazyproc.engine.packing import pack, unpack
 from lazyproc.hdf5.damage import reading
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.marks import read_status
-from lazyproc.hdf5.origin import text_attribute
 from lazyproc.hdf5.rows_file import check_readable
 from lazyproc.hdf5.source import Source
 from lazyproc.hdf5.steady import read_steadily
+from lazyproc.hdf5.usid import text_attribute
 from lazyproc.layout import Axis, BlockGrid, block_grid, positions_per_view_block
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class BlockView:
         status = np.full(runs.n_positions, DONE, np.uint8)
         try:
             arrays = kernel.compute(kernel.source.rows(block.runs()), failed)
-        except (RowError, OutputMismatch) as error:
+        except NoResult as error:
             failure = failure_of(error, block)
         else:
             if failed is not None:

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
+from lazyproc.core.apply import compute_rows
 from lazyproc.core.errors import OutputError
 from lazyproc.core.failed import FailedRows
+from lazyproc.core.no_result import OutputMismatch, RowError
 from lazyproc.core.returned import as_it_is_now
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Dimension, Output

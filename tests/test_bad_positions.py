@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
-from lazyproc.core.apply import RowError, compute_rows
+from lazyproc.core.apply import compute_rows
 from lazyproc.core.blocks import BlockPlan
 from lazyproc.core.errors import (
     ArgumentTypeError,
@@ -35,6 +35,7 @@ from lazyproc.core.errors import (
     ResultsError,
 )
 from lazyproc.core.failed import ERROR_BYTES, TEXT_BYTES, FailedPosition, FailedRows
+from lazyproc.core.no_result import RowError
 from lazyproc.core.runs import Runs
 from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.kernel import Kernel

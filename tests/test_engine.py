@@ -408,7 +408,7 @@ def test_what_a_worker_of_another_machine_found_names_it() -> None:
     with pytest.raises(FileChangedError, match="is gone") as caught:
         pickle.loads(pickle.dumps(replace(here, host="node-7"))).raise_error("Fit", "scan.h5::/Raw_Data")
     assert caught.value.__notes__ == [
-        "That is what a worker on node-7 found: it must see the same files by these paths."
+        "That is what a worker on node-7 found. It must see the same files by these paths."
     ]
     other = Failure.of_worker(OSError("no such device"), Block(0, (3,), (5,)))
     with pytest.raises(WorkerError, match="a worker failed in the block of positions 3 to 4"):

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazyproc.core.apply import OutputMismatch, RowError, compute_rows
+from lazyproc.core.apply import compute_rows
 from lazyproc.core.errors import MemoryLimitError
 from lazyproc.core.highwater import can_measure
 from lazyproc.core.measure import run_probe
 from lazyproc.core.memory import DRIVER_BYTES, MEBIBYTE, WORKER_BYTES, MemoryModel
+from lazyproc.core.no_result import OutputMismatch, RowError
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.specs import Output
@@ -405,7 +406,7 @@ def imports(number):
 WORKER = '''
 import numpy as np
 import threadpoolctl
-import lazyproc.engine.lane, lazyproc.hdf5.chunks, lazyproc.hdf5.sink, lazyproc.hdf5.source
+import lazyproc.engine.worker, lazyproc.hdf5.chunks, lazyproc.hdf5.sink, lazyproc.hdf5.source
 np.fft.irfft(np.fft.rfft(np.ones(64, "f4")))
 print(flush=True)
 input()

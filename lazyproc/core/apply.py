@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.casting import OutputMismatch as OutputMismatch
 from lazyproc.core.casting import store
 from lazyproc.core.columns import columns_of_block, columns_of_rows
-from lazyproc.core.failed import FailedRows, Tried
+from lazyproc.core.failed import FailedRows
+from lazyproc.core.no_result import OutputMismatch, RowError
 from lazyproc.core.returned import IMMUTABLE, Returned
 from lazyproc.core.specs import ResolvedOutput
 
@@ -28,21 +28,6 @@ _TURNS = 16
 _NUMBERS = "biufc"
 
 Arrays = tuple[NDArray[Any], ...]
-
-
-class RowError(Tried):
-    """The user's function failed; carries the rows it was given, `__cause__` is its exception.
-
-    Parameters
-    ----------
-    first, last : int
-        First row and last row plus one, counted within the block.
-    """
-
-    def __init__(self, first: int, last: int) -> None:
-        super().__init__(first, last)
-        self.first = first
-        self.last = last
 
 
 def compute_rows(

@@ -34,14 +34,14 @@ _ASIDE = frozenset(
 
 
 class Carried(Listed):
-    """The same list with all that decides what is computed: the state of objects, and what is read by its name.
+    """`Listed` with all that decides what is computed: the state of objects, and what is read by its name.
 
     Of the modules that the function comes from; what a function of another module reads there is its own affair.
 
     Attributes
     ----------
     has_more : bool
-        Whether there is anything that is not in the first list.
+        Whether there is anything that `Listed` leaves out.
     """
 
     def __init__(self, files: Files, f: Any, known: dict[int, int]) -> None:

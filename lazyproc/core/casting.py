@@ -8,21 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyproc.core.errors import OutputError
-from lazyproc.core.failed import Tried
 from lazyproc.core.masked import is_masked, masked_type
+from lazyproc.core.no_result import OutputMismatch
 from lazyproc.core.specs import ResolvedOutput
-
-
-class OutputMismatch(OutputError, Tried):
-    """What the function returned does not fit; carries the row within the block."""
-
-    def __init__(self, message: str, row: int = 0) -> None:
-        super().__init__(message)
-        self.row = row
-
-    def __reduce__(self) -> tuple[type[OutputMismatch], tuple[str, int]]:
-        return type(self), (str(self), self.row)
 
 
 def store(

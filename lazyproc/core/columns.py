@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lazyproc.core.casting import OutputMismatch, describe
+from lazyproc.core.casting import describe
+from lazyproc.core.no_result import OutputMismatch
 from lazyproc.core.specs import ResolvedOutput
 
 

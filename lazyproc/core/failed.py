@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lazyproc.core.errors import OutputError
+from lazyproc.core.no_result import NoResult
 from lazyproc.core.runs import Runs
 
 NOT_DONE, DONE, FAILED = 0, 1, 2
@@ -55,18 +56,6 @@ class FailedPosition:
         return f"position {self.position}: {self.error}: {self.text}"
 
 
-class Tried(Exception):
-    """What a call of the function has come to, where that is no result.
-
-    Attributes
-    ----------
-    runs : Runs or None
-        The positions of the call, where it was made to measure the function; None in a block, which knows its own.
-    """
-
-    runs: Runs | None = None
-
-
 class FailedRows:
     """Collects the rows of a block whose function failed, so that all others are kept.
 
@@ -83,13 +72,13 @@ class FailedRows:
     ----------
     rows : list of FailedPosition
         Their positions are rows of the block.
-    first : Tried or None
+    first : NoResult or None
         What the first of them raised.
     """
 
     def __init__(self, read: Callable[[Runs], NDArray[Any]], runs: Runs, limit: int | None = None) -> None:
         self.runs = runs
-        self.first: Tried | None = None
+        self.first: NoResult | None = None
         self._read = read
         self._limit = limit
         self.rows: list[FailedPosition] = []
@@ -104,7 +93,7 @@ class FailedRows:
             stop = min(start + step, last)
             data[start:stop] = self._read(self.runs.take(stop).difference(self.runs.take(start)))
 
-    def add(self, row: int, error: Tried, cause: BaseException | None = None) -> None:
+    def add(self, row: int, error: NoResult, cause: BaseException | None = None) -> None:
         """Keep a row with what the function raised, `cause`, or else `error`; raises `error` if there are too many."""
         self.rows.append(FailedPosition.of(row, cause or error))
         self.first = self.first or error

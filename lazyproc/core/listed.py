@@ -34,18 +34,21 @@ class Listed:
         return [self.describe(node) for node in self.nodes]  # grows while it is walked
 
     def number(self, node: Any) -> Form:
+        """Put a function on the list, if it is not there, and return its number."""
         if id(node) not in self.numbers:
             self.numbers[id(node)] = len(self.nodes)
             self.nodes.append(node)
         return ("function", self.numbers[id(node)])
 
     def value(self, item: Any) -> Form:
+        """Return a value in plain form; a function's is its number."""
         item = method_function(item)
         if callable(item) and (isinstance(item, types.FunctionType | functools.partial) or not is_opaque(item)):
             return self.number(item)
         return plain_form(item)
 
     def describe(self, node: Any) -> tuple[Any, ...]:
+        """Describe what is on the list: its code, and what it takes from outside."""
         if isinstance(node, functools.partial):
             keywords = [(name, self.value(item)) for name, item in sorted(node.keywords.items())]
             return ("partial", self.value(node.func), [self.value(item) for item in node.args], keywords)
@@ -58,6 +61,7 @@ class Listed:
         return (*code_of(node.__code__, tree), defaults, keywords, outside)
 
     def object(self, node: Any) -> tuple[Any, ...]:
+        """Describe an object with ``__call__``, or one that wraps a function."""
         inner = inner_function(node)
         if inner is not None:
             return ("wrapper", function_name(type(node)), self.value(inner))
@@ -66,6 +70,7 @@ class Listed:
 
 
 def plain_form(item: Any) -> Form:
+    """Return a value as numbers and texts, arrays by their digests; what cannot be taken apart by its type or name."""
     if is_of_numbers(item) and item.size:
         pieces = payload_of(item)
         if pieces is not None:  # perhaps a large array, of which no form is made as a whole
@@ -102,6 +107,7 @@ def is_constant(item: Any) -> bool:
 
 
 def global_names(code: types.CodeType) -> set[str]:
+    """Return the names that a function's code, and the functions within it, look up in its module."""
     names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

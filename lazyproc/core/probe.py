@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lazyproc.core.apply import Arrays
-from lazyproc.core.failed import FailedPosition, Tried
+from lazyproc.core.failed import FailedPosition
+from lazyproc.core.no_result import NoResult
 from lazyproc.core.runs import Runs
 
 _UNKNOWN_SECONDS = 1.0
@@ -35,7 +36,7 @@ class Probe:
         The positions computed on the way, with their results: they need not be computed again.
     failed : list of FailedPosition
         Those among them whose function failed.
-    first : Tried or None
+    first : NoResult or None
         What the first of these raised.
     is_measured : bool
         Whether anything was; else the seconds are a careful guess.
@@ -47,7 +48,7 @@ class Probe:
     thread_gain: float = 1.0
     computed: list[tuple[Runs, Arrays]] = field(default_factory=list, repr=False)
     failed: list[FailedPosition] = field(default_factory=list, repr=False)
-    first: Tried | None = field(default=None, repr=False)
+    first: NoResult | None = field(default=None, repr=False)
     is_measured: bool = True
     kept_bytes: int = 0
     reading_seconds: float = 0.0

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.apply import Arrays
-from lazyproc.core.failed import FailedPosition, FailedRows, Tried
+from lazyproc.core.failed import FailedPosition, FailedRows
 from lazyproc.core.highwater import Kept, peak_of
+from lazyproc.core.no_result import NoResult
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 
@@ -54,7 +55,7 @@ class Trials:
         self.left = remaining
         self._computed: list[tuple[Runs, Arrays]] = []
         self._failed: list[FailedPosition] = []
-        self._first: Tried | None = None
+        self._first: NoResult | None = None
         self.seconds: list[float] = []
         self.slowest = 0.0
 
@@ -130,7 +131,7 @@ class Trials:
         failed = FailedRows(self._read, runs)
         try:
             return self._compute(rows, failed) if self._record else self._compute(rows), failed
-        except Tried as error:
+        except NoResult as error:
             error.runs = runs
             raise
 

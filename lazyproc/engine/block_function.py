@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
 from lazyproc.core.highwater import high_water
+from lazyproc.core.no_result import OutputMismatch, RowError
 from lazyproc.engine.failure import FailedElsewhere, Failure
 from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.native import limits

@@ -327,7 +327,7 @@ class _ClusterRun:
         error = future.exception(timeout=PATIENCE_SECONDS)
         block = self._let_go(future)
         if not isinstance(error, KilledWorker):
-            return self._accept(block, Receipt(block, failure=Failure.of_worker(error, block)))
+            return self._accept(block, Receipt(block, failure=Failure.of_worker(error, block, "")))
         log.warning("the workers that had the block of positions %d to %d died", block.start, block.stop - 1)
         if self._alone:
             return self._lost(block, error)

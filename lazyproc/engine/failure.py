@@ -10,12 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
-from lazyproc.core.errors import FunctionError, LazyprocError, OutputError, WorkerError
-from lazyproc.core.failed import Tried
+from lazyproc.core.errors import (
+    FileChangedError,
+    FunctionError,
+    LazyprocError,
+    MissingFileError,
+    OutputError,
+    ReadOnlyFileError,
+    WorkerError,
+)
+from lazyproc.core.no_result import NoResult, OutputMismatch, RowError
 
 _NAMED_BLOCKS = 10
+_OF_FILES = (FileChangedError, MissingFileError, ReadOnlyFileError)
+"""What a worker finds that does not see the files that the driver sees."""
 _ENDS = 25
 """So many of the outermost frames of a traceback travel, and of the innermost ones."""
 
@@ -35,7 +44,7 @@ class Failure:
     error : Exception
         What was raised, its traceback included.
     host : str
-        The machine of the worker, where it may be to blame: it may not see a file that others see.
+        The machine of the worker, where it is known and may be to blame: it may not see a file that others see.
     """
 
     kind: str
@@ -58,9 +67,9 @@ class Failure:
         return cls("output", positions_of(block, error.row, error.row + 1), error)
 
     @classmethod
-    def of_worker(cls, error: BaseException, block: Block) -> Failure:
-        """The block could not be read, written or started."""
-        return cls("worker", (block.start, block.stop), error, socket.gethostname())
+    def of_worker(cls, error: BaseException, block: Block, host: str | None = None) -> Failure:
+        """The block could not be read, written or started: on this machine, on another one, or nobody knows where."""
+        return cls("worker", (block.start, block.stop), error, socket.gethostname() if host is None else host)
 
     @classmethod
     def of_loading(cls, error: BaseException, block: Block) -> Failure:
@@ -92,9 +101,8 @@ class Failure:
             raise OutputError(f"{process_name}: {where} of {dataset}: {self.error}") from None
         if isinstance(self.error, LazyprocError):
             if elsewhere:
-                self.error.add_note(
-                    f"That is what a worker{elsewhere} found: it must see the same files by these paths."
-                )
+                must = " It must see the same files by these paths." if isinstance(self.error, _OF_FILES) else ""
+                self.error.add_note(f"That is what a worker{elsewhere} found.{must}")
             raise self.error
         if self.kind == "loading":
             raise WorkerError(
@@ -105,7 +113,7 @@ class Failure:
         raise WorkerError(f"{process_name}: a worker{elsewhere} failed {where} of {dataset}: {what}") from self.error
 
 
-class FailedElsewhere(Tried):
+class FailedElsewhere(NoResult):
     """What a function raised in another process, where it was only tried.
 
     Attributes

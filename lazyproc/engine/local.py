@@ -22,9 +22,9 @@ from lazyproc.engine.crew import Crew
 from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.lane import Lanes
 from lazyproc.engine.packing import pack_once
-from lazyproc.engine.streams import TICK, Interruptible, Receipts, Stopping, never
+from lazyproc.engine.streams import TICK, Interruptible, Receipts, Stopping, a_tick, never
 from lazyproc.engine.threads import BlockThreads
-from lazyproc.engine.window import Batch, Graph, Window, a_tick
+from lazyproc.engine.window import Batch, Graph, Window
 
 _GRAPH_AFTER = 60.0
 """Seconds: what is begun by then does without Dask, whose loading takes a quarter of a second of a core, or more."""

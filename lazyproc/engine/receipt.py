@@ -72,4 +72,5 @@ class Receipt:
 
 
 def this_process() -> str:
+    """Return the host and the number of this process."""
     return f"{socket.gethostname()}:{os.getpid()}"

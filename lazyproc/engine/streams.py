@@ -23,3 +23,8 @@ Interruptible = Callable[[], AbstractContextManager[None]]
 def never() -> bool:
     """Return False: neither stop nor drop anything."""
     return False
+
+
+def a_tick() -> float:
+    """Return how long to wait, as a rule, for what is ready."""
+    return TICK

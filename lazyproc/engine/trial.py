@@ -14,8 +14,8 @@ from typing import Any
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import WorkerError
-from lazyproc.core.failed import Tried
 from lazyproc.core.measure import run_probe
+from lazyproc.core.no_result import NoResult
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.engine.block_function import failure_of
@@ -81,21 +81,21 @@ class Trial:
                 try_threads=False,
                 record=self.record,
             )
-        except Tried as error:
+        except NoResult as error:
             raise self._for_travel(error) from None
         return probe if probe.first is None else replace(probe, first=self._for_travel(probe.first))
 
-    def _for_travel(self, error: Tried) -> FailedElsewhere:
+    def _for_travel(self, error: NoResult) -> FailedElsewhere:
         runs = error.runs or self.remaining
         travelling = FailedElsewhere(failure_of(error, Block.of(runs)))
         travelling.runs = runs
         return travelling
 
-    def failure(self, error: BaseException) -> Failure:
+    def failure(self, error: BaseException, host: str | None = None) -> Failure:
         """Return what went wrong as a failure of the function, or else of the worker."""
         if isinstance(error, FailedElsewhere):
             return error.failure
-        return Failure.of_worker(error, Block.of(self.remaining))
+        return Failure.of_worker(error, Block.of(self.remaining), host)
 
 
 def try_in_process(kernel: Kernel, trial: Trial, crew: Crew) -> Probe | Failure:
@@ -164,7 +164,7 @@ def _wait_for(question: Any, client: Any, address: str, pulse: Pulse, trial: Tri
     except (OSError, CancelledError, KilledWorker):  # of the connection to the scheduler; of a worker that is gone
         return None
     except Exception as error:  # of a worker that cannot load what it is to do
-        return trial.failure(error)
+        return trial.failure(error, "")
 
 
 def _is_lost(client: Any, address: str, pulse: Pulse) -> bool:

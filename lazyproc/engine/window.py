@@ -1,4 +1,4 @@
-"""Blocks in worker processes of this machine: how many are under way at once, straight or as graphs of Dask's.
+"""Blocks in worker processes of this machine: how many are under way at once, in batches or as graphs of Dask's.
 
 How much is under way, or finished and not yet taken, is bounded by a window, however slow one block is.
 """
@@ -17,14 +17,10 @@ from lazyproc.core.blocks import Block
 from lazyproc.core.learn import Room
 from lazyproc.engine.lane import Lanes
 from lazyproc.engine.receipt import Receipt
-from lazyproc.engine.streams import TICK, Stopping
+from lazyproc.engine.streams import TICK, Stopping, a_tick
 
 _GRAPH_BLOCKS = 8
 """Blocks a worker in one Dask graph."""
-
-
-def a_tick() -> float:
-    return TICK
 
 
 class Window:
@@ -57,7 +53,7 @@ class Window:
         return not (self._closed or self._stopping())
 
     def do(self, block: Block) -> None:
-        """Do a block in a lane and keep its receipt until it is taken: a task of Dask's local scheduler."""
+        """Do a block in a lane and keep its receipt until it is taken; called in the threads of the window."""
         while not self._places.acquire(timeout=TICK):
             if not self.wanted():
                 return

@@ -4,50 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import h5py
 
-from lazyproc.core.errors import ArgumentTypeError, ResultsError
 from lazyproc.hdf5.damage import attribute
-from lazyproc.hdf5.raised import H5_ERRORS
-from lazyproc.hdf5.usid import read_text
-
-if TYPE_CHECKING:
-    from lazyproc.hdf5.search import Work
-
-
-def text_attribute(group: h5py.Group, name: str, default: str = "") -> str:
-    """Return the text in an attribute of a results group, or `default` without it.
-
-    Raises
-    ------
-    ResultsError
-        If it is no text, or cannot be read.
-    """
-    try:
-        return read_text(attribute(group, name, default))
-    except (ArgumentTypeError, *H5_ERRORS) as error:
-        raise ResultsError(
-            f"{group.name}: the attribute {name} cannot be read ({error}); expected a text. It was changed by another "
-            "program, or the file is damaged: compute with override=True."
-        ) from error
-
-
-def source_differences(group: h5py.Group, work: Work) -> Iterable[str]:
-    """Compare the main dataset that results were made from, and its values, with those of the work."""
-    stored_name = source_name(group)
-    if stored_name is not None and stored_name != work.main_name and not work.is_renamed(stored_name):
-        yield f"source: stored results of {stored_name}, wanted {work.main_name}"
-        return
-    stored = text_attribute(group, "lazyproc_fingerprint")
-    now = work.fingerprint(stored) if stored else ""
-    if now:
-        if now != stored:
-            yield f"source: the values of {work.main_name} have changed since (fingerprint {stored}, now {now})"
-        yield from other_file_differences(group, work.main_file)
-        return
-    yield from file_differences(group, work.main_file)
+from lazyproc.hdf5.usid import text_attribute
 
 
 def file_differences(group: h5py.Group, main_file: str) -> Iterable[str]:

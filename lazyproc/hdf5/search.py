@@ -27,11 +27,11 @@ from lazyproc.hdf5.declaration import declared_differences
 from lazyproc.hdf5.failures import count_failed
 from lazyproc.hdf5.files import check_heaps
 from lazyproc.hdf5.marks import done_pieces
-from lazyproc.hdf5.origin import source_differences, text_attribute
+from lazyproc.hdf5.origin import file_differences, other_file_differences, source_name
 from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.rows_file import check_rows
 from lazyproc.hdf5.seal import check_places, check_seal
-from lazyproc.hdf5.usid import REFERENCES, validated
+from lazyproc.hdf5.usid import REFERENCES, text_attribute, validated
 
 log = logging.getLogger("lazyproc")
 
@@ -188,7 +188,7 @@ def examine(group: h5py.Group, work: Work, *, thorough: bool = True) -> Found:
                 lines += compare(group, work)
                 if lines and not thorough:
                     return Found(str(group.name), tuple(lines), remarks, n_done, work.n_positions)
-            lines += source_differences(group, work)
+            lines += _source_differences(group, work)
             remarks = tuple(_remarks(group, work))
             if not lines:
                 n_done = count_done(group, work.n_positions, work.status_name)
@@ -289,6 +289,21 @@ def _has_null_references(dataset: h5py.Dataset) -> bool:
     """Tell whether references of a dataset lead nowhere; other software may have stored results without any."""
     values = (attribute(dataset, name, None) for name in REFERENCES)
     return any(isinstance(value, h5py.Reference) and not value for value in values)
+
+
+def _source_differences(group: h5py.Group, work: Work) -> Iterable[str]:
+    stored_name = source_name(group)
+    if stored_name is not None and stored_name != work.main_name and not work.is_renamed(stored_name):
+        yield f"source: stored results of {stored_name}, wanted {work.main_name}"
+        return
+    stored = text_attribute(group, "lazyproc_fingerprint")
+    now = work.fingerprint(stored) if stored else ""
+    if now:
+        if now != stored:
+            yield f"source: the values of {work.main_name} have changed since (fingerprint {stored}, now {now})"
+        yield from other_file_differences(group, work.main_file)
+        return
+    yield from file_differences(group, work.main_file)
 
 
 def _nameless_differences(group: h5py.Group, work: Work) -> Iterable[str]:

@@ -338,3 +338,20 @@ def _texts(h5: h5py.Dataset, item: h5py.Dataset, name: str, count: int) -> Texts
         owner = "its attribute" if item is h5 else f"{item.name}: the attribute"
         _refuse(h5, f"{owner} {name} {problem}; expected {wanted}. Write it again.")
     return texts
+
+
+def text_attribute(group: h5py.Group, name: str, default: str = "") -> str:
+    """Return the text in an attribute of a results group, or `default` without it.
+
+    Raises
+    ------
+    ResultsError
+        If it is no text, or cannot be read.
+    """
+    try:
+        return read_text(attribute(group, name, default))
+    except (ArgumentTypeError, *H5_ERRORS) as error:
+        raise ResultsError(
+            f"{group.name}: the attribute {name} cannot be read ({error}); expected a text. It was changed by another "
+            "program, or the file is damaged: compute with override=True."
+        ) from error

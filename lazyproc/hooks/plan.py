@@ -28,7 +28,7 @@ def plan_of_hooks(process: HookContract, args: tuple[Any, ...], kwargs: Mapping[
     ArgumentValueError
         If the files are closed, or ``_max_pos_per_read`` leaves no position for a batch.
     """
-    open_target(process)
+    target_of_hooks(process)
     main = process.h5_main
     n_positions = int(main.shape[0])
     action, group, finished, partial = process._next_step(args, kwargs)
@@ -90,7 +90,7 @@ def _result_bytes(group: h5py.Group, n_positions: int) -> int:
 
 def why_not_of_hooks(process: HookContract, group: h5py.Group, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Tell what is different about the results in `group`, so that `compute` does not return or resume them."""
-    work, target = process._hook_work(), open_target(process)
+    work, target = process._hook_work(), target_of_hooks(process)
     lines = []
     there = [] if target is None else named_groups(target, work.main_name, work.process_name)
     if group.name not in [one.name for one in there]:
@@ -108,7 +108,7 @@ def why_not_of_hooks(process: HookContract, group: h5py.Group, args: tuple[Any, 
     return "\n".join(lines)
 
 
-def open_target(process: HookContract) -> h5py.Group | None:
+def target_of_hooks(process: HookContract) -> h5py.Group | None:
     """Return the target group, None if it is not there yet; raises ArgumentValueError if the files are closed."""
     target = process._target
     if not process.h5_main or not (target is None or target):

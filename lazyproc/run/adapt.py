@@ -18,7 +18,7 @@ from lazyproc.engine.choose import Scheduler
 from lazyproc.engine.receipt import Receipt
 from lazyproc.engine.streams import Receipts
 from lazyproc.run.declared import Declared
-from lazyproc.run.sizes import BlockSizes, divide
+from lazyproc.run.sizes import BlockSizes, argument_books, divide
 
 _LARGER = 1.25
 """A cluster that has so many times more threads than were reckoned with gets other blocks."""
@@ -57,7 +57,7 @@ class Adapting:
         self._driver_writes = sizes.driver_writes
         self._division = self._first_division = sizes.division
         self._limit = sizes.limit
-        self._books = max(0, sizes.memory.driver_bytes - declared.argument_books)  # which will be added again
+        self._books = max(0, sizes.memory.driver_bytes - argument_books(declared))  # which will be added again
         self.room, self._learner = self._learning(sizes, sizes.memory)
         self._n_threads = scheduler.n_workers
         self.feed = BlockFeed(sizes.plan, probe.seconds_per_position, self._divide, scheduler.n_workers)

@@ -40,8 +40,8 @@ from lazyproc.hdf5.target import InPlaceTarget
 from lazyproc.progress import quiet
 from lazyproc.run.declared import Declared
 from lazyproc.run.loop import Committer, run_loop
-from lazyproc.run.perform import warn_of
 from lazyproc.run.probing import probe_function, stored_probe
+from lazyproc.run.recording import warn_of
 from lazyproc.run.sizes import divide
 from lazyproc.together import agree_on_signal, counter_of, locked_by_first, ranks_of
 

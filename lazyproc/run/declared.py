@@ -190,7 +190,10 @@ class Declared:
         return self.source.rows(runs)
 
     def settled(self) -> Declared:
-        """Return the same with the quickest way to read the main dataset, which must not change from now on."""
+        """Return the same with the quickest way to read the main dataset, which must not change from now on.
+
+        Reads some storage chunks, so it must be known that one fits into memory: see `lazyproc.run.sizes.check_fits`.
+        """
         if not isinstance(self.source, FileSource) or self.source.many_files:
             return self
         self.flush_main()
@@ -221,11 +224,6 @@ class Declared:
             sink,
             max_failures=self.max_failures,
         )
-
-    @property
-    def argument_books(self) -> int:
-        """Bytes that the driver has for arguments at most: see `argument_bytes`."""
-        return 2 * self.argument_bytes
 
     def called_with(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Declared, Kernel]:
         """Return the same where it is known with which arguments it is called, and its kernel; raises as `kernel`."""

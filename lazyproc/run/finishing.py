@@ -8,7 +8,6 @@ from typing import Any
 from lazyproc.core.errors import LazyprocError
 from lazyproc.drain import Drain
 from lazyproc.engine.choose import Scheduler
-from lazyproc.engine.spread import Spread
 from lazyproc.hdf5.compress import Encoders, StoppedError, n_threads
 from lazyproc.hdf5.finish import finish, is_unfinished
 from lazyproc.hdf5.rows_file import waiting
@@ -48,6 +47,8 @@ def finish_results(
 
     elsewhere = None
     if cluster is not None and cluster.client.status == "running":
+        from lazyproc.engine.spread import Spread
+
         elsewhere = Spread(cluster.client, room(_CALLS_A_WORKER * cluster.n_workers))
     encoders = Encoders(room(declared.cores), elsewhere)
     try:

@@ -1,4 +1,4 @@
-"""Do the work of a declared process: lock, find, probe, create or resume, run the loop, note the end."""
+"""Do the work of a declared process: lock, find, probe, create or resume, and have the group's blocks run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import h5py
 
-from lazyproc.core.apply import OutputMismatch, RowError
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import ReadOnlyFileError
 from lazyproc.core.events import Listener
 from lazyproc.core.highwater import high_water
 from lazyproc.core.naming import function_name
+from lazyproc.core.no_result import NoResult
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.core.signature import slips
@@ -34,14 +34,14 @@ from lazyproc.hdf5.record import (
     environment,
     lacks_room,
 )
-from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions
+from lazyproc.hdf5.search import Work, best_of, remaining_positions
 from lazyproc.hdf5.sink import Sink
 from lazyproc.run.declared import Declared
 from lazyproc.run.finishing import finish_late
 from lazyproc.run.group import run_group
 from lazyproc.run.holding import locked, target_file, with_lock
 from lazyproc.run.probing import probe_function, stored_probe
-from lazyproc.run.recording import say_failed
+from lazyproc.run.recording import warn_of
 from lazyproc.run.sizes import check_fits
 from lazyproc.run.where import (
     early_processes,
@@ -115,7 +115,7 @@ def perform(
             finish_late(declared, work, best.name, drain)
             log.info("%s: returning the finished results %s", declared.process_name, best.name)
             return best.name
-        check_fits(declared, None)  # before anything is read of it
+        check_fits(declared, None)  # before anything is read of the main dataset
         declared = declared.settled()
         kernel = replace(kernel, source=declared.source)
         with Crew([Sink.__module__, type(kernel.source).__module__, *_FIRST_LOADED]) as crew:
@@ -160,13 +160,6 @@ def finished_to_read(
     return None
 
 
-def warn_of(found: Found) -> None:
-    """Tell what is worth a warning about results that are used again."""
-    for remark in found.remarks:
-        log.warning("%s: %s", found.name, remark)
-    say_failed(found.name, found.n_failed, found.n_positions)
-
-
 def _spare_imports(declared: Declared, kernel: Kernel, crew: Crew) -> Declared:
     """Where the function will import modules, let worker processes do so at once, and call it only there.
 
@@ -194,6 +187,7 @@ def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: C
 
     remaining = Runs.full(declared.n_positions)
     declared.flush_main()
+    check_fits(declared, None)  # once more, with the books of its chunks
     crew.start(processes_for_reading(declared))
     # A call that takes a while loads what it needs, or is long: processes can start beside it.
     with drain.interruptible(at_first=True), crew.standby(likely_processes(declared, _LONG_CALL), _LONG_CALL):
@@ -255,6 +249,6 @@ def compute_here(declared: Declared, kernel: Kernel, runs: Runs) -> tuple[Any, .
     """Compute positions in this process and return the results; nothing is written, and whatever fails raises."""
     try:
         return kernel.compute(declared.rows_now(runs))
-    except (RowError, OutputMismatch) as error:
+    except NoResult as error:
         failure = failure_of(error, Block.of(runs))
     failure.raise_error(declared.process_name, declared.label)

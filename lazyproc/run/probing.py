@@ -10,8 +10,8 @@ from contextlib import nullcontext
 import h5py
 
 from lazyproc.core.blocks import Block
-from lazyproc.core.failed import Tried
 from lazyproc.core.measure import run_probe
+from lazyproc.core.no_result import NoResult
 from lazyproc.core.probe import Probe
 from lazyproc.core.runs import Runs
 from lazyproc.engine.block_function import failure_of
@@ -21,7 +21,6 @@ from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import Failure
 from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.packing import pack_for_cluster
-from lazyproc.engine.trial import Trial, try_in_process, try_on_cluster
 from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.run.declared import Declared
@@ -45,7 +44,7 @@ def probe_function(
     """
     try:
         probe = _probe(declared, kernel, remaining, early, crew)
-    except Tried as error:
+    except NoResult as error:
         failure = failure_of(error, block_of(error, remaining))
     else:
         if isinstance(probe, Failure):
@@ -76,9 +75,13 @@ def _probe(
     sizes = memory.source_bytes, memory.result_bytes
     client = declared.client or active_client()
     if client is not None and declared.source.travels:
+        from lazyproc.engine.trial import Trial, try_on_cluster
+
         packed = pack_for_cluster(kernel, declared.process_name)
         return try_on_cluster(client, packed, Trial(remaining, *sizes, declared.vectorized, record))
     if declared.apart and can_be_sent(kernel):
+        from lazyproc.engine.trial import Trial, try_in_process
+
         trial = Trial(remaining, *sizes, declared.vectorized, record)
         with Crew() if crew is None else nullcontext(crew) as processes:
             made = try_in_process(kernel, trial, processes)
@@ -102,7 +105,7 @@ def _probe(
         )
 
 
-def block_of(error: Tried, remaining: Runs) -> Block:
+def block_of(error: NoResult, remaining: Runs) -> Block:
     """Return the positions that were tried when the function raised."""
     return Block.of(error.runs or remaining)
 

@@ -1,15 +1,16 @@
-"""What a run says of positions that fail and are recorded, and when it stops because of them."""
+"""What a run says of results that it uses again, and of positions that fail; when it stops because of them."""
 
 from __future__ import annotations
 
 import logging
 from typing import NoReturn
 
-from lazyproc.core.apply import RowError
 from lazyproc.core.errors import FailureLimitError
 from lazyproc.core.failed import FailedPosition, first_lines
+from lazyproc.core.no_result import RowError
 from lazyproc.core.probe import Probe
 from lazyproc.hdf5.failures import read_failures
+from lazyproc.hdf5.search import Found
 from lazyproc.run.declared import Declared
 from lazyproc.run.loop import Outcome
 
@@ -24,6 +25,13 @@ def say_failed(name: str, n_failed: int, n_positions: int) -> None:
             "them again",
             name, n_failed, n_positions,
         )  # fmt: skip
+
+
+def warn_of(found: Found) -> None:
+    """Tell what is worth a warning about results that are used again."""
+    for remark in found.remarks:
+        log.warning("%s: %s", found.name, remark)
+    say_failed(found.name, found.n_failed, found.n_positions)
 
 
 def check_limit(declared: Declared, probe: Probe) -> None:

@@ -78,7 +78,7 @@ def retry(
             return found.name
         for remark in found.remarks:
             log.warning("%s: %s", found.name, remark)
-        check_fits(declared, None)
+        check_fits(declared, None)  # before anything is read of the main dataset
         declared = replace(declared.settled(), max_failures=again.n_positions)  # all of them may fail again
         declared.flush_main()
         kernel = replace(kernel, source=declared.source, max_failures=again.n_positions)

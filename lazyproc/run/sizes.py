@@ -77,7 +77,7 @@ def memory_of(
     table = declared.source.table_bytes if isinstance(declared.source, ChunkSource) else 0
     kept = (probe.kept_bytes if probe else 0) + table
     fixed = (probe.fixed_bytes if probe else 0) + declared.source.chunk_bytes
-    driver = (kept if books_bytes is None else books_bytes) + declared.argument_books
+    driver = (kept if books_bytes is None else books_bytes) + argument_books(declared)
     if scheduler is not None and scheduler.kind not in ("serial", "threads"):
         fixed += kept  # of each worker
         if scheduler.n_processes:
@@ -96,6 +96,11 @@ def memory_of(
         driver_bytes=max(0, driver),
         chunk_rows=declared.source.chunk_rows if declared.source.chunk_bytes else 1,
     )
+
+
+def argument_books(declared: Declared) -> int:
+    """Return the bytes that the driver has for arguments at most: see `Declared.argument_bytes`."""
+    return 2 * declared.argument_bytes
 
 
 def limit_bytes(declared: Declared) -> int:
@@ -145,6 +150,8 @@ def divide(
 
 def check_fits(declared: Declared, probe: Probe | None) -> None:
     """Make sure that one position fits into the memory allowed, by what is known so far.
+
+    Before the probe it counts as read only; after it as written, too, by the driver where there is no file to lock.
 
     Raises
     ------

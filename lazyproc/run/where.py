@@ -1,4 +1,4 @@
-"""Where blocks are computed and written, and how many worker processes are started before that is known."""
+"""Where blocks are computed and written, and which worker processes begin, and load what, before that is known."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def in_place_everywhere(declared: Declared, scheduler: Scheduler, sink: Sink | N
 
 
 def early_processes(declared: Declared) -> int:
-    """How many worker processes may be started before it is known what the job takes; the others come later."""
+    """Return how many worker processes may be started before it is known what the job takes; the others come later."""
     return min(declared.cores, _EARLY_PROCESSES)
 
 
