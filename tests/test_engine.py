@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -397,6 +398,42 @@ def test_what_an_exception_says_arrives_even_if_it_says_nothing_there() -> None:
     failure = pickle.loads(pickle.dumps(Failure("function", (4, 5), SaysNothingElsewhere(3))))
     with pytest.raises(FunctionError, match="axis 3 is out of bounds"):
         failure.raise_error("Fit", "scan.h5::/Raw_Data")
+
+
+TRAVELLERS = """
+import pickle, sys
+import lazyproc.core.errors as errors
+from lazyproc.core.blocks import Block
+from lazyproc.engine.failure import Failure
+
+class Both(ValueError, OSError):
+    pass
+
+if sys.argv[1] == "tblib":
+    import tblib.pickling_support
+    tblib.pickling_support.install()  # as Dask does when it is imported, for all classes that are there by then
+
+def tree(kind):
+    return {kind}.union(*map(tree, kind.__subclasses__()))
+
+for kind in tree(errors.LazyprocError):
+    error = kind("What came.", (3, 5)) if issubclass(kind, errors.FunctionError) else kind("What came.")
+    failure = Failure.of_worker(error, Block(0, (3,), (5,)))
+    for there in (pickle.loads(pickle.dumps(error)), pickle.loads(pickle.dumps(failure)).error):
+        assert type(there) is kind, (kind, there)
+        assert str(there) == "What came.", (kind, there)
+there = pickle.loads(pickle.dumps(Failure.of_worker(Both("of the user's"), Block(0, (3,), (5,))))).error
+assert (type(there), str(there)) == (Both, "of the user's"), repr(there)
+print(len(tree(errors.LazyprocError)))
+"""
+
+
+@pytest.mark.parametrize("reducers", ["tblib", "own"])
+def test_every_error_arrives_as_it_was(reducers: str) -> None:
+    """Whether Dask is imported after the errors or not at all; tblib cannot load errors of two bases that it dumps."""
+    done = subprocess.run([sys.executable, "-c", TRAVELLERS, reducers], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
 
 
 def test_what_a_worker_of_another_machine_found_names_it() -> None:

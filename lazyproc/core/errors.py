@@ -8,6 +8,7 @@ written against either keeps working.
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 EXIT_STOPPED = 75
 """Exit code of a run that stopped early with its work committed: run again."""
@@ -20,6 +21,10 @@ class LazyprocError(Exception):
     ``override=True`` would it start afresh again: then leave that out. `Interrupted` is not among them, since it is no
     `Exception`.
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # That of Exception would do, but Dask has tblib make another one, which fails for classes with two bases.
+        return type(self), self.args, self.__dict__
 
 
 class ArgumentTypeError(LazyprocError, TypeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import socket
 import traceback
@@ -163,14 +164,28 @@ def _dump_error(error: BaseException) -> tuple[bytes, Any, str]:
 
     text = "".join(traceback.format_exception(error))
     trace = Traceback(_short(error.__traceback__)).to_dict() if error.__traceback__ is not None else None
-    try:
-        import cloudpickle
+    return _packed(error.with_traceback(None)), trace, text
 
-        packed = cloudpickle.dumps(error.with_traceback(None))
-        str(pickle.loads(packed))  # some exceptions can be dumped but not loaded, or say nothing then
-    except Exception:
-        packed = b""
-    return packed, trace, text
+
+def _packed(error: BaseException) -> bytes:
+    """Return an error in bytes, none if that is impossible."""
+    import cloudpickle
+
+    class Plainly(cloudpickle.Pickler):  # type: ignore[misc]
+        """By what the class itself says: that of tblib, which Dask brings along, cannot load all that it dumps."""
+
+        def reducer_override(self, item: Any) -> Any:
+            return item.__reduce_ex__(4) if isinstance(item, BaseException) else super().reducer_override(item)
+
+    for pickler in (cloudpickle.Pickler, Plainly):
+        buffer = io.BytesIO()
+        try:
+            pickler(buffer).dump(error)
+            str(pickle.loads(buffer.getvalue()))  # some exceptions can be dumped but not loaded, or say nothing then
+        except Exception:
+            continue
+        return buffer.getvalue()
+    return b""
 
 
 def _short(trace: types.TracebackType) -> types.TracebackType:
