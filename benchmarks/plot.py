@@ -56,7 +56,7 @@ def draw(axes: Any, measured: dict[str, dict[str, dict[str, Any]]], names: list[
         bars = [(place, value) for place, value in bars if value is not None]
         places = [place + (number - (len(names) - 1) / 2) * width for place, _ in bars]
         axes.bar(places, [value for _, value in bars], width, label=name, color=_COLOURS.get(name))
-    axes.set_xticks(range(len(measured)), list(measured), rotation=30)
+    axes.set_xticks(range(len(measured)), list(measured), rotation=30, ha="right", rotation_mode="anchor")
     axes.spines[["top", "right"]].set_visible(False)
 
 
