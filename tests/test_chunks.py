@@ -393,3 +393,24 @@ def test_processes_start_at_once_where_hdf5_has_much_to_read(
     with h5py.File(path, "r") as file:
         np.testing.assert_allclose(group["Mean"][:, 0], file[name][:].mean(axis=1), rtol=1e-6)
     assert max(started, default=0) == expected
+
+
+def test_a_table_of_chunks_that_leaves_no_room_is_noticed_before_the_function_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is known only once the chunks were looked at, when the first check, of one position alone, is over."""
+    address = "::".join(make_usid_file(tmp_path / "a.h5", chunks=True, compression="gzip"))
+    before = (tmp_path / "a.h5").read_bytes()
+    monkeypatch.setattr(ChunkSource, "table_bytes", 100 * 2**20)
+    called: list[int] = []
+
+    def mean(spectrum: Any) -> Any:
+        called.append(1)
+        return spectrum.mean()
+
+    with pytest.raises(
+        lazyproc.MemoryLimitError, match=r"max_mem_mb: 64 MiB are allowed.*books of many holes or chunks"
+    ):
+        lazyproc.map_positions(mean, address, lazyproc.Output("f4"), max_mem_mb=64, cores=1)
+    assert called == []
+    assert (tmp_path / "a.h5").read_bytes() == before
