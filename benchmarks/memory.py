@@ -3,12 +3,12 @@
     python benchmarks/memory.py                                                 everything, about ten minutes
     python benchmarks/memory.py --workloads filter native --limits 64 --engines processes
 
-Each run is a fresh process. Measured is the highest private memory (USS) of the driver and its workers together, looked
-at every 10 ms, above bare interpreters with the same imports. Projected is the highest that the run has said: when it
-began, and whenever it found that positions take more than the probe had shown. In the end the same again as a short
-table: "measured ≤ projected" for each limit, with what is not right about it, and how many runs were how. Threads are
-only for functions that take blocks, "both" (this process and others) only for those that take a position. The exit code
-is 1 if more was measured than projected, more projected than allowed, or a run has failed.
+Each run is a fresh process. Measured is the most memory that the driver and its workers together have written to, for
+themselves, looked at every 10 ms, each above a bare interpreter with the same imports. Projected is the highest that
+the run has said: when it began, and whenever it found that positions take more than the probe had shown. In the end the
+same again as a short table: "measured ≤ projected" for each limit, with what is not right about it, and how many runs
+were how. Threads are only for functions that take blocks, "both" (this process and others) only for those that take a
+position. The exit code is 1 if more was measured than projected, more projected than allowed, or a run has failed.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def main() -> int:
                 bare = Sampler([_HUNGRY, name, path, f"baseline-{engine}", "0"]).baseline()
                 for limit in options.limits:
                     prepare(name, path)
-                    highest, answer = Sampler([_HUNGRY, name, path, engine, str(limit)]).peak()
-                    measured, projected = (highest - bare) / 2**20, answer["projected"] / 2**20
+                    taken, answer = Sampler([_HUNGRY, name, path, engine, str(limit)]).peak(bare)
+                    measured, projected = taken / 2**20, answer["projected"] / 2**20
                     rows.append(_row(name, engine, measured, projected, limit, answer))
                     print(f"| {' | '.join(rows[-1])} |", flush=True)
             os.unlink(path)

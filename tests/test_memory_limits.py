@@ -36,10 +36,6 @@ sys.path.insert(0, str(BENCHMARKS))
 from hungry import HUNGRY, make_file  # noqa: E402
 from private_memory import Sampler  # noqa: E402
 
-NOISE_MIB = 3
-"""USS differs by so much from run to run: pages of libraries that become a process's own when they are written to, and
-worker processes that come and go between two looks at them. Of 10-60 MiB that are measured."""
-
 measures = pytest.mark.skipif(not can_measure(), reason="this system keeps no high-water mark that can be reset")
 
 # -- what is learnt ----------------------------------------------------------------------------------------------------
@@ -369,8 +365,8 @@ def run(name: str, path: str, engine: str, limit: int) -> tuple[float, dict[str,
     if HUNGRY[name].is_half_done:
         subprocess.run([sys.executable, program, name, path, "half-done", "0"], check=True)
     bare = Sampler([program, name, path, f"baseline-{engine}", "0"]).baseline()
-    highest, answer = Sampler([program, name, path, engine, str(limit)]).peak()
-    measured = (highest - bare) / MEBIBYTE
+    taken, answer = Sampler([program, name, path, engine, str(limit)]).peak(bare)
+    measured = taken / MEBIBYTE
     print(f"{name}, {engine}: measured {measured:.0f}, projected {answer['projected'] / MEBIBYTE:.0f}, allowed {limit}")
     print(*answer["told"], sep="\n")
     return measured, answer
@@ -385,7 +381,7 @@ def test_five_times_what_the_probe_saw_does_not_break_the_limit(scan, engine):
     assert answer["error"] is None
     assert answer["is_done"]
     assert measured <= 64
-    assert measured <= answer["projected"] / MEBIBYTE + NOISE_MIB
+    assert measured <= answer["projected"] / MEBIBYTE
     assert answer["projected"] <= 64 * MEBIBYTE
     sizes = answer["sizes"]
     assert sum(sizes) == HUNGRY["later-native"].n_positions, "each position once"
@@ -408,7 +404,7 @@ def test_fewer_are_computed_at_once_if_one_position_takes_more_than_its_share(sc
     measured, answer = run("big-one", scan("big-one"), "processes", 64)
     assert answer["error"] is None
     assert answer["is_done"]
-    assert measured <= answer["projected"] / MEBIBYTE + NOISE_MIB
+    assert measured <= answer["projected"] / MEBIBYTE
     assert answer["ahead"] <= 64 * MEBIBYTE < answer["projected"]
     assert sum(answer["sizes"]) == 200
     assert any("1 at a time" in text for text in answer["told"])
@@ -438,7 +434,7 @@ def test_what_function_and_driver_keep_is_projected(scan, name, engine, limit):
     measured, answer = run(name, scan(name), engine, limit)
     assert answer["error"] is None
     assert answer["is_done"]
-    assert measured <= answer["projected"] / MEBIBYTE + NOISE_MIB
+    assert measured <= answer["projected"] / MEBIBYTE
     assert answer["projected"] <= limit * MEBIBYTE
 
 

@@ -75,6 +75,11 @@ class Kept:
         n_new = len(sys.modules) - self._n_first
         return _LOADING_BYTES + n_new * _MODULE_BYTES if n_new > 0 else 0
 
+    @property
+    def unsure(self) -> int:
+        """Bytes that may be kept beside: taken for modules that were imported, all together, more than for each."""
+        return _LOADING_BYTES if len(sys.modules) > self._n_first else 0
+
     def now(self) -> int:
         """Return bytes kept."""
         give_back()

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from lazyproc.core.errors import MemoryLimitError
 from lazyproc.core.memory import FRAGMENTATION, MEBIBYTE, MemoryModel
 
-_DRIVER_UNSEEN, _WORKER_UNSEEN = 14 * MEBIBYTE, 3 * MEBIBYTE
-"""What they took before it was looked at, and pages of files that are their own: measured 4-12 and 2-3 MiB."""
+_DRIVER_UNSEEN, _WORKER_UNSEEN = 10 * MEBIBYTE, 3 * MEBIBYTE
+"""What they took before it was looked at, and pages of files that are their own: measured 1-6 and 2-3 MiB."""
 _SLACK_BYTES = MEBIBYTE
 """So much more than was reckoned is nothing to learn from: the system counts pages in lots."""
 _MARGIN = 1.1

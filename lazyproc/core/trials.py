@@ -73,13 +73,14 @@ class Trials:
     def kept_since(self, before: Kept | None) -> int:
         """Return bytes that the calls have left, beside the results, which are let go of when they are written.
 
-        0 if a call has failed: its data are kept with what it raised.
+        More rather than less, since each process will keep as much; 0 if a call has failed: its data are kept with what
+        it raised.
         """
         if before is None or self._first is not None:
             return 0
         results = sum(array.nbytes for _, arrays in self._computed for array in arrays)
         kept = before.now() - results
-        return kept if kept > _NOISE_BYTES else 0
+        return kept + before.unsure if kept > _NOISE_BYTES else 0
 
     def traced(self, runs: Runs) -> int:
         """Compute these positions, and return the most bytes that Python's allocators had given out beside the rows."""

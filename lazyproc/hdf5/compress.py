@@ -25,7 +25,6 @@ import numpy as np
 
 from lazyproc.core.compression import Compression, chunk_shape
 from lazyproc.core.errors import LazyprocError
-from lazyproc.core.memory import DRIVER_BYTES
 from lazyproc.core.specs import ResolvedOutput
 from lazyproc.hdf5.extents import Extent, using
 from lazyproc.hdf5.on_disk import real_path
@@ -37,8 +36,9 @@ from lazyproc.hdf5.rows_file import is_outside, rows_extent, waiting, wanted_com
 CHUNKS_HELD = 5
 """Chunks in memory a thread: two as they are, two encoded, and what encoding takes."""
 _ISAL_LEVELS = {1: 2, 2: 2, 3: 3, 4: 3}
-_FIXED_BYTES = DRIVER_BYTES + MOST_KEPT + 8 * 2**20
-"""Of this process beside the chunks. The last part is HDF5's own, and what is given back late: measured 5-7 MiB."""
+_FIXED_BYTES = MOST_KEPT + 16 * 2**20
+"""Of this process beside the chunks: the overlay's pages; HDF5's own, what the run had, and what is given back late,
+measured 10-14 MiB."""
 _WINDOW = 2
 _ROOM = 2**18
 """Bytes that are set aside beside each chunk, in a file that HDF5 writes itself, for what it notes of the chunks."""

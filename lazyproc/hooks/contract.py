@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.errors import ArgumentValueError, MemoryLimitError
 from lazyproc.core.events import Listener
-from lazyproc.core.memory import DRIVER_BYTES, MEBIBYTE
+from lazyproc.core.memory import HOOKS_BYTES, MEBIBYTE
 from lazyproc.core.runs import Runs
 from lazyproc.drain import Drain, nothing_yet
 from lazyproc.engine.cluster import active_client
@@ -217,9 +217,9 @@ class HookContract:
         limit = available if limit is None else min(limit, available)
         self._multiplier = check_multiplier(mem_multiplier)
         source, position = self._bytes_per_position()
-        self._max_pos_per_read = int(max(0, limit - DRIVER_BYTES) // position)
+        self._max_pos_per_read = int(max(0, limit - HOOKS_BYTES) // position)
         if self._max_pos_per_read < 1:
-            needed = -(-int(position + DRIVER_BYTES) // MEBIBYTE)
+            needed = -(-int(position + HOOKS_BYTES) // MEBIBYTE)
             raise MemoryLimitError(
                 f"max_mem_mb: {limit // MEBIBYTE} MiB are allowed, but one position of {source / MEBIBYTE:.1f} MiB "
                 f"takes {position / MEBIBYTE:.1f} MiB with its copies and results. Raise max_mem_mb to {needed}."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 
 from lazyproc.core.errors import ArgumentValueError
-from lazyproc.core.memory import DRIVER_BYTES
+from lazyproc.core.memory import HOOKS_BYTES
 from lazyproc.core.plan import Plan
 from lazyproc.core.runs import Runs
 from lazyproc.engine.cluster import active_client
@@ -63,7 +63,7 @@ def plan_of_hooks(process: HookContract, args: tuple[Any, ...], kwargs: Mapping[
         scheduler=_where(process),
         bytes_per_position=int(position),
         worker_bytes=int(batch * position),
-        projected_bytes=int(batch * position) + DRIVER_BYTES,
+        projected_bytes=int(batch * position) + HOOKS_BYTES,
         allowed_bytes=allowed,
         source_bytes=n_remaining * source,
         result_bytes=None if group is None else n_remaining * _result_bytes(group, n_positions),

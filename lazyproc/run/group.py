@@ -36,6 +36,8 @@ from lazyproc.run.where import (
 _BYTES_OF_RUN = 64
 """What the driver takes for each run of positions when blocks are cut and noted, beside what it has when it begins:
 measured up to 9 MiB with 131,072 of them."""
+_LATER_BYTES = 2 * MEBIBYTE
+"""What else the driver takes after it was looked at what it keeps by then: measured 1 MiB."""
 
 log = logging.getLogger("lazyproc")
 
@@ -144,7 +146,7 @@ def _loop(
     probe.computed.clear()  # written: what the probe took is needed by the blocks now
     give_back()
     to_come = _BYTES_OF_RUN * len(remaining)
-    books = max(0, high_water.kept() + to_come - DRIVER_BYTES) if can_measure() else None
+    books = max(0, high_water.kept() + to_come + _LATER_BYTES - DRIVER_BYTES) if can_measure() else None
     with drain.interruptible(at_first=True):  # a cluster may take its time to answer
         scheduler = scheduler_of(declared, kernel, probe, remaining.n_positions)
         watched = scheduler.tells_memory()
