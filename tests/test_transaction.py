@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from lazyproc.core.errors import FileBusyError, JournalError
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.lock import sidecar
-from lazyproc.hdf5.overlay import Overlay
+from lazyproc.hdf5.overlay import MOST_KEPT, Overlay
 from lazyproc.hdf5.transaction import read_journal, recover, transaction
 
 # -- the overlay against a plain run of bytes ------------------------------------------------------------------------
@@ -88,6 +89,25 @@ def _step(overlay: Overlay, model: Model, kind: str, place: int, what: Any) -> N
         assert overlay.write(what) == len(what)
         assert overlay.tell() == place + len(what)
         model.write(place, what)
+
+
+def test_what_is_added_is_not_copied_when_it_is_spilled_and_applied(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 4096)
+    with open(tmp_path / "file", "r+b") as file, Overlay(file.fileno(), str(tmp_path / "file"), spills=True) as overlay:
+        overlay.seek(4096)
+        overlay.write(bytes([1]) * MOST_KEPT)
+        tracemalloc.start()
+        try:
+            added = overlay.changes()[1]
+            assert sum(len(data) for _, data in added) == MOST_KEPT
+            assert tracemalloc.get_traced_memory()[1] < MOST_KEPT / 4
+            del added
+            tracemalloc.reset_peak()
+            overlay.write(bytes([2]) * 4096)
+            assert tracemalloc.get_traced_memory()[1] < MOST_KEPT / 2
+        finally:
+            tracemalloc.stop()
+        assert overlay.has_spilled
 
 
 def _applied(content: bytes, overlay: Overlay) -> bytes:

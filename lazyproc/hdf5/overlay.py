@@ -19,6 +19,8 @@ from lazyproc.hdf5.room import writing
 _PAGE = 4096
 MOST_KEPT = 8 * 2**20
 """Bytes beyond the old end of the file that are kept in memory, where they may be spilled."""
+_AT_ONCE = 256
+"""Pages that are written together."""
 Patch = tuple[int, bytes, bytes]
 """Where in the file, what stood there, what shall stand there."""
 
@@ -164,7 +166,9 @@ class Overlay(io.RawIOBase):
         new = sorted(page for page in self._pages if page >= self._first_new)
         for _, run in itertools.groupby(enumerate(new), lambda pair: pair[1] - pair[0]):
             pages = [page for _, page in run]
-            self._put(pages[0], b"".join(self._pages[page] for page in pages))
+            for first in range(0, len(pages), _AT_ONCE):
+                some = pages[first : first + _AT_ONCE]
+                self._put(some[0], b"".join(self._pages[page] for page in some))
 
     def _put(self, page: int, data: bytes | memoryview) -> None:
         """Write whole pages to the file."""
@@ -192,17 +196,17 @@ class Overlay(io.RawIOBase):
             del self._spilled[number:]
             os.ftruncate(self._descriptor, max(self.old_size, page * _PAGE))
 
-    def changes(self) -> tuple[list[Patch], list[tuple[int, bytes]]]:
-        """Return what changed inside the old file, and what was written beyond its end."""
+    def changes(self) -> tuple[list[Patch], list[tuple[int, memoryview]]]:
+        """Return what changed inside the old file, and what was written beyond its end: as it is kept, not a copy."""
         patches: list[Patch] = []
-        added: list[tuple[int, bytes]] = []
+        added: list[tuple[int, memoryview]] = []
         cut_off = range(self._shown // _PAGE, -(-min(self.size, self.old_size) // _PAGE))
         for page in sorted({*self._pages, *cut_off}):
             offset = page * _PAGE
-            kept = bytes(self._page(page))[: max(0, self.size - offset)]
+            kept = memoryview(self._page(page))[: max(0, self.size - offset)]
             before = self._on_disk(offset, self.old_size)
             patches += _difference(offset, before[: len(kept)], kept[: len(before)])
-            if kept[len(before) :]:
+            if len(kept) > len(before):
                 added.append((offset + len(before), kept[len(before) :]))
         return patches, added
 
@@ -210,10 +214,10 @@ class Overlay(io.RawIOBase):
         return self._path
 
 
-def _difference(offset: int, before: bytes, after: bytes) -> list[Patch]:
+def _difference(offset: int, before: bytes, after: memoryview) -> list[Patch]:
     """Return the patch from the first to the last byte that differs; none if there is none."""
     differs = np.flatnonzero(np.frombuffer(before, np.uint8) != np.frombuffer(after, np.uint8))
     if differs.size == 0:
         return []
     part = slice(int(differs[0]), int(differs[-1]) + 1)
-    return [(offset + part.start, before[part], after[part])]
+    return [(offset + part.start, before[part], bytes(after[part]))]

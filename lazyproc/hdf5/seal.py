@@ -125,12 +125,18 @@ def _seal_of(group: h5py.Group) -> str:
 
 
 def _take(digest: Any, name: str, value: Any) -> None:
+    content: Any
     if isinstance(value, str):
         kind, content = "text", value.encode("utf-8", "surrogateescape")
     else:
         array = np.asarray(value)
         kind = f"{array.dtype.str} {array.shape}"
-        content = repr(array.tolist()).encode("utf-8", "replace") if array.dtype.hasobject else array.tobytes()
+        if array.dtype.hasobject:
+            content = repr(array.tolist()).encode("utf-8", "replace")
+        elif array.nbytes <= LARGEST_ATTRIBUTE:
+            content = array.tobytes()
+        else:  # not another copy of a large one
+            content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     digest.update(f"{name}\0{kind}\0{len(content)}\0".encode())
     digest.update(content)
 
