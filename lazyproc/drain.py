@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from lazyproc.core.errors import EXIT_STOPPED, ArgumentValueError, Interrupted, InterruptedScript
+from lazyproc.core.errors import EXIT_STOPPED, ArgumentValueError, Interrupted, InterruptedScript, LazyprocError
 from lazyproc.core.events import Listener, Stopping
 from lazyproc.watch import NUDGE, Watch, is_free
 
@@ -181,6 +181,8 @@ class Drain:
                 before[number] = signal.signal(number, self._handle_nudge)
             watch.start(None if outer is None else outer._watch)
             yield
+        except LazyprocError:
+            raise
         except BaseException:
             if not self._left:  # else it is a Leave, or what others have made of it
                 raise

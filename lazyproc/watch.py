@@ -56,6 +56,8 @@ class Watch:
         self._watched = frozenset(watched)
         self._main = threading.get_ident()
         self._read, self._write = os.pipe()
+        self._poll = select.poll()  # takes descriptors of any number, which select does not
+        self._poll.register(self._read, select.POLLIN)
         os.set_blocking(self._write, False)
         self._thread = threading.Thread(target=self._work, name="lazyproc-drain", daemon=True)
         self._hears = False
@@ -106,7 +108,7 @@ class Watch:
 
     def _wait(self, seconds: float) -> bool | None:
         """Tell whether a signal has come within the time; None at the end."""
-        if not select.select([self._read], [], [], seconds)[0]:
+        if not self._poll.poll(1000 * seconds):
             return False
         numbers = os.read(self._read, 64)
         return bool(self._watched.intersection(numbers)) if numbers else None

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from usid_files import CHANNEL, make_usid_file
 
 import lazyproc
 from lazyproc.core.events import Started
-from lazyproc.drain import GRACE_SECONDS, grace_seconds, stoppable
+from lazyproc.drain import GRACE_SECONDS, Drain, grace_seconds, stoppable
 from lazyproc.hdf5.lock import holder
 from lazyproc.status import file_status
 
@@ -772,6 +773,35 @@ def test_a_signal_where_no_run_is_under_way(number: int) -> None:
     with pytest.raises(KeyboardInterrupt) as interrupted, stoppable():
         signal.raise_signal(signal.SIGINT)
     assert type(interrupted.value) is KeyboardInterrupt, "Ctrl-C is what it is elsewhere"
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_signal_is_heard_of_where_a_thousand_files_are_open() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1500) if hard == -1 else min(hard, 1500), hard))
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        opened = [stack.enter_context(open(os.devnull)) for _ in range(1100)]
+        assert opened[-1].fileno() > 1024
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        with pytest.raises(SystemExit), stoppable():
+            time.sleep(60)
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_goes_wrong_after_a_run_was_left_is_told(number: int) -> None:
+    drain = Drain("stopped early")
+
+    def leave() -> None:
+        try:
+            with drain.interruptible(at_first=True):
+                signal.raise_signal(number)
+        finally:
+            raise lazyproc.NoRoomError("the last commit did not get through")
+
+    with pytest.raises(lazyproc.NoRoomError), drain.on_signals():
+        leave()
 
 
 @pytest.mark.usefixtures("restored")
