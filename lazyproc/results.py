@@ -22,7 +22,7 @@ from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.grid import position_grid, spectroscopic_grid
 from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.seal import PLACES, SEAL, check_places
-from lazyproc.hdf5.search import status_name_of
+from lazyproc.hdf5.search import remaining_positions, status_name_of
 from lazyproc.hdf5.steady import read_steadily
 from lazyproc.hdf5.usid import is_main, read_text
 from lazyproc.layout import (
@@ -167,14 +167,16 @@ def _dataset_of_group(group: h5py.Group, path: str | None) -> xarray.Dataset:
     outputs = tuple(output for output, _ in stored)
     positions = axis_of_grid(position_grid(group[names[0]]), "position", {*names, _STATUS})
     status_name = _status_name(group, n_positions)
-    committed = Committed(path, None if path else group, str(group.name), group_id(group), outputs, status_name)
+    n_done = None if status_name else _done_before(group, n_positions)
+    committed = Committed(path, None if path else group, str(group.name), group_id(group), outputs, status_name, n_done)
     inner = _name_inner(outputs, [axis for _, axis in stored], positions)
     dataset = _assemble(outputs, positions, inner, committed, None, str(group.name).rpartition("/")[2], ("", ""))
     dataset.attrs.update(_attributes(group))
-    if status_name:
+    if status_name or n_done is not None:
         grid = block_grid(positions.shape, positions_per_view_block(1))
         (array,) = lazy_arrays(StatusView(grid, committed), positions, [_NOTHING], _STATUS)
-        dataset[_status_variable(names)] = _status(array, positions, recorded=has_failures(group, status_name))
+        recorded = bool(status_name) and has_failures(group, status_name)
+        dataset[_status_variable(names)] = _status(array, positions, recorded=recorded)
     return dataset
 
 
@@ -237,6 +239,14 @@ def _status_name(group: h5py.Group, n_positions: int) -> str:
             f"Another program has changed it, or the file is damaged. {_ADVICE}"
         )
     return ""
+
+
+def _done_before(group: h5py.Group, n_positions: int) -> int | None:
+    """Return how many positions of older results, which have no status mask, are done; None if it is all of them."""
+    if "last_pixel" not in group.attrs:
+        return None
+    rest = remaining_positions(group, n_positions, status_name_of(group))
+    return int(rest.starts[0]) if rest.n_positions else None
 
 
 def _stored_output(dataset: h5py.Dataset, by_declaration: bool) -> tuple[ResolvedOutput, Axis]:

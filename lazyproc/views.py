@@ -55,7 +55,9 @@ class Committed:
     outputs : tuple of ResolvedOutput
         The datasets.
     status_name : str
-        The name of the status mask; empty if there is none and everything counts as done.
+        The name of the status mask; empty if there is none.
+    n_done : int or None
+        The first so many positions count as done where there is no status mask; None: all of them.
     """
 
     path: str | None
@@ -64,6 +66,7 @@ class Committed:
     run_id: str
     outputs: tuple[ResolvedOutput, ...]
     status_name: str
+    n_done: int | None = None
 
     def read(self, start: int, stop: int) -> tuple[Arrays, NDArray[np.uint8]]:
         """Read rows of all outputs, and their status: 0 not done, 1 done, 2 failed.
@@ -81,13 +84,14 @@ class Committed:
     def _read(self, start: int, stop: int) -> tuple[Arrays, NDArray[np.uint8]]:
         with self._opened() as group:
             status = self._status(group, start, stop)
-            arrays = tuple(self._rows(group, output, start, stop, status != NOT_DONE) for output in self.outputs)
-            if FAILED_POSITIONS in group:  # failed positions may be taken back at any time, to be computed again
-                taken_back = self._status(group, start, stop) == NOT_DONE
-                status[taken_back] = NOT_DONE
-                for output, rows in zip(self.outputs, arrays, strict=True):
-                    rows[taken_back] = output.fill_value
-        return arrays, status
+            while True:
+                arrays = tuple(self._rows(group, output, start, stop, status != NOT_DONE) for output in self.outputs)
+                if FAILED_POSITIONS not in group:
+                    return arrays, status
+                # Failed positions may be taken back, and computed again, while their rows are read.
+                before, status = status, self._status(group, start, stop)
+                if not ((before != NOT_DONE) & (status != before)).any():
+                    return arrays, before
 
     def read_status(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Read the status alone; raises as `read` does."""
@@ -125,7 +129,8 @@ class Committed:
 
     def _status(self, group: h5py.Group, start: int, stop: int) -> NDArray[np.uint8]:
         if not self.status_name:
-            return np.full(stop - start, DONE, np.uint8)
+            is_done = np.arange(start, stop) < (stop if self.n_done is None else self.n_done)
+            return np.where(is_done, np.uint8(DONE), np.uint8(NOT_DONE))
         return read_status(group, self.status_name, start, stop)
 
     def _rows(

@@ -35,6 +35,7 @@ import lazyproc
 from lazyproc import Dimension, FunctionError, Output, Process, StaleViewError
 from lazyproc.layout import block_grid
 from lazyproc.loading import load_process
+from lazyproc.views import Committed
 
 
 class Counted(Process):
@@ -466,6 +467,52 @@ def test_of_a_partial_group_the_done_are_read_and_the_others_computed(tmp_path, 
     assert results["status"].attrs["flag_meanings"] == "not_done done"
     for output in Counted.outputs:
         xarray.testing.assert_equal(results[output], expected[output].where(results["status"] == 1))
+
+
+@pytest.mark.parametrize("n_done", [0, 12, 20, 25])
+def test_of_old_results_without_a_mask_only_what_is_before_last_pixel_counts(tmp_path, n_done):
+    """As pyUSID has left them before 0.0.5."""
+    address = address_of(make_usid_file(tmp_path / "a.h5"))
+    name, path = str(lazyproc.map_positions(np.mean, address, {"Mean": Output("f8")}).name), address.partition("::")[0]
+    expected = lazyproc.open_results(f"{path}::{name}").compute()["Mean"]
+    with h5py.File(path, "r+") as file:
+        group = file[name]
+        for one in [one for one in group.attrs if one.startswith("lazyproc_")]:
+            del group.attrs[one]
+        del group["completed_positions"]
+        group.attrs["last_pixel"] = n_done
+    results = lazyproc.open_results(f"{path}::{name}").compute()
+    assert ("status" in results) == (n_done < 20)
+    means, is_done = results["Mean"].transpose("Y", "X"), np.arange(20).reshape(4, 5) < n_done
+    np.testing.assert_array_equal(means, expected.transpose("Y", "X").where(is_done))
+    if n_done < 20:
+        np.testing.assert_array_equal(results["status"].transpose("Y", "X"), is_done)
+
+
+def test_a_view_beside_a_retry_shows_no_rows_that_were_written_meanwhile(tmp_path, monkeypatch):
+    address = address_of(make_usid_file(tmp_path / "a.h5"))
+    path = address.partition("::")[0]
+    group = lazyproc.map_positions(inverse, address, {"Mean": Output("f8")}, cores=1, on_error="record")
+    view, rows_of, n_read = lazyproc.open_results(group), Committed._rows, []
+
+    def torn(self, group, *args):
+        rows = rows_of(self, group, *args)
+        n_read.append(len(rows))
+        if len(n_read) == 1:
+            rows[0] = -1  # half written
+            with h5py.File(path, "r+") as file:  # by the end of this piece position 0 is done
+                file[group.name]["Mean"][0] = 5
+                file[group.name]["position_status"][0] = 1
+        return rows
+
+    monkeypatch.setattr(Committed, "_rows", torn)
+    results = view.compute(scheduler="synchronous")
+    assert results["Mean"].transpose("Y", "X").to_numpy().ravel()[0] == 5
+    assert len(n_read) == 2
+
+
+def inverse(spectrum):
+    return 1 / int(spectrum[0])
 
 
 def test_the_declared_fill_value_shows_where_nothing_is_done(tmp_path):
