@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import h5py
 import pytest
 
-from lazyproc.core.errors import FileBusyError, ReadOnlyFileError
+from lazyproc.core.errors import FileBusyError, MissingFileError, ReadOnlyFileError
 from lazyproc.hdf5.lock import Fence, FencedError, RunLock, holder, sidecar
 
 DRIVER = """
@@ -195,6 +196,14 @@ def refused(fence: Fence, why: str) -> None:
     with pytest.raises(FencedError, match=why), fence.passed():
         written.append(fence)
     assert not written
+
+
+def test_a_worker_that_does_not_see_the_file_says_so(tmp_path: Path) -> None:
+    """As on a machine that has not mounted its folder, or has another one in its place."""
+    for path in (tmp_path / "scan.h5", tmp_path / "gone" / "scan.h5"):
+        fence, message = fence_of(path, "mine"), re.escape(f"{path}: there is no such file on the machine")
+        with pytest.raises(MissingFileError, match=message), fence.passed():
+            pass
 
 
 def test_the_fence_stands_before_older_runs(path: Path, start: Starter) -> None:

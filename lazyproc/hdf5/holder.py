@@ -25,6 +25,12 @@ def sidecar(path: str, kind: str) -> str:
     return os.path.join(folder, f".{name}.lazyproc-{kind}")
 
 
+def file_beside(name: str) -> str:
+    """Return the name of the file that a sidecar file lies beside."""
+    folder, hidden = os.path.split(name)
+    return os.path.join(folder, hidden.removeprefix(".").rpartition(".lazyproc-")[0])
+
+
 def open_sidecar(path: str, flags: int) -> int:
     """Open a file beside an HDF5 file: itself, never what a link in its place leads to, and without waiting.
 

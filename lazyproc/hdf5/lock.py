@@ -33,8 +33,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lazyproc.core.errors import FileBusyError, LazyprocError, LockingError, ReadOnlyFileError
-from lazyproc.hdf5.holder import TIME, is_alive, is_held, is_locked, read_holder, say_who
+from lazyproc.core.errors import FileBusyError, LazyprocError, LockingError, MissingFileError, ReadOnlyFileError
+from lazyproc.hdf5.holder import TIME, file_beside, is_alive, is_held, is_locked, read_holder, say_who
 from lazyproc.hdf5.holder import holder as holder
 from lazyproc.hdf5.holder import open_sidecar as open_sidecar
 from lazyproc.hdf5.holder import sidecar as sidecar
@@ -84,10 +84,17 @@ class Fence:
         ------
         FencedError
             If another run has the file now, or the driver of this run is gone.
+        MissingFileError
+            If the file with the results is not there: a machine that does not see it, or it was removed.
         """
         try:
             descriptor = open_sidecar(self.fence_path, os.O_RDONLY)
         except FileNotFoundError as error:
+            if not os.path.exists(path := file_beside(self.fence_path)):
+                raise MissingFileError(
+                    f"{path}: there is no such file on the machine {socket.gethostname()}; expected the one with the "
+                    "results, which workers write to."
+                ) from error
             raise FencedError(f"The run {self.run_id} is over: {self.fence_path} is gone.") from error
         try:
             lock(descriptor, self.fence_path, self.locking, exclusive=False, wait=True)
