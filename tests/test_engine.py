@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 import os
@@ -9,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -717,3 +719,17 @@ def test_the_function_goes_to_each_worker_of_a_cluster_once(
 )
 def test_a_scheduler_counts_in_words(kind, one, two):
     assert [str(Scheduler(kind, n)) for n in (1, 2)] == [one, two]
+
+
+def test_a_file_in_the_folder_of_an_installation_but_not_in_its_libraries_travels(tmp_path, monkeypatch):
+    """As a script below /usr/local, where Python is installed there: workers elsewhere cannot import it."""
+    paths = sysconfig.get_paths() | {"data": str(tmp_path), "scripts": str(tmp_path / "bin")}
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)
+    (tmp_path / "work.py").write_text("def twice(row):\n    return 2 * row\n")
+    spec = importlib.util.spec_from_file_location("lazyproc_file_work", tmp_path / "work.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    packed = pack(Kernel(module.twice, False, (), {}, (), NumberSource(), None))
+    monkeypatch.delitem(sys.modules, spec.name)
+    assert unpack(packed).function(3) == 6

@@ -74,7 +74,8 @@ def _own_module(function: Callable[..., Any]) -> Any:
     file = getattr(module, "__file__", None)
     if file is None or name == "__main__" or name.partition(".")[0] == "lazyproc":
         return None  # built in, or sent by value by cloudpickle itself, or surely there
-    installed = {os.path.realpath(path) for path in sysconfig.get_paths().values()}
+    paths = sysconfig.get_paths()  # others hold more than what is installed: "data" may be /usr/local
+    installed = {os.path.realpath(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     return None if any(os.path.realpath(file).startswith(path + os.sep) for path in installed) else module
 
 
