@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,8 +31,14 @@ from lazyproc.core.errors import (
 from lazyproc.drain import Leave, stoppable
 from lazyproc.engine.launch import detect
 
+if TYPE_CHECKING:
+    import h5py
+
+    from lazyproc.process import Process
+
 log = logging.getLogger("lazyproc")
 
+_BATCH_NAME = "LAZYPROC_BATCH"
 _DEFAULT_MIB = 4096
 _EXIT_UNREAD = 128 + 13
 """What a shell says of programs that SIGPIPE has ended."""
@@ -251,6 +257,19 @@ def _make(
     return made
 
 
+def _goes_on(process: Process, batch: str) -> bool:
+    """Tell whether jobs that start afresh have begun, or made, results before; chooses those. Else they are theirs."""
+    from lazyproc.hdf5.search import batch_of
+
+    def own(groups: list[h5py.Group]) -> list[h5py.Group]:
+        return [group for group in groups if batch_of(group, process._status_dset_name) == batch]
+
+    process._batch = batch
+    if partial := own(process.partial_h5_groups):
+        process.use_partial_computation(partial[-1])
+    return bool(partial or own(process.duplicate_h5_groups))
+
+
 def _parameters(pairs: tuple[str, ...]) -> dict[str, Any]:
     """Return the parameters; what was meant as a list, a dict or a quoted text and is none is no text either."""
     from lazyproc.loading import parse_parameters
@@ -281,8 +300,11 @@ def run(as_json: bool, override: bool, **options: Any) -> None:
     from lazyproc.hdf5.failures import count_failed
     from lazyproc.hdf5.search import status_name_of
 
+    batch = os.environ.get(_BATCH_NAME, "") if override else ""
     with _make(**options) as process:
         goes_on = options["resume"] and process.partial_h5_groups
+        if batch and not goes_on:
+            goes_on = _goes_on(process, batch)
         try:
             group = process.compute(override and not goes_on)
         except SystemExit as error:  # of lazyproc itself only after a signal

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
-from lazyproc.core.errors import ArgumentValueError, LazyprocError
+from lazyproc.core.errors import EXIT_STOPPED, ArgumentValueError, LazyprocError
 from lazyproc.process import Process
 
 ENTRY_POINTS = "lazyproc.processes"
@@ -63,7 +63,7 @@ def _registered(name: str) -> Any:
         )
     try:
         return known[name].load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _loading_error(name, error) from _users_part(error)
 
 
@@ -83,7 +83,7 @@ def _load_file(path: str) -> ModuleType:
         spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
-        if isinstance(error, Exception):
+        if isinstance(error, Exception | SystemExit):
             raise _loading_error(path, error) from _users_part(error)
         raise
     return module
@@ -93,7 +93,7 @@ def _import(name: str) -> ModuleType:
     _on_path(os.getcwd())
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not isinstance(error, ModuleNotFoundError) or not f"{name}.".startswith(f"{error.name}."):
             raise _loading_error(name, error) from _users_part(error)
         raise ArgumentValueError(
@@ -102,11 +102,19 @@ def _import(name: str) -> ModuleType:
         ) from error
 
 
-def _loading_error(place: str, error: Exception) -> LoadingError:
-    return LoadingError(f"{place}: could not be loaded: {type(error).__name__}: {error}")
+def _loading_error(place: str, error: Exception | SystemExit) -> LoadingError:
+    """Return what to raise; a run within the module that a signal has ended goes on its way."""
+    if not isinstance(error, SystemExit):
+        return LoadingError(f"{place}: could not be loaded: {type(error).__name__}: {error}")
+    if error.code == EXIT_STOPPED:
+        raise error
+    return LoadingError(
+        f"{place}: has called sys.exit({error.code!r}) while it was loaded; expected a module that can be imported. "
+        'Put what it does as a script under `if __name__ == "__main__":`.'
+    )
 
 
-def _users_part(error: Exception) -> Exception:
+def _users_part(error: BaseException) -> BaseException:
     """Take the frames of lazyproc and of Python's importing off the front of a traceback."""
     trace = error.__traceback__
     while trace is not None and _is_importing(trace.tb_frame.f_code.co_filename):
@@ -148,6 +156,6 @@ def _value(text: str) -> Any:
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return text

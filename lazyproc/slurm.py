@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass
 
@@ -62,6 +61,12 @@ class SlurmJob:
         for name in ("ntasks", "cpus_per_task", "drain_seconds", "max_jobs"):
             if getattr(self, name) < 1:
                 raise ArgumentValueError(f"{name}: is {getattr(self, name)}; expected 1 or more.")
+        wall = _seconds_of(self.time)
+        if wall is not None and self.drain_seconds >= wall:
+            raise ArgumentValueError(
+                f"drain_seconds: is {self.drain_seconds}, and the wall time of {self.time} is {wall} s; expected less: "
+                "each job would be told to stop as it begins. Give a longer time, or a smaller --drain."
+            )
         if self.launcher not in _LAUNCHERS:
             raise ArgumentValueError(f"launcher: is {self.launcher!r}; expected one of {', '.join(_LAUNCHERS)}.")
         if any("\n" in text for text in (self.path, self.time, *self.options, *self.command)):
@@ -79,15 +84,11 @@ class SlurmJob:
         fails, that has to make room, or that is queued again by hand, Slurm itself starts again. Only at the wall time,
         by which it tells that it has passed, SIGTERM is no reason not to go on.
 
-        ``lazyproc run … --override`` starts afresh in the first job: what comes after it, by either way, runs with
-        ``--resume``, too, and so goes on with what that job has begun.
+        ``lazyproc run … --override`` starts afresh in the first job: all that come after it, by either way, have the
+        number of that one in ``LAZYPROC_BATCH``, and go on with what it has begun, or return what it has finished.
         """
         launch = _LAUNCHERS[self.launcher] if self.ntasks > 1 else ""
-        restarts = self._starts_afresh()
-        words = [
-            shlex.quote(word) + (" $resume" if number in restarts else "") for number, word in enumerate(self.command)
-        ]
-        command = " ".join([launch, *words]).strip()
+        command = " ".join([launch, *map(shlex.quote, self.command)]).strip()
         directives = [
             f"--ntasks={self.ntasks}",
             f"--cpus-per-task={self.cpus_per_task}",
@@ -102,28 +103,31 @@ class SlurmJob:
             directives="\n".join(f"#SBATCH {one}" for one in directives),
             threads=threads,
             grace=max(1, self.drain_seconds * 2 // 3),
-            resume=_RESUME if restarts else "",
             command=command,
             ended="yes138|yes10" if launch == "mpiexec" else "yes138",  # mpiexec does not add 128
             path=shlex.quote(self.path),
             max_jobs=self.max_jobs,
         )
 
-    def _starts_afresh(self) -> list[int]:
-        """Return which words of the command tell `lazyproc run` to start afresh."""
-        if "run" not in self.command:
-            return []
-        before = self.command[: self.command.index("run")]
-        if not any(os.path.basename(word) == "lazyproc" or word == "lazyproc.cli" for word in before):
-            return []
-        return [number for number, word in enumerate(self.command) if word == "--override" and number > len(before)]
 
+def _seconds_of(time: str) -> int | None:
+    """Return the seconds of a wall time: minutes[:seconds], hours:minutes:seconds, or days-hours[:minutes[:seconds]].
 
-_RESUME = """
-# Afresh in the first job; a later one, or one that is queued again, goes on with what was begun, if anything was.
-resume=
-if [ "$job" -gt 1 ] || [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then resume=--resume; fi
-"""
+    None for what Slurm may understand in another way, and for 0, by which it means no limit.
+
+    Examples
+    --------
+    >>> _seconds_of("90"), _seconds_of("1:30"), _seconds_of("01:00:00"), _seconds_of("2-12")
+    (5400, 90, 3600, 216000)
+    """
+    days, dash, rest = time.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdecimal() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
+        return None
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    seconds = sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
+    return 86400 * int(days or 0) + seconds or None
+
 
 _TEMPLATE = """#!/bin/bash
 {directives}
@@ -135,7 +139,10 @@ export LAZYPROC_GRACE_SECONDS=${{LAZYPROC_GRACE_SECONDS:-{grace}}}
 
 job=${{LAZYPROC_JOB:-1}}
 echo "job $SLURM_JOB_ID, number $job in a row, on $SLURM_JOB_NODELIST"
-{resume}
+# `lazyproc run --override` starts afresh once in all of them; a job that is queued again keeps its number.
+if [ "$job" -eq 1 ]; then LAZYPROC_BATCH=$SLURM_JOB_ID; fi
+export LAZYPROC_BATCH
+
 {command} &
 child=$!
 # Before the wall time Slurm signals this shell; the run finishes its blocks, commits and leaves with code 75.

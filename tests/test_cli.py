@@ -409,6 +409,7 @@ USAGE = [
         [PROCESS, ADDRESS, "--max-failures", "9", "--on-error", "raise"], "without --on-error record", id="raise at 9"
     ),
     pytest.param([PROCESS, ADDRESS, "-p", "window=[1,2"], "window=[1,2: the value begins as a list", id="half a list"),
+    pytest.param([PROCESS, ADDRESS, "-p", "window={[1]: 2}"], "and is none; expected JSON or Python", id="no dict"),
     pytest.param([PROCESS, ADDRESS, "-p", "window={1: a}"], "and is none; expected JSON or Python", id="half a dict"),
     pytest.param([PROCESS, ADDRESS, "-p", "sign='+"], """as a text: -p 'sign="'"'"'+"'""", id="half a text"),
     pytest.param([PROCESS], "FILE::DATASET", id="an argument missing"),
@@ -624,6 +625,73 @@ def test_resume_goes_on_with_what_an_override_left(folder, both):
     assert (last.stdout == afresh) == ("--override" not in both), "nothing is unfinished: as without --resume"
 
 
+ROWS = """
+    import lazyproc
+
+
+    def work(row):
+        with open("calls", "a") as calls:
+            calls.write(".")
+        return row.mean()
+
+
+    class Declared(lazyproc.Process):
+        outputs = {"Mean": lazyproc.Output("f8")}
+        _map_function = staticmethod(work)
+
+
+    class Hooks(lazyproc.Process):
+        process_name = "Hooks"
+        _map_function = staticmethod(work)
+
+        def _create_results_datasets(self):
+            parent = self.h5_main.parent
+            number = sum(name.startswith("Raw_Data-Hooks") for name in parent)
+            self.h5_results_grp = parent.create_group(f"Raw_Data-Hooks_{number:03d}")
+            self.h5_results_grp.attrs["tool"] = "Hooks"
+            self.h5_results_grp.create_dataset("Mean", (self.h5_main.shape[0], 1), "f8")
+            self._get_existing_datasets()
+
+        def _get_existing_datasets(self):
+            self.means = self.h5_results_grp["Mean"]
+
+        def _write_results_chunk(self):
+            self.means[self._get_pixels_in_current_batch(), 0] = self._results
+"""
+
+
+@pytest.mark.parametrize("kind", ["declared", "hooks"])
+def test_jobs_of_one_row_start_afresh_once_whatever_else_is_unfinished(folder, kind):
+    (folder / "rows.py").write_text(textwrap.dedent(ROWS))
+    words = ["run", f"rows.py:{kind.capitalize()}", ADDRESS, "--cores", "1", "--override"]
+    path, groups = folder / "scan.h5", []
+
+    def run(batch: str | None) -> tuple[str, bytes]:
+        (folder / "calls").unlink(missing_ok=True)
+        done = lazyproc_command(*words, cwd=folder, env={} if batch is None else {"LAZYPROC_BATCH": batch})
+        assert done.returncode == 0, done.stderr
+        group = done.stdout.strip().partition("::")[2]
+        if group not in groups:
+            groups.append(group)
+        return group, (folder / "calls").read_bytes() if (folder / "calls").exists() else b""
+
+    def undo(group: str, first: int) -> None:
+        with h5py.File(path, "r+") as file:
+            file[group]["completed_positions"][first:] = 0
+
+    old, _ = run(None)
+    undo(old, 30)  # of an older run, which shall not be gone on with
+    first, calls = run("17")
+    assert (first != old, len(calls)) == (True, 100)
+    assert run("17") == (first, b""), "finished by the job before, which died then"
+    undo(first, 60)
+    assert run("17") == (first, b"." * 40)
+    other, calls = run("18")
+    assert (other not in (old, first), len(calls)) == (True, 100)
+    with h5py.File(path, "r") as file:
+        assert [int(file[name]["completed_positions"][()].sum()) for name in groups] == [30, 100, 100]
+
+
 # --- plan, status, recover -------------------------------------------------------------------------------------------
 
 
@@ -673,6 +741,14 @@ def test_a_function_that_exits_is_no_success(folder):
     done = lazyproc_command("run", "code/leaving.py:Leaving", ADDRESS, "--cores", "1", cwd=folder)
     assert (done.returncode, done.stdout) == (1, "")
     assert "has called sys.exit(0)" in done.stderr
+
+
+@pytest.mark.parametrize("code", [None, 0, 3, "no"])
+def test_a_file_that_exits_when_it_is_loaded_is_no_success(folder, code):
+    (folder / "leaving.py").write_text(f"import sys\nsys.exit({code!r})\n")
+    done = lazyproc_command("run", "leaving.py:Leaving", ADDRESS, cwd=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"leaving.py: has called sys.exit({code!r}) while it was loaded" in done.stderr
 
 
 def test_a_job_script_is_written_over_nothing_but_by_force(folder):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -246,37 +247,40 @@ def test_command_line_writes_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "more"),
+    ("environ", "batch"),
     [
-        ({}, []),
-        ({"SLURM_RESTART_COUNT": "0"}, []),
-        ({"SLURM_RESTART_COUNT": "2"}, ["--resume"]),
-        ({"LAZYPROC_JOB": "2"}, ["--resume"]),
-        ({"LAZYPROC_JOB": "2", "SLURM_RESTART_COUNT": "1"}, ["--resume"]),
+        ({}, "4711"),
+        ({"LAZYPROC_BATCH": "of another row"}, "4711"),
+        ({"SLURM_RESTART_COUNT": "2"}, "4711"),
+        ({"LAZYPROC_JOB": "2", "LAZYPROC_BATCH": "4700"}, "4700"),
+        ({"LAZYPROC_JOB": "2", "LAZYPROC_BATCH": "4700", "SLURM_RESTART_COUNT": "1"}, "4700"),
     ],
 )
-def test_what_goes_on_does_not_start_afresh_again(tmp_path: Path, environ: dict[str, str], more: list[str]) -> None:
-    (tmp_path / "bin").mkdir()
-    stand_in = tmp_path / "bin" / "lazyproc"
-    stand_in.write_text('#!/bin/sh\nfor word; do echo "word $word"; done\n')
-    stand_in.chmod(0o755)
+def test_all_jobs_of_a_row_are_told_which_was_the_first(tmp_path: Path, environ: dict[str, str], batch: str) -> None:
+    """So that `--override` starts afresh in the first one only: see test_cli."""
     shell = Shell(tmp_path)
-    command = [str(stand_in), "run", "a.py:B", "my file.h5::/data", "--override", "--cores", "2"]
-    process = shell.start(command, environ)
+    process = shell.start(["sh", "-c", "echo in $LAZYPROC_BATCH; exit 75"], {**environ, "SLURM_JOB_ID": "4711"})
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    words = [line.removeprefix("word ") for line in out.splitlines() if line.startswith("word ")]
-    assert words == ["run", "a.py:B", "my file.h5::/data", "--override", *more, "--cores", "2"]
+    assert f"in {batch}\n" in out, errors
+    assert shell.submitted()
 
 
-def test_only_an_override_of_lazyproc_run_is_exchanged(tmp_path: Path) -> None:
-    own = SlurmJob(("python", "script.py", "run", "--override"), str(tmp_path / "job.sh")).script()
-    assert "\npython script.py run --override &\n" in own
-    plain = SlurmJob(("lazyproc", "run", "a.py:B", "f.h5::/data"), str(tmp_path / "job.sh")).script()
-    assert "--resume" not in own + plain
-    module = SlurmJob(("python", "-m", "lazyproc.cli", "run", "a.py:B", "f.h5::/x", "--override"), "/job.sh").script()
-    assert "\npython -m lazyproc.cli run a.py:B f.h5::/x --override $resume &\n" in module
-    assert "resume=\n" in module
+@pytest.mark.parametrize(
+    ("time", "seconds", "is_refused"),
+    [
+        ("00:02:00", 120, True),
+        ("00:02:00", 119, False),
+        ("2", 120, True),
+        ("2:01", 120, False),
+        ("1-0", 86_400, True),
+        ("1-0:0:1", 86_400, False),
+        ("0", 120, False),
+        ("as long as it takes", 120, False),
+    ],
+)
+def test_a_job_that_would_be_told_to_stop_as_it_begins_is_refused(time: str, seconds: int, is_refused: bool) -> None:
+    with pytest.raises(ArgumentValueError, match="drain_seconds: is") if is_refused else nullcontext():
+        SlurmJob(("lazyproc", "run", "a.py:B", "f.h5::/data"), "/job.sh", time=time, drain_seconds=seconds).script()
 
 
 def test_the_recipe_for_lsf_ends_with_the_code_of_the_command(tmp_path: Path) -> None:

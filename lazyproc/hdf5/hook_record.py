@@ -25,7 +25,7 @@ from lazyproc.hdf5.attributes import read_parameters
 from lazyproc.hdf5.create import create_status_mask
 from lazyproc.hdf5.damage import members, reading
 from lazyproc.hdf5.origin import file_differences, other_file_differences, source_name
-from lazyproc.hdf5.search import named_groups, remaining_positions
+from lazyproc.hdf5.search import BATCH, named_groups, remaining_positions
 from lazyproc.hdf5.usid import read_text
 
 NO_ARGUMENTS = arguments_text((), {})
@@ -71,6 +71,8 @@ class HookWork:
         A stored fingerprint to the present one, made the same way; empty if it is not verified.
     searched : str
         The parameters as text when the process last looked for earlier results; they may have grown since.
+    batch : str
+        Of which jobs, one after another, results that are begun are said to be; empty if of none.
     """
 
     main_name: str
@@ -81,6 +83,7 @@ class HookWork:
     status_name: str
     fingerprint: Callable[[str], str] = field(repr=False)
     searched: str = NOT_COMPARABLE
+    batch: str = ""
 
 
 def find_groups(
@@ -305,3 +308,5 @@ def _write_record(mask: h5py.Dataset, work: HookWork, arguments: str) -> None:
     mask.attrs[_ARGUMENTS] = _short(arguments)
     mask.attrs[_FINGERPRINT] = work.fingerprint("")
     mask.attrs[_SOURCE] = work.main_name
+    if work.batch:
+        mask.attrs[BATCH] = work.batch

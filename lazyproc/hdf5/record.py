@@ -25,7 +25,7 @@ from lazyproc.hdf5.marks import create_status
 from lazyproc.hdf5.reserve import reserved
 from lazyproc.hdf5.rows_file import MARK, RowsFiles
 from lazyproc.hdf5.seal import PLACES, write_places, write_seal
-from lazyproc.hdf5.search import Work, remaining_positions
+from lazyproc.hdf5.search import BATCH, Work, remaining_positions
 from lazyproc.hdf5.usid import ancillary_handles
 
 _METADATA_BYTES = 2**18
@@ -71,6 +71,8 @@ class Provenance:
         Packages and their versions.
     probe : dict
         What the probe measured, so that a resumed run needs none.
+    batch : str
+        The jobs, one after another, that began the group and go on with it; empty if none are known.
     stamp : Stamp
         When and where.
     """
@@ -79,6 +81,7 @@ class Provenance:
     fingerprint: str
     versions: dict[str, str]
     probe: dict[str, float]
+    batch: str = ""
     stamp: Stamp = field(default_factory=Stamp)
 
 
@@ -128,6 +131,8 @@ def create_group(
         "lazyproc_workers": "".ljust(64),
         "last_pixel": np.int64(0),
     }
+    if provenance.batch:
+        attrs[BATCH] = provenance.batch
     if not same_file:
         main_file = work.main_file
         attrs["source_file_path"] = os.path.abspath(main_file) if os.path.exists(main_file) else main_file

@@ -33,6 +33,9 @@ from lazyproc.hdf5.rows_file import check_rows
 from lazyproc.hdf5.seal import check_places, check_seal
 from lazyproc.hdf5.usid import REFERENCES, text_attribute, validated
 
+BATCH = "lazyproc_batch"
+"""The attribute of a results group, or of a status mask, that tells which jobs have begun it."""
+
 log = logging.getLogger("lazyproc")
 
 
@@ -240,6 +243,12 @@ def remaining_positions(
             "many positions are done. Compute with override=True."
         ) from error
     return Runs.from_spans([(min(max(last, start), n_positions), n_positions)])
+
+
+def batch_of(group: h5py.Group, status_name: str) -> str:
+    """Return which jobs, one after another, have begun a results group, or a phase of it; empty if none are known."""
+    mask = group.get(status_name)
+    return text_attribute(group, BATCH) or ("" if mask is None else text_attribute(mask, BATCH))
 
 
 def status_name_of(group: h5py.Group) -> str:

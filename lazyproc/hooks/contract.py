@@ -116,6 +116,7 @@ class HookContract:
     _lazyproc_pixels: NDArray[np.int64] | None = None
     _lazyproc_batches: Batches | None = None
     _chosen: str | None = None
+    _batch: str = ""
     _lazyproc_constructing: bool = False
     _lazyproc_searched: tuple[str, str] = ("", NOT_COMPARABLE)
 
@@ -250,6 +251,7 @@ class HookContract:
             searched=self._lazyproc_searched[1]
             if self._lazyproc_searched[0] == self._status_dset_name
             else NOT_COMPARABLE,
+            batch=self._batch,
         )
 
     def _hook_fingerprint(self, stored: str = "") -> str:

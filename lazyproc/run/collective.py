@@ -32,7 +32,7 @@ from lazyproc.hdf5.lock import Fence
 from lazyproc.hdf5.marks import has_status
 from lazyproc.hdf5.on_disk import find_extent
 from lazyproc.hdf5.place import HandlePlace
-from lazyproc.hdf5.record import Provenance, create_group, ensure_mask, environment, note_end
+from lazyproc.hdf5.record import Provenance, create_group, ensure_mask, environment, lacks_end, note_end
 from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions
 from lazyproc.hdf5.sink import Sink
 from lazyproc.hdf5.source import source_of
@@ -89,7 +89,10 @@ def perform_together(
         with drain.on_signals(), locked_by_first(path, ranks) as lock:
             found = ranks.first(declared.found(work))
             best = None if override else best_of(found, chosen)
+            if best is not None and ranks.rank == 0:
+                warn_of(best)
             if best is not None and best.is_complete:
+                _note_late(declared, work, best.name, ranks)
                 agree_on_signal(drain, ranks)
                 return best.name
             name, remaining, probe = _begin(declared, work, kernel, ranks, best)
@@ -151,8 +154,6 @@ def _begin(
         group.file.flush()
         return name, Runs.full(declared.n_positions), probe
     name = partial.name
-    if ranks.rank == 0:
-        warn_of(partial)
     group = declared.place.results(name)
     if FAILED_POSITIONS in group:
         raise ArgumentValueError(
@@ -179,6 +180,7 @@ def _provenance(declared: Declared, probe: Probe) -> Provenance:
         fingerprint=declared.fingerprint(),
         versions=environment(),
         probe=probe.stored(),
+        batch=declared.batch,
     )
 
 
@@ -220,7 +222,7 @@ def _run(
     agree_on_signal(drain, ranks)
     failures = [failure for end in ends for failure in pickle.loads(end[0])]
     if n_done == work.n_positions:
-        _note_end(declared, work, name, ranks, sum(end[2] for end in ends))
+        _note_end(declared, work, name, ranks, f"{ranks.size} ranks, {sum(end[2] for end in ends)} blocks")
     with ranks.agreeing():
         if failures:
             raise_failures(failures, declared.process_name, declared.label)
@@ -245,12 +247,19 @@ def _target(declared: Declared, name: str, fence: Fence) -> tuple[InPlaceTarget,
     return InPlaceTarget(Sink(found, fence, shares_lock=False), mask), log
 
 
-def _note_end(declared: Declared, work: Work, name: str, ranks: Ranks, n_blocks: int) -> None:
+def _note_end(declared: Declared, work: Work, name: str, ranks: Ranks, workers: str = "") -> None:
     group = declared.place.group()
     assert group is not None
     when = ranks.once(time.time)
-    note_end(group, name, work, f"{ranks.size} ranks, {n_blocks} blocks", when)
+    note_end(group, name, work, workers, when)
     group.file.flush()
+
+
+def _note_late(declared: Declared, work: Work, name: str, ranks: Ranks) -> None:
+    """Note the end of results that are complete, where a run died just before it did."""
+    group = declared.place.results(name)
+    if group.file.mode != "r" and ranks.first(lacks_end(group, work)):
+        _note_end(declared, work, name, ranks)
 
 
 def _without_commits(listener: Listener) -> Callable[[Event], None]:

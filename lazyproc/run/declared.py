@@ -68,6 +68,8 @@ class Declared:
         The name of the status mask.
     max_failures : int or None
         So many positions may fail, and are recorded; None: the first one that fails stops the run.
+    batch : str
+        Of which jobs, one after another, results that are begun are said to be; empty if of none.
     apart : bool
         The function is called in worker processes only: it may crash its process, as it did another driver's, or would
         load modules in this process that the others need anyway.
@@ -95,6 +97,7 @@ class Declared:
     verify: str
     status_name: str
     max_failures: int | None = None
+    batch: str = ""
     apart: bool = False
     may_be_here: bool = False
     argument_bytes: int = 0

@@ -200,6 +200,7 @@ def _start(declared: Declared, work: Work, kernel: Kernel, drain: Drain, crew: C
         fingerprint=fingerprint,
         versions=environment(),
         probe=probe.stored(),
+        batch=declared.batch,
     )
     with rows_files(declared.place.lock_path, target_file(declared)) as rows, declared.place.edit() as parent:
         name = create_group(parent, _main_beside(declared, parent), work, provenance, declared.max_failures, rows)

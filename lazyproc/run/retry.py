@@ -15,6 +15,7 @@ from lazyproc.core.failed import first_lines
 from lazyproc.core.highwater import high_water
 from lazyproc.core.runs import Runs
 from lazyproc.drain import Drain, nothing_yet
+from lazyproc.engine.crew import Crew
 from lazyproc.engine.failure import Failure
 from lazyproc.hdf5.failures import positions_to_retry, read_failures
 from lazyproc.hdf5.finish import adopt
@@ -90,7 +91,10 @@ def retry(
         with declared.place.edit() as editable:
             ensure_room(editable, found.name, work, again.n_positions)
             note_reopened(editable, found.name, int(undone.starts[0]))
-        outcome = run_group(declared, work, kernel, found.name, lock, again, probe, listener, drain, undone=undone)
+        with Crew() as crew:
+            outcome = run_group(
+                declared, work, kernel, found.name, lock, again, probe, listener, drain, undone=undone, crew=crew
+            )
     if raises and outcome.example is not None:
         _raise_again(declared, found.name, outcome.example)
     return found.name
