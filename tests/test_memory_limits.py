@@ -38,6 +38,20 @@ from private_memory import Sampler  # noqa: E402
 
 measures = pytest.mark.skipif(not can_measure(), reason="this system keeps no high-water mark that can be reset")
 
+
+@measures
+def test_loading_the_package_leaves_the_mark_of_the_process_alone():
+    code = (
+        "import numpy\n"
+        "numpy.ones(200 * 2**17)\n"
+        "import lazyproc; lazyproc.Process\n"
+        "from lazyproc.core.highwater import read\n"
+        "print(read()[0] // 2**20)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(told) > 190
+
+
 # -- what is learnt ----------------------------------------------------------------------------------------------------
 
 

@@ -100,18 +100,18 @@ class HighWater:
         self._lock = threading.Lock()
         self._blocks: list[Taken] = []
         self._kept: Kept | None = None
-        self._works = can_measure()
+        self._works: bool | None = None  # not asked yet: asking takes back a mark that is others' until then
 
     def forget(self) -> None:
         """Count from what the process has now: another run begins."""
         with self._lock, self._while_it_works():
-            if not self._blocks and self._works:
+            if not self._blocks and self._does_work():
                 self._kept = Kept()
 
     def kept(self) -> int:
         """Return bytes that the process keeps by now over what it had at first; 0 if not known. Between blocks."""
         with self._lock, self._while_it_works():
-            if self._works and self._kept is not None:
+            if self._does_work() and self._kept is not None:
                 return self._kept.now()
         return 0
 
@@ -119,7 +119,9 @@ class HighWater:
     def watch(self, n_positions: int) -> Iterator[Taken]:
         """Find out what is taken in this context, by a block of so many positions."""
         taken = Taken(max(1, n_positions))
-        if not self._works:
+        with self._lock:
+            works = self._does_work()
+        if not works:
             yield taken
             return
         with self._lock, self._while_it_works():
@@ -140,6 +142,11 @@ class HighWater:
                     self._blocks.remove(taken)
                 if self._blocks:
                     reset()
+
+    def _does_work(self) -> bool:
+        if self._works is None:
+            self._works = can_measure()
+        return self._works
 
     @contextmanager
     def _while_it_works(self) -> Iterator[None]:

@@ -62,7 +62,7 @@ class MemoryModel:
         Bytes of temporaries a position, as measured by a probe; for a function that takes whole blocks.
     fixed_bytes : int
         Bytes a worker takes whatever the size of the block: temporaries of a function that takes one position at a
-        time, decoded storage chunks.
+        time, decoded storage chunks, what the function keeps in its process, and arguments as they come and loaded.
     driver_bytes : int
         Bytes the driver keeps for the whole run, over the usual: books of many holes or chunks, and what the function
         keeps in its process.

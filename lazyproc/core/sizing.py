@@ -159,13 +159,13 @@ def positions_per_block(
     seconds_per_position : float or None
         As measured by a probe, on one worker; None if not known.
     bytes_per_position : int
-        Bytes that a position has in the main dataset.
+        Bytes that a position has in the main dataset, and in the results.
     target_seconds : float, optional
         How long a block should take at most.
     least_seconds : float, optional
         How long a block should take at least, in the tail.
     preferred_bytes : int, optional
-        How many bytes of the main dataset a block should have at most.
+        How many of these bytes a block should have at most.
     least_blocks_per_worker, usual_blocks_per_worker : int, optional
         How many blocks each worker should get, at least, and if they are still long enough.
 

@@ -91,9 +91,9 @@ def run_client(
     nannies that start others, it is halved again and again, until the positions are found that are to blame (30 times
     in all); each part ends one worker at most. What is left comes out with a failure of the kind ``"lost"``.
 
-    Blocks that are cancelled, because the connection broke or the cluster was restarted, are submitted again, five
-    times at most, then they are lost, too; so are blocks that run out of memory (MemoryError), which then fail as they
-    did. If the run stops before, such blocks remain to be done.
+    Blocks that are cancelled, because the connection broke or the cluster was restarted, are submitted again, up to
+    five times in all, then they are lost, too; so are blocks that run out of memory (MemoryError), which then fail as
+    they did. If the run stops before, such blocks remain to be done.
 
     The scheduler takes a worker for lost that it does not hear of, though it may be alive. Where workers write in
     place, only the attempt that took the block last can do so (`BlockClaims`), and none once its receipt was accepted.

@@ -23,7 +23,7 @@ class Receipt:
     block : Block
         Which positions.
     rest : Block or None
-        Those that the worker gives back, since it has taken long for the others.
+        Those that the worker gives back: it has taken long for the others, or memory allows fewer by now.
     worker : str
         Host, process and thread that did it.
     seconds : float

@@ -67,7 +67,7 @@ def filled_pieces(runs: Runs, value: int) -> Iterator[tuple[int, NDArray[np.uint
 
 
 class DatasetRows:
-    """Rows behind an open, writable group.
+    """Rows behind an open group; writable, where they are written.
 
     Parameters
     ----------

@@ -61,8 +61,8 @@ class Files:
 
     Notes
     -----
-    Everything is opened as a Python file object: independent of other handles of the same file in this process, always
-    fresh, locking nothing. A transaction that was killed half-way is shown as it will be once it is recovered.
+    What is opened for reading is a Python file object: independent of other handles of the same file in this process,
+    always fresh, locking nothing. A transaction that was killed half-way is shown as it will be once it is recovered.
     """
 
     def __init__(self) -> None:

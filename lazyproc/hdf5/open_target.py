@@ -91,7 +91,10 @@ def _opened(place: Place, name: str) -> Iterator[h5py.Group]:
 
 
 def _failure_log(target: Target, rows: Sequence[Rows], capacity: int, limit: int) -> FailureLog | None:
-    """Return the log, which reads what there is; if that fails, nothing of the target stays open or locked."""
+    """Return the log, which reads what there is, and clears rows that do not count.
+
+    If that fails, nothing of the target stays open or locked.
+    """
     if len(rows) == 1:
         return None
     try:

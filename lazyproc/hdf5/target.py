@@ -1,8 +1,9 @@
 """The commit layer: results become durable first, then the status mask tells of them.
 
-One face, two ways. Here, `InPlaceTarget`: workers have written their rows into the results' extents, the driver syncs
+One face, three ways. Here, `InPlaceTarget`: workers have written their rows into the results' extents, the driver syncs
 the file and sets the mask's bytes; HDF5 is not used at all during the loop. For files and layouts that cannot be
-written as bytes, the driver writes rows and mask through HDF5: see `lazyproc.hdf5.handle_target`.
+written as bytes, the driver writes rows and mask through HDF5, behind an open handle or in transactions: see
+`lazyproc.hdf5.handle_target`.
 """
 
 from __future__ import annotations

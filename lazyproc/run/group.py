@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import LazyprocError
@@ -42,24 +43,11 @@ _LATER_BYTES = 2 * MEBIBYTE
 log = logging.getLogger("lazyproc")
 
 
-def run_group(
-    declared: Declared,
-    work: Work,
-    kernel: Kernel,
-    name: str,
-    lock: RunLock | None,
-    remaining: Runs,
-    probe: Probe,
-    listener: Listener,
-    drain: Drain,
-    *,
-    undone: Runs | None = None,
-    crew: Crew | None = None,
-    n_left: int | None = None,
-) -> Outcome:
-    """Write what the probe computed, then run the blocks, then note the end.
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first position of a call to the last.
 
-    Parameters
+    Attributes
     ----------
     declared, work, kernel
         What is done.
@@ -67,45 +55,63 @@ def run_group(
         The results group.
     lock : RunLock or None
         The run's lock.
-    remaining : Runs
-        The positions to compute.
-    probe : Probe
-        What was measured.
     listener : callable
         Is told of blocks and commits.
     drain : Drain
         The wish to stop early.
-    undone : Runs, optional
-        All positions that are not done once `remaining`, which are marked as done until now, are taken back. Default:
-        `remaining` is all that is not done.
-    crew : Crew, optional
+    crew : Crew
         Worker processes that were started beforehand.
-    n_left : int, optional
-        How many positions are not done in all, if `remaining` are only the first of them.
     """
+
+    declared: Declared
+    work: Work
+    kernel: Kernel
+    name: str
+    lock: RunLock | None
+    listener: Listener
+    drain: Drain
+    crew: Crew
+
+
+def run_group(run: Run, remaining: Runs, probe: Probe, n_before: int, *, again: bool = False) -> Outcome:
+    """Write what the probe computed, then run the blocks, then note the end.
+
+    Parameters
+    ----------
+    run : Run
+        What is done, and in which results group.
+    remaining : Runs
+        The positions to compute.
+    probe : Probe
+        What was measured.
+    n_before : int
+        How many positions are done and stay so.
+    again : bool
+        The positions are marked as done until now: that is taken back first.
+    """
+    declared, work, name, drain = run.declared, run.work, run.name, run.drain
     same = declared.place.file_id()
-    fence = None if lock is None else lock.fence
+    fence = None if run.lock is None else run.lock.fence
     target, failed = open_target(
         declared.place, name, declared.outputs, declared.status_name, fence, declared.max_failures
     )
-    n_before = work.n_positions - ((undone or remaining).n_positions if n_left is None else n_left)
-    committer = Committer(target, declared.interval, n_before, listener, failed)
+    committer = Committer(target, declared.interval, n_before, run.listener, failed)
     try:
-        if undone is not None and failed is not None:
+        if again and failed is not None:
             target.unmark(remaining)
             failed.release(remaining)
-        outcome, cluster = _loop(declared, kernel, target, remaining, probe, committer, drain, listener, crew or Crew())
+        outcome, cluster = _loop(run, target, remaining, probe, committer)
     finally:
         n_committed = n_before + committer.n_done
         where = declared.place.path
         drain.message = how_far(declared.process_name, n_committed, work.n_positions, where, afresh=drain.afresh)
         target.close()
-        listener(Finished(n_committed))
+        run.listener(Finished(n_committed))
     if outcome.refused:
         raise_limit(declared, name, outcome, n_committed)
     lost = [one.positions for one in outcome.failures if one.kind == "lost"]
-    if lost and lock is not None:
-        lock.suspect()
+    if lost and run.lock is not None:
+        run.lock.suspect()
     if drain.signal is not None and len(lost) == len(outcome.failures):
         if lost:
             log.error("%s: workers died each time they had the positions (first, last plus one) %s", name, lost)
@@ -122,40 +128,26 @@ def run_group(
 
 
 def _loop(
-    declared: Declared,
-    kernel: Kernel,
-    target: Target,
-    remaining: Runs,
-    probe: Probe,
-    committer: Committer,
-    drain: Drain,
-    listener: Listener,
-    crew: Crew,
+    run: Run, target: Target, remaining: Runs, probe: Probe, committer: Committer
 ) -> tuple[Outcome, Scheduler | None]:
     """Run the blocks; return how that ended, and the cluster if its workers see the file."""
     if not committer.has_room(probe.failed):
         committer.refuse(probe.failed)
         return committer.outcome(), None
-    for runs, arrays in probe.computed:
-        target.write(Block.of(runs), arrays)
-        committer.take_positions(runs)
-        remaining = remaining.difference(runs)
-    first = probe.first
-    committer.take_failed(probe.failed, failure_of(first, block_of(first, remaining)) if first is not None else None)
-    committer.commit()  # workers may take a while to start
-    probe.computed.clear()  # written: what the probe took is needed by the blocks now
+    remaining = _take_probe(target, remaining, probe, committer)
     give_back()
+    declared, drain = run.declared, run.drain
     to_come = _BYTES_OF_RUN * len(remaining)
     books = max(0, high_water.kept() + to_come + _LATER_BYTES - DRIVER_BYTES) if can_measure() else None
     with drain.interruptible(at_first=True):  # a cluster may take its time to answer
-        scheduler = scheduler_of(declared, kernel, probe, remaining.n_positions)
+        scheduler = scheduler_of(declared, run.kernel, probe, remaining.n_positions)
         watched = scheduler.tells_memory()
         in_place = in_place_everywhere(declared, scheduler, target.sink)
     sizes = divide(declared, remaining, scheduler, probe, driver_writes=not in_place, books_bytes=books)
     scheduler = scheduler.with_workers(sizes.n_workers)
-    crew.reduce(scheduler.n_processes)
-    kernel = kernel.for_run(target.sink if in_place else None, scheduler.native_threads, watched=watched)
-    listener(Started(declared.process_name, declared.n_positions, committer.n_all, str(scheduler)))
+    run.crew.reduce(scheduler.n_processes)
+    kernel = run.kernel.for_run(target.sink if in_place else None, scheduler.native_threads, watched=watched)
+    run.listener(Started(declared.process_name, declared.n_positions, committer.n_all, str(scheduler)))
     log.info(
         "%s: %d positions in %d blocks of up to %d, in %s; %.0f MiB of memory projected",
         declared.process_name, remaining.n_positions, sizes.plan.count(), sizes.plan.max_positions, scheduler,
@@ -170,9 +162,22 @@ def _loop(
         drain.dropping,
         drain.interruptible,
         blocks.room,
-        crew,
+        run.crew,
         blocks.share,
         may_be_here=not declared.apart or declared.may_be_here,
     )
     outcome = run_loop(blocks.noting(receipts), committer, drain)
     return outcome, scheduler if in_place and scheduler.client is not None else None
+
+
+def _take_probe(target: Target, remaining: Runs, probe: Probe, committer: Committer) -> Runs:
+    """Write and commit what the probe computed; return what is left."""
+    for runs, arrays in probe.computed:
+        target.write(Block.of(runs), arrays)
+        committer.take_positions(runs)
+        remaining = remaining.difference(runs)
+    first = probe.first
+    committer.take_failed(probe.failed, failure_of(first, block_of(first, remaining)) if first is not None else None)
+    committer.commit()  # workers may take a while to start
+    probe.computed.clear()  # written: what the probe took is needed by the blocks now
+    return remaining

@@ -38,7 +38,7 @@ from lazyproc.hdf5.search import Work, best_of, remaining_positions
 from lazyproc.hdf5.sink import Sink
 from lazyproc.run.declared import Declared
 from lazyproc.run.finishing import finish_late
-from lazyproc.run.group import run_group
+from lazyproc.run.group import Run, run_group
 from lazyproc.run.holding import locked, target_file, with_lock
 from lazyproc.run.probing import probe_function, stored_probe
 from lazyproc.run.recording import warn_of
@@ -127,10 +127,9 @@ def perform(
                 name = best.name
                 n_left -= best.n_done
                 remaining, probe = _resume(declared, work, kernel, name, n_left, drain, crew)
+            run = Run(declared, work, kernel, name, lock, listener, drain, crew)
             while True:
-                run_group(
-                    declared, work, kernel, name, lock, remaining, probe, listener, drain, crew=crew, n_left=n_left
-                )
+                run_group(run, remaining, probe, declared.n_positions - n_left)
                 n_left -= remaining.n_positions
                 if n_left <= 0 or drain.signal is not None:
                     return name

@@ -22,7 +22,7 @@ from lazyproc.hdf5.finish import adopt
 from lazyproc.hdf5.record import ensure_room, note_reopened
 from lazyproc.hdf5.search import Found, Work, best_of, remaining_positions
 from lazyproc.run.declared import Declared
-from lazyproc.run.group import run_group
+from lazyproc.run.group import Run, run_group
 from lazyproc.run.holding import locked, with_lock
 from lazyproc.run.probing import probe_function, stored_probe
 from lazyproc.run.sizes import check_fits
@@ -92,9 +92,8 @@ def retry(
             ensure_room(editable, found.name, work, again.n_positions)
             note_reopened(editable, found.name, int(undone.starts[0]))
         with Crew() as crew:
-            outcome = run_group(
-                declared, work, kernel, found.name, lock, again, probe, listener, drain, undone=undone, crew=crew
-            )
+            run = Run(declared, work, kernel, found.name, lock, listener, drain, crew)
+            outcome = run_group(run, again, probe, work.n_positions - undone.n_positions, again=True)
     if raises and outcome.example is not None:
         _raise_again(declared, found.name, outcome.example)
     return found.name
