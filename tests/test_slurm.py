@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -87,9 +88,9 @@ def test_a_command_that_is_not_there_ends_with_127(tmp_path: Path) -> None:
     assert not shell.submitted()
 
 
-def wait_for_line(process: subprocess.Popen[str], line: str) -> None:
-    assert process.stdout is not None
-    while line not in (read := process.stdout.readline()):
+def wait_for_line(process: subprocess.Popen[str], line: str, stream: Any = None) -> None:
+    stream = stream or process.stdout
+    while line not in (read := stream.readline()):
         assert read or process.poll() is None
 
 
@@ -495,6 +496,40 @@ def test_job_drains_before_the_wall_time_and_submits_itself_again(
     text = (slurm.folder / f"drain-{ntasks}.out").read_text()
     assert text.count("in a row") >= 2, text
     assert "CANCELLED" not in text, text
+
+
+@on_demand
+@pytest.mark.parametrize("ntasks", [1, 4])
+def test_an_override_starts_afresh_in_the_first_job_only(
+    slurm: Slurm, tmp_path: Path, ntasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves what was unfinished before as it is."""
+    address, data = make_scan(tmp_path)
+    script, output = tmp_path / "job.sh", tmp_path / "job.out"
+    parameters = ("-p", f"seconds={0.05 * max(1, ntasks - 1)}", "--cores", "1", "--verbose")
+    command = (lazyproc_command(), "run", f"{tmp_path}/slow.py:Slow", address, *parameters)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as before:
+        wait_for_line(before, "positions in", before.stderr)
+        before.send_signal(signal.SIGUSR1)
+        before.communicate(timeout=60)
+    assert before.returncode == 75
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    options = (f"--output={output}",)
+    job = SlurmJob((*command, "--override"), str(script), ntasks=ntasks, launcher="srun", options=options)
+    script.write_text(job.script())
+    number = slurm.call("sbatch", "--parsable", str(script)).strip()
+    slurm.wait(lambda: output.exists() and "positions in" in output.read_text())
+    time.sleep(2)
+    slurm.call("scancel", "--signal=USR1", "--batch", number)
+    slurm.wait(lambda: "number 2 in a row" in output.read_text(), 120)
+    slurm.wait(slurm.idle, 120)
+    with h5py.File(tmp_path / "scan.h5") as file:
+        first, second = (file[CHANNEL][name] for name in file[CHANNEL] if name.startswith("Raw_Data-Slow"))
+        assert 0 < first["completed_positions"][:].sum() < 600
+        assert second.attrs["lazyproc_batch"] == number
+        assert second["completed_positions"][:].all()
+        assert (second["Mean"][:, 0] == data.mean(axis=1)).all()
+    assert output.read_text().count("in a row") == 2, output.read_text()
 
 
 CANCELS = (("scancel",), ("scancel", "--full"), ("scontrol", "requeue"))
