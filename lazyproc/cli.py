@@ -258,7 +258,7 @@ def _make(
 
 
 def _goes_on(process: Process, batch: str) -> bool:
-    """Tell whether jobs that start afresh have begun, or made, results before; chooses those. Else they are theirs."""
+    """Have a process go on with what the jobs of a row have begun; tell whether they have. What it begins is theirs."""
     from lazyproc.hdf5.search import batch_of
 
     def own(groups: list[h5py.Group]) -> list[h5py.Group]:

@@ -106,6 +106,9 @@ class SlurmJob:
             command=command,
             ended="yes138|yes10" if launch == "mpiexec" else "yes138",  # mpiexec does not add 128
             path=shlex.quote(self.path),
+            again=_GOES_ON + shlex.quote(self.path)
+            if "--override" in self.command
+            else f"sbatch {shlex.quote(self.path)}",
             max_jobs=self.max_jobs,
         )
 
@@ -128,6 +131,9 @@ def _seconds_of(time: str) -> int | None:
     seconds = sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
     return 86400 * int(days or 0) + seconds or None
 
+
+_GOES_ON = "sbatch --export=ALL,LAZYPROC_JOB=2,LAZYPROC_BATCH=$LAZYPROC_BATCH "
+"""What submits a script by hand that shall not start afresh once more."""
 
 _TEMPLATE = """#!/bin/bash
 {directives}
@@ -164,14 +170,14 @@ case "$drained$code" in {ended}) code=75 ;; esac
 
 # Whoever cancels a job wants none in its place, and one that is to run again Slurm queues by itself.
 if [ -n "$terminated" ] && ! scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -q "Reason=TimeLimit"; then
-    [ "$code" -ne 75 ] || echo "ended by SIGTERM with work left: submit again with: sbatch {path}" >&2
+    [ "$code" -ne 75 ] || echo "ended by SIGTERM with work left: submit again with: {again}" >&2
     exit "$code"
 fi
 if [ "$code" -eq 75 ]; then
     if [ "$job" -lt {max_jobs} ]; then
         LAZYPROC_JOB=$((job + 1)) sbatch --export=ALL --dependency="afterany:$SLURM_JOB_ID" {path} && exit 0
     fi
-    echo "stopped with work left: submit again with: sbatch {path}" >&2
+    echo "stopped with work left: submit again with: {again}" >&2
 fi
 exit "$code"
 """

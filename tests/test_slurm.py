@@ -79,6 +79,16 @@ def test_number_of_jobs_is_limited(tmp_path: Path) -> None:
     assert not shell.submitted()
 
 
+def test_by_hand_an_override_goes_on_where_it_was(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    command = ["sh", "-c", "echo $LAZYPROC_BATCH; exit 75", "run", "--override"]
+    process = shell.start(command, {"LAZYPROC_JOB": "3", "LAZYPROC_BATCH": "5"}, max_jobs=3)
+    _, errors = process.communicate(timeout=60)
+    told = errors.partition("submit again with: ")[2].strip()
+    assert told == f"sbatch --export=ALL,LAZYPROC_JOB=2,LAZYPROC_BATCH=5 {tmp_path}/job.sh"
+    assert not shell.submitted()
+
+
 def test_a_command_that_is_not_there_ends_with_127(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     _, errors = (process := shell.start(["no_such_command"])).communicate(timeout=60)
