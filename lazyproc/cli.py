@@ -371,10 +371,10 @@ def status(file: str, as_json: bool) -> None:
 def recover(file: str, as_json: bool, force: bool = False) -> None:
     """Finish, or take back, a change of FILE that was cut off by a kill; `run` does so by itself."""
     from lazyproc.hdf5.leftovers import remove_leftovers_locked
-    from lazyproc.hdf5.lock import sidecar
+    from lazyproc.hdf5.sidecar import has_pending
     from lazyproc.hdf5.transaction import recover_locked
 
-    if not any(os.path.exists(sidecar(file, kind)) for kind in ("journal", "undo")):
+    if not has_pending(file):
         _check_hdf5(file)
     changed = recover_locked(file, force=force)
     changed = remove_leftovers_locked(file) or changed

@@ -14,8 +14,8 @@ from lazyproc.core.specs import STATUS_MASK
 from lazyproc.hdf5.damage import attribute, members, reading, walk
 from lazyproc.hdf5.failures import count_failed
 from lazyproc.hdf5.files import Files
+from lazyproc.hdf5.holder import holder
 from lazyproc.hdf5.hook_record import has_record, status_masks
-from lazyproc.hdf5.lock import holder
 from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.rows_file import check_rows
 from lazyproc.hdf5.seal import check_places, check_seal

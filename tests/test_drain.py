@@ -30,7 +30,7 @@ from usid_files import CHANNEL, make_usid_file
 import lazyproc
 from lazyproc.core.events import Started
 from lazyproc.drain import GRACE_SECONDS, Drain, grace_seconds, stoppable
-from lazyproc.hdf5.lock import holder
+from lazyproc.hdf5.holder import holder
 from lazyproc.status import file_status
 
 MAIN = f"{CHANNEL}/Raw_Data"
@@ -46,7 +46,7 @@ import h5py, psutil
 import lazyproc
 from lazyproc.core.events import BlockDone, Started
 from lazyproc.engine import choose
-from lazyproc.hdf5.lock import holder
+from lazyproc.hdf5.holder import holder
 
 engine, path, main, folder, cases, scheduler = json.loads(sys.argv[1])
 hang, calls = os.path.join(folder, "hang"), os.path.join(folder, "calls")
@@ -323,7 +323,7 @@ import contextlib, hashlib, json, logging, os, random, signal, sys
 import h5py
 import lazyproc
 import lazyproc.hdf5.transaction as transaction
-from lazyproc.hdf5.lock import holder
+from lazyproc.hdf5.holder import holder
 
 path, main, name, times, by_path = json.loads(sys.argv[1])
 number = signal.Signals[name]

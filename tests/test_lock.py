@@ -15,7 +15,9 @@ import h5py
 import pytest
 
 from lazyproc.core.errors import FileBusyError, MissingFileError, ReadOnlyFileError
-from lazyproc.hdf5.lock import Fence, FencedError, RunLock, holder, sidecar
+from lazyproc.hdf5.holder import holder
+from lazyproc.hdf5.lock import Fence, FencedError, RunLock
+from lazyproc.hdf5.sidecar import file_beside, has_pending, sidecar
 
 DRIVER = """
 import sys, time
@@ -37,7 +39,7 @@ with Fence(*sys.argv[1:]).passed():
 
 ASK = """
 import sys
-from lazyproc.hdf5.lock import holder
+from lazyproc.hdf5.holder import holder
 print("asking", flush=True)
 while True:
     holder(sys.argv[1])
@@ -92,6 +94,17 @@ def path(tmp_path: Path) -> Path:
     path = tmp_path / "scan.h5"
     path.write_bytes(b"")
     return path
+
+
+@pytest.mark.parametrize("kind", ["lock", "fence", "journal", "undo"])
+def test_files_beside_keep_the_names_that_they_have_always_had(path: Path, kind: str) -> None:
+    """Runs of older versions have left some."""
+    beside = path.with_name(f".scan.h5.lazyproc-{kind}")
+    assert sidecar(str(path), kind) == os.path.realpath(beside)
+    assert file_beside(sidecar(str(path), kind)) == os.path.realpath(path)
+    assert not has_pending(str(path))
+    beside.touch()
+    assert has_pending(str(path)) == (kind in ("journal", "undo"))
 
 
 def test_a_second_run_is_refused_in_the_same_process(path: Path) -> None:

@@ -25,7 +25,8 @@ import lazyproc
 from lazyproc.core.errors import FunctionError, OutputError, WorkerError
 from lazyproc.hdf5.failures import read_failures
 from lazyproc.hdf5.holder import holder, read_holder
-from lazyproc.hdf5.lock import RunLock, sidecar
+from lazyproc.hdf5.lock import RunLock
+from lazyproc.hdf5.sidecar import sidecar
 
 MAIN = f"{CHANNEL}/Raw_Data"
 N_POSITIONS = 400

@@ -30,7 +30,7 @@ from lazyproc.core.errors import (
     ResultsError,
 )
 from lazyproc.hdf5.heap import is_endless_heap
-from lazyproc.hdf5.holder import sidecar
+from lazyproc.hdf5.sidecar import sidecar
 from lazyproc.hdf5.transaction import read_journal, recover
 from lazyproc.status import file_status
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from lazyproc.core.errors import FileBusyError, JournalError
 from lazyproc.hdf5.files import Files
-from lazyproc.hdf5.lock import sidecar
 from lazyproc.hdf5.overlay import MOST_KEPT, Overlay
+from lazyproc.hdf5.sidecar import sidecar
 from lazyproc.hdf5.transaction import read_journal, recover, transaction
 
 # -- the overlay against a plain run of bytes ------------------------------------------------------------------------

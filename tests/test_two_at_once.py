@@ -27,8 +27,10 @@ from usid_files import CHANNEL, make_usid_file
 import lazyproc
 from lazyproc.core.errors import ArgumentValueError, FileBusyError
 from lazyproc.core.events import Started
-from lazyproc.hdf5.lock import FencedError, RunLock, holder, sidecar
+from lazyproc.hdf5.holder import holder
+from lazyproc.hdf5.lock import FencedError, RunLock
 from lazyproc.hdf5.locking import KINDS, LOCKING_NAME
+from lazyproc.hdf5.sidecar import sidecar
 from lazyproc.status import file_status
 
 MAIN = f"{CHANNEL}/Raw_Data"

@@ -32,9 +32,10 @@ from lazyproc.hdf5 import guard as guard_module
 from lazyproc.hdf5.damage import address_of
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.guard import guarded
-from lazyproc.hdf5.lock import RunLock, sidecar
+from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.raw_bytes import RawBytes, Rewritten
 from lazyproc.hdf5.settled import allocate, datasets_below, is_settled
+from lazyproc.hdf5.sidecar import sidecar
 from lazyproc.hdf5.transaction import read_journal, recover, recover_locked
 from lazyproc.hdf5.undo_journal import load_undo, write_undo
 from lazyproc.status import file_status

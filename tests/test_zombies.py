@@ -21,8 +21,10 @@ from usid_files import CHANNEL, make_usid_file
 
 from lazyproc.core.blocks import Block
 from lazyproc.hdf5.files import Files
-from lazyproc.hdf5.lock import Fence, FencedError, holder, sidecar
+from lazyproc.hdf5.holder import holder
+from lazyproc.hdf5.lock import Fence, FencedError
 from lazyproc.hdf5.on_disk import find_extent
+from lazyproc.hdf5.sidecar import sidecar
 from lazyproc.hdf5.sink import Sink
 from lazyproc.status import file_status
 

@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import BlockTakenError
-from lazyproc.hdf5.lock import Fence, FencedError, open_sidecar
+from lazyproc.hdf5.lock import Fence, FencedError
 from lazyproc.hdf5.locking import lock, unlock
 from lazyproc.hdf5.room import writing
+from lazyproc.hdf5.sidecar import open_sidecar
 
 _PLACE_BYTES = 8
 _SETTLED = b"\xff" * _PLACE_BYTES

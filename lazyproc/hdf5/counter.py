@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from lazyproc.core.errors import ResultsError
-from lazyproc.hdf5.holder import open_sidecar, sidecar
 from lazyproc.hdf5.lock import Fence
 from lazyproc.hdf5.locking import lock, unlock
 from lazyproc.hdf5.room import writing
+from lazyproc.hdf5.sidecar import CLAIMS, open_sidecar, sidecar
 
 _BEYOND = 2**62
 """More than there are blocks."""
@@ -36,7 +36,7 @@ class FileCounter:
     """
 
     def __init__(self, path: str, fence: Fence) -> None:
-        self._path = sidecar(path, "claims")
+        self._path = sidecar(path, CLAIMS)
         self._locking = fence.locking
 
     def begin(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lazyproc.core.errors import LockingError
 from lazyproc.hdf5.locking import FLOCK, KINDS, NONE, lock
+from lazyproc.hdf5.sidecar import LOCK, open_sidecar, sidecar
 
 TIME = "%Y-%m-%d %H:%M:%S"
 """How a lock file tells since when."""
@@ -17,29 +18,6 @@ _LONGEST = 2**14
 """Characters: what is longer was not written by a run."""
 _SLACK_SECONDS = 2.0
 """How much later than its lock file a process may seem to have started."""
-
-
-def sidecar(path: str, kind: str) -> str:
-    """Return the name of a file beside `path`: hidden, and named after it."""
-    folder, name = os.path.split(os.path.realpath(path))
-    return os.path.join(folder, f".{name}.lazyproc-{kind}")
-
-
-def file_beside(name: str) -> str:
-    """Return the name of the file that a sidecar file lies beside."""
-    folder, hidden = os.path.split(name)
-    return os.path.join(folder, hidden.removeprefix(".").rpartition(".lazyproc-")[0])
-
-
-def open_sidecar(path: str, flags: int) -> int:
-    """Open a file beside an HDF5 file: itself, never what a link in its place leads to, and without waiting.
-
-    Raises
-    ------
-    OSError
-        If there is none, or something else than a file has its name.
-    """
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def is_locked(path: str, kind: str) -> bool:
@@ -59,7 +37,7 @@ def holder(path: str) -> dict[str, Any] | None:
 
     Where locks do not work, a run on another host counts until its lock file is removed.
     """
-    lock_path = sidecar(path, "lock")
+    lock_path = sidecar(path, LOCK)
     about = read_holder(lock_path)
     try:
         return about if about is not None and is_held(lock_path, about) else None

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from lazyproc.core.errors import JournalError
-from lazyproc.hdf5.holder import open_sidecar
+from lazyproc.hdf5.sidecar import open_sidecar
 
 JOURNAL_HEAD = 9
 """Bytes of the checksum, in hexadecimal digits, and a line feed."""

@@ -17,9 +17,10 @@ import h5py
 from lazyproc.core.errors import LazyprocError
 from lazyproc.hdf5.damage import walk
 from lazyproc.hdf5.files import Files
-from lazyproc.hdf5.lock import RunLock, sidecar
+from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.raised import H5_ERRORS
-from lazyproc.hdf5.rows_file import KIND, RowsFiles, is_outside, owner_of, recorded_path, remove
+from lazyproc.hdf5.rows_file import RowsFiles, is_outside, owner_of, recorded_path, remove
+from lazyproc.hdf5.sidecar import ROWS, sidecar
 
 log = logging.getLogger("lazyproc")
 
@@ -27,7 +28,7 @@ log = logging.getLogger("lazyproc")
 def _of_file(path: str) -> list[str]:
     """Return the files with rows beside an HDF5 file that were made for it, and those cut off while they were made."""
     inode = os.stat(path).st_ino
-    return [name for name in glob.glob(f"{glob.escape(sidecar(path, KIND))}*") if owner_of(name) in (inode, None)]
+    return [name for name in glob.glob(f"{glob.escape(sidecar(path, ROWS))}*") if owner_of(name) in (inode, None)]
 
 
 def remove_leftovers(path: str, file: h5py.File | None = None) -> bool:

@@ -34,12 +34,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazyproc.core.errors import FileBusyError, LazyprocError, LockingError, MissingFileError, ReadOnlyFileError
-from lazyproc.hdf5.holder import TIME, file_beside, is_alive, is_held, is_locked, read_holder, say_who
-from lazyproc.hdf5.holder import holder as holder
-from lazyproc.hdf5.holder import open_sidecar as open_sidecar
-from lazyproc.hdf5.holder import sidecar as sidecar
+from lazyproc.hdf5.holder import TIME, is_alive, is_held, is_locked, read_holder, say_who
 from lazyproc.hdf5.locking import FLOCK, KINDS, NONE, lock, lock_inode, locking, unlock
 from lazyproc.hdf5.room import full_code, no_room
+from lazyproc.hdf5.sidecar import CLAIMS, FENCE, LOCK, file_beside, open_sidecar, sidecar
 
 _CALLING = "calling"
 _WRITE_SECONDS = 30.0
@@ -139,7 +137,7 @@ class RunLock:
         self._n_calls = self._place_of_calls = 0
         self._is_suspect = False
         self.died_calling = False
-        self.fence = Fence(sidecar(path, "lock"), sidecar(path, "fence"), run_id or uuid.uuid4().hex, locking())
+        self.fence = Fence(sidecar(path, LOCK), sidecar(path, FENCE), run_id or uuid.uuid4().hex, locking())
 
     def __enter__(self) -> RunLock:
         self.acquire()
@@ -320,7 +318,7 @@ class RunLock:
             with suppress(FileNotFoundError):
                 os.unlink(self.fence.fence_path)
             with suppress(OSError):
-                os.unlink(sidecar(self._path, "claims"))  # if a driver was killed that had a cluster
+                os.unlink(sidecar(self._path, CLAIMS))  # if a driver was killed that had a cluster
             if self._is_suspect:
                 os.pwrite(self._descriptor, b"1", self._place_of_calls)
             else:

@@ -16,10 +16,10 @@ from lazyproc.hdf5.durable import sync_file, sync_folder
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.guard import guarded
-from lazyproc.hdf5.lock import sidecar
 from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.room import changing, gone
 from lazyproc.hdf5.session import session_of
+from lazyproc.hdf5.sidecar import NEW, sidecar
 from lazyproc.hdf5.transaction import transaction
 from lazyproc.hdf5.undo import refuse_pending
 
@@ -112,7 +112,7 @@ class PathPlace:
             if self.may_make and same is None:
                 if not os.path.exists(self.path):
                     _make_file(self.path)
-                elif os.path.exists(temporary := sidecar(self.path, "new")):  # a death has left it after the link
+                elif os.path.exists(temporary := sidecar(self.path, NEW)):  # a death has left it after the link
                     os.unlink(temporary)
                     sync_folder(self.path)
             with transaction(self.path, same) as file:
@@ -288,7 +288,7 @@ def _refuse_pending(file: h5py.File) -> None:
 
 def _make_file(path: str) -> None:
     """Make an empty HDF5 file, complete and durable before it gets its name; the caller holds the run's lock."""
-    temporary = sidecar(path, "new")
+    temporary = sidecar(path, NEW)
     try:
         with suppress(FileNotFoundError):
             os.unlink(temporary)  # which a death has left

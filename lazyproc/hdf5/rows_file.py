@@ -31,15 +31,13 @@ from lazyproc.hdf5.damage import attribute
 from lazyproc.hdf5.durable import sync_folder, write_all
 from lazyproc.hdf5.extents import Extent
 from lazyproc.hdf5.file_id import FileId
-from lazyproc.hdf5.lock import open_sidecar, sidecar
 from lazyproc.hdf5.on_disk import plain_type, real_path
 from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.room import reserve, writing
+from lazyproc.hdf5.sidecar import ROWS, open_sidecar, sidecar
 
 MARK = "lazyproc_compression"
 """Attribute of a dataset that is to be compressed once all its rows are there: how, as text."""
-KIND = "rows-"
-"""How the names of these files begin, as kinds of sidecar files."""
 HEADER_BYTES = 4096
 _MAGIC = b"lazyproc rows 1\n"
 _PIECE = 2**20
@@ -49,7 +47,7 @@ _ADVICE = "Restore it there, under this name, or compute with override=True."
 def rows_path(path: str, run_id: str, output: str) -> str:
     """Return where the rows of an output lie that belongs to the HDF5 file `path`."""
     plain = re.sub(r"[^A-Za-z0-9]+", "_", output)[:24]
-    return sidecar(path, f"{KIND}{run_id[:12]}-{plain}-{zlib.crc32(output.encode()):08x}")
+    return sidecar(path, f"{ROWS}{run_id[:12]}-{plain}-{zlib.crc32(output.encode()):08x}")
 
 
 @dataclass(frozen=True)

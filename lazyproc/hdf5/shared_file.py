@@ -21,8 +21,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from lazyproc.hdf5.file_id import FileId, this_machine
-from lazyproc.hdf5.lock import Fence, FencedError, open_sidecar, sidecar
+from lazyproc.hdf5.lock import Fence, FencedError
 from lazyproc.hdf5.locking import lock
+from lazyproc.hdf5.sidecar import HANDSHAKE, open_sidecar, sidecar
 
 _MARK_BYTES = 8
 _NOTHING, _HERE, _DONE, _GIVEN_UP = b"nothing ", b"here    ", b"done    ", b"given up"
@@ -57,7 +58,7 @@ class Trial:
     @classmethod
     def of(cls, results: str, file_id: FileId, fence: Fence) -> Trial:
         """Return the trial on a file."""
-        return cls(results, file_id, fence, sidecar(results, "handshake"))
+        return cls(results, file_id, fence, sidecar(results, HANDSHAKE))
 
     # -- on any machine ----------------------------------------------------------------------------------------------
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from lazyproc.core.blocks import Block
 from lazyproc.hdf5.durable import sync_data
 from lazyproc.hdf5.extents import Extent
-from lazyproc.hdf5.lock import Fence, FencedError, sidecar
+from lazyproc.hdf5.lock import Fence, FencedError
 from lazyproc.hdf5.locking import lock_hdf5
+from lazyproc.hdf5.sidecar import CLAIMS, sidecar
 
 if TYPE_CHECKING:
     from lazyproc.hdf5.claims import Claims
@@ -97,7 +98,7 @@ class Sink:
         """Return this sink for workers of which two may have the same block."""
         from lazyproc.hdf5.claims import Claims
 
-        return Claims(self, self.fence, sidecar(self.home.path, "claims"))
+        return Claims(self, self.fence, sidecar(self.home.path, CLAIMS))
 
     def checksum(self, block: Block) -> int:
         """Read back what `write` returned the checksum of: shows that a worker's bytes are seen here."""

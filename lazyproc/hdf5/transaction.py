@@ -30,11 +30,13 @@ from lazyproc.hdf5.durable import sync_data, sync_folder, write_all
 from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end, end_of, is_marked
 from lazyproc.hdf5.extents import check_same_file
 from lazyproc.hdf5.file_id import FileId
+from lazyproc.hdf5.holder import holder
 from lazyproc.hdf5.journal_file import read_journal_file, understood
-from lazyproc.hdf5.lock import RunLock, holder, open_sidecar, sidecar
+from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.locking import lock_hdf5, locking
 from lazyproc.hdf5.overlay import Overlay, Patch
 from lazyproc.hdf5.room import reserve, writing
+from lazyproc.hdf5.sidecar import JOURNAL, LOCK, UNDO, has_pending, open_sidecar, sidecar
 from lazyproc.hdf5.undo import read_undo, roll_back
 
 _LARGEST_REST = 2**20
@@ -177,7 +179,7 @@ def _in_use(path: str) -> FileBusyError:
 
 def _apply(path: str, descriptor: int, overlay: Overlay) -> None:
     patches, added = overlay.changes()
-    journal = sidecar(path, "journal")
+    journal = sidecar(path, JOURNAL)
     n_new = max(0, overlay.size - overlay.old_size)
     try:
         with writing(path, "what is added to it", n_new):
@@ -248,7 +250,7 @@ def read_journal(path: str) -> list[Patch] | None:
 
 def _read_redo(path: str, *, force: bool = False) -> list[Patch] | None:
     """Return the changes of a killed transaction; somebody else's bytes in their place are refused."""
-    journal = sidecar(path, "journal")
+    journal = sidecar(path, JOURNAL)
     while (content := _load_journal(journal)) is not None:
         inode, size, patches = content
         with open(path, "rb") as file:
@@ -313,9 +315,9 @@ def recover(path: str, *, force: bool = False) -> bool:
     FileBusyError
         If somebody has the file open for writing.
     """
-    journal, undo = sidecar(path, "journal"), sidecar(path, "undo")
-    if not os.path.exists(journal) and not os.path.exists(undo):
+    if not has_pending(path):
         return False
+    journal, undo = sidecar(path, JOURNAL), sidecar(path, UNDO)
     with _held(path) as descriptor:
         if os.path.exists(journal):
             _finish(descriptor, journal, _read_redo(path, force=force) or [])
@@ -334,8 +336,7 @@ def recover_locked(path: str, *, force: bool = False) -> bool:
     FileBusyError
         If another run has the file: what lies beside it may be of a change that is just being made.
     """
-    is_pending = any(os.path.exists(sidecar(path, kind)) for kind in ("journal", "undo"))
-    if not is_pending and not (os.path.exists(sidecar(path, "lock")) and holder(path) is None):
+    if not has_pending(path) and not (os.path.exists(sidecar(path, LOCK)) and holder(path) is None):
         return False
     with RunLock(path):
         return recover(path, force=force)

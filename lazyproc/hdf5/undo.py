@@ -23,7 +23,7 @@ import numpy as np
 from lazyproc.core.errors import JournalError
 from lazyproc.hdf5.durable import write_all
 from lazyproc.hdf5.foreign import changes_since
-from lazyproc.hdf5.lock import holder
+from lazyproc.hdf5.holder import holder
 from lazyproc.hdf5.overlay import Patch
 from lazyproc.hdf5.undo_journal import UndoJournal, drop_undo, kept_fresh, load_undo
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lazyproc.hdf5.durable import sync_folder, write_all
-from lazyproc.hdf5.holder import open_sidecar, sidecar
 from lazyproc.hdf5.journal_file import JOURNAL_HEAD, is_complete, opened_journal, understood
 from lazyproc.hdf5.raw_bytes import Ranges
 from lazyproc.hdf5.room import writing
+from lazyproc.hdf5.sidecar import UNDO, open_sidecar, sidecar
 
 _BEAT = 0.1
 """Seconds between two signs of life."""
@@ -93,7 +93,7 @@ def write_undo(
     own : iterable of str
         Paths in the file of what is changed, or made.
     """
-    journal = sidecar(path, "undo")
+    journal = sidecar(path, UNDO)
     compressed = int((ranges[:, 1] - ranges[:, 0]).sum()) > _UNCOMPRESSED
     status = os.fstat(descriptor)
     about = {
@@ -172,7 +172,7 @@ def _decompressed(name: str, place: int) -> Iterator[bytes]:
 
 def drop_undo(path: str) -> None:
     """Remove the undo journal for good: what has been changed stays."""
-    journal = sidecar(path, "undo")
+    journal = sidecar(path, UNDO)
     with suppress(FileNotFoundError):
         os.unlink(journal)
     sync_folder(journal)  # a journal that came back after a power cut would undo what is written from now on
@@ -186,7 +186,7 @@ def kept_fresh(path: str) -> Iterator[None]:
     -----
     A thread does it. h5py lets other threads run while HDF5 works, so also a write of minutes counts as alive.
     """
-    journal, over = sidecar(path, "undo"), threading.Event()
+    journal, over = sidecar(path, UNDO), threading.Event()
 
     def beat() -> None:
         while not over.wait(_BEAT):
@@ -204,7 +204,7 @@ def kept_fresh(path: str) -> Iterator[None]:
 
 def load_undo(path: str) -> UndoJournal | None:
     """Return the file's undo journal; None if there is none, or an incomplete one."""
-    journal = sidecar(path, "undo")
+    journal = sidecar(path, UNDO)
     with opened_journal(journal) as file, understood(journal):
         if file is None or not is_complete(file):
             return None
