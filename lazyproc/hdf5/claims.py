@@ -14,10 +14,7 @@ does not change anymore, whatever its function returns and whoever else still co
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +27,7 @@ from numpy.typing import NDArray
 from lazyproc.core.blocks import Block
 from lazyproc.core.errors import BlockTakenError
 from lazyproc.hdf5.lock import Fence, FencedError
-from lazyproc.hdf5.locking import lock, unlock
+from lazyproc.hdf5.locking import has_range_locks, lock, lock_range, unlock, unlock_range
 from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.sidecar import open_sidecar
 
@@ -64,7 +61,7 @@ class Claims:
     sink: _Writer
     fence: Fence
     path: str
-    byte_locks: bool = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
+    byte_locks: bool = sys.platform == "linux" and has_range_locks()
 
     def begin(self) -> Claims:
         """Make the file, all places empty, and return the claims as they work there. By the driver, with its lock."""
@@ -177,26 +174,15 @@ class Claims:
             os.close(descriptor)
 
     def _lock(self, descriptor: int, offset: int) -> bool:
-        if not self.byte_locks:
-            return lock(descriptor, self.path, self.fence.locking, exclusive=True)
-        try:
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock_of(fcntl.F_WRLCK, offset))
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            raise
-        return True
+        if self.byte_locks:
+            return lock_range(descriptor, offset, _PLACE_BYTES)
+        return lock(descriptor, self.path, self.fence.locking, exclusive=True)
 
     def _unlock(self, descriptor: int, offset: int) -> None:
         if self.byte_locks:
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock_of(fcntl.F_UNLCK, offset))
+            unlock_range(descriptor, offset, _PLACE_BYTES)
         else:
             unlock(descriptor, self.fence.locking)
-
-
-def _lock_of(kind: int, offset: int) -> bytes:
-    """Return the struct flock of 64-bit systems: type, whence, start, length, process (0 for open files)."""
-    return struct.pack("hhqqi", kind, os.SEEK_SET, offset, _PLACE_BYTES, 0)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
     none      no locks: a lock file alone, and only the driver writes results
 
 The locks of both kinds belong to the open file: the system frees them when it is closed, however its process ends.
+Locks on some bytes of a file are made here, too, whatever the environment says.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ LOCKING_NAME = "LAZYPROC_LOCKING"
 FLOCK, LOCKF, NONE = KINDS = ("flock", "lockf", "none")
 
 _FAR = 2**62
+_ALL = (0, 0)
+"""Start and length of the range of all bytes."""
 _HELD_ELSEWHERE = (errno.EAGAIN, errno.EACCES)
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
@@ -37,9 +40,14 @@ def locking() -> str:
     kind = os.environ.get(LOCKING_NAME, "").strip().lower() or FLOCK
     if kind not in KINDS:
         raise ArgumentValueError(f"{LOCKING_NAME}: {kind!r} came; expected one of {', '.join(KINDS)}.")
-    if kind == LOCKF and not hasattr(fcntl, "F_OFD_SETLK"):
+    if kind == LOCKF and not has_range_locks():
         raise ArgumentValueError(f"{LOCKING_NAME}: lockf came; this system has no such locks. Use flock, or none.")
     return kind
+
+
+def has_range_locks() -> bool:
+    """Tell whether this system has locks on ranges of bytes that belong to an open file; a file system may not."""
+    return hasattr(fcntl, "F_OFD_SETLK")
 
 
 def lock(descriptor: int, path: str, kind: str, *, exclusive: bool, wait: bool = False) -> bool:
@@ -72,12 +80,41 @@ def lock(descriptor: int, path: str, kind: str, *, exclusive: bool, wait: bool =
         if kind == FLOCK:
             fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
         elif kind == LOCKF:
-            _lock_bytes(descriptor, exclusive=exclusive, wait=wait)
+            _set_range(descriptor, fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK, *_ALL, wait=wait)
     except OSError as error:
         if error.errno in _HELD_ELSEWHERE and not wait:
             return False
         if error.errno in _NOT_SUPPORTED:
             raise LockingError(_advice(path, kind, error)) from error
+        raise
+    return True
+
+
+def lock_range(descriptor: int, start: int, length: int) -> bool:
+    """Lock some bytes of an open file alone, without waiting.
+
+    Parameters
+    ----------
+    descriptor : int
+        The file, open for writing.
+    start, length : int
+        The bytes; they need not be there.
+
+    Returns
+    -------
+    bool
+        False if somebody else has one of them.
+
+    Raises
+    ------
+    OSError
+        If the file system has no such locks.
+    """
+    try:
+        _set_range(descriptor, fcntl.F_WRLCK, start, length)
+    except OSError as error:
+        if error.errno in _HELD_ELSEWHERE:
+            return False
         raise
     return True
 
@@ -97,13 +134,12 @@ def lock_inode(descriptor: int) -> bool:
     bool
         False if somebody else has it. True where the system, or the file system, has no such locks.
     """
-    if not hasattr(fcntl, "F_OFD_SETLK"):
+    if not has_range_locks():
         return True
     try:
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, _FAR, 1, 0))
-    except OSError as error:
-        return error.errno not in _HELD_ELSEWHERE
-    return True
+        return lock_range(descriptor, _FAR, 1)
+    except OSError:
+        return True
 
 
 def unlock(descriptor: int, kind: str) -> None:
@@ -111,17 +147,21 @@ def unlock(descriptor: int, kind: str) -> None:
     if kind == FLOCK:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     elif kind == LOCKF:
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _of_all_bytes(fcntl.F_UNLCK))
+        unlock_range(descriptor, *_ALL)
 
 
-def _lock_bytes(descriptor: int, *, exclusive: bool, wait: bool) -> None:
-    wish = _of_all_bytes(fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK)
-    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, wish)
+def unlock_range(descriptor: int, start: int, length: int) -> None:
+    """Give back what `lock_range` has locked, as `unlock` does."""
+    _set_range(descriptor, fcntl.F_UNLCK, start, length)
 
 
-def _of_all_bytes(wish: int) -> bytes:
-    """Return the struct flock of 64-bit systems: type, whence, start, length (0: all), process (0 for open files)."""
-    return struct.pack("hhqqi", wish, os.SEEK_SET, 0, 0, 0)
+def _set_range(descriptor: int, wish: int, start: int, length: int, *, wait: bool = False) -> None:
+    """Ask for a lock on a range of bytes, or give it back.
+
+    Handed over is the struct flock of 64-bit systems: type, whence, start, length (0: all), process (0 for open files).
+    """
+    request = struct.pack("hhqqi", wish, os.SEEK_SET, start, length, 0)
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
 
 
 def _advice(path: str, kind: str, error: OSError) -> str:

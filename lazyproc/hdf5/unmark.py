@@ -18,7 +18,6 @@ Specification, version 3.0, section II.A).
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ import numpy as np
 
 from lazyproc.core.errors import LazyprocError
 from lazyproc.hdf5.durable import sync_data, write_all
-from lazyproc.hdf5.locking import NONE, hdf5_locks, locking
+from lazyproc.hdf5.locking import FLOCK, NONE, hdf5_locks, lock, locking
 from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.undo_journal import drop_undo, load_undo, write_undo
 
@@ -156,7 +155,8 @@ def _keep(path: str, place: int, superblock: bytes) -> bool:
     except OSError:  # HDF5 will say it
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # HDF5 wants the same; given back by closing
+        if not lock(descriptor, path, FLOCK, exclusive=True):  # HDF5 wants the same; given back by closing
+            return False
         if load_undo(path) is not None:
             return False
         span = np.array([[place, place + len(superblock)]], np.int64)
