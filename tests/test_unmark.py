@@ -20,6 +20,7 @@ from lazyproc.core.errors import FileBusyError, NoRoomError
 from lazyproc.hdf5 import unmark
 from lazyproc.hdf5.files import Files
 from lazyproc.hdf5.guard import guarded
+from lazyproc.hdf5.superblock import lookup3
 from lazyproc.hdf5.transaction import recover_locked
 
 Mean = make_mean(Process)
@@ -84,7 +85,7 @@ def contents(path: Path) -> dict[str, object]:
 def flags(path: Path) -> int:
     superblock = path.read_bytes()[:48]
     assert superblock[8] == 3
-    assert int.from_bytes(superblock[44:], "little") == unmark.lookup3(superblock[:44])
+    assert int.from_bytes(superblock[44:], "little") == lookup3(superblock[:44])
     return superblock[11]
 
 
@@ -270,4 +271,4 @@ def test_other_formats_need_nothing(tmp_path: Path, options: dict[str, str], mon
 
 @pytest.mark.parametrize(("data", "value"), [(b"", 0xDEADBEEF), (b"Four score and seven years ago", 0x17770551)])
 def test_the_checksum_is_the_published_one(data: bytes, value: int) -> None:
-    assert unmark.lookup3(data) == value
+    assert lookup3(data) == value

@@ -11,26 +11,7 @@ import h5py
 from lazyproc.core.errors import ResultsError
 from lazyproc.hdf5.damage import walk
 from lazyproc.hdf5.raised import H5_ERRORS
-
-_PLACES = {0: 40, 1: 44}
-"""Where the superblock has it, by its version; later versions have a checksum."""
-_BASE_AND_END = {0: (24, 40), 1: (28, 44), 2: (12, 28), 3: (12, 28)}
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-SUPERBLOCK_BYTES = 64
-
-
-def end_of(superblock: bytes) -> int | None:
-    """Return where HDF5 believes a file to end; None if its first bytes are of a kind that is not known here."""
-    version = superblock[8] if superblock[:8] == _SIGNATURE else -1
-    if version not in _BASE_AND_END or superblock[13 if version < 2 else 9] != 8:
-        return None
-    base, end = (int.from_bytes(superblock[place : place + 8], "little") for place in _BASE_AND_END[version])
-    return end if base == 0 else None
-
-
-def is_marked(superblock: bytes) -> bool:
-    """Tell whether a file is marked as open for writing, as those with superblocks of version 3 are."""
-    return superblock[:9] == _SIGNATURE + b"\x03" and bool(superblock[11] & 0b101)
+from lazyproc.hdf5.superblock import unchecked_end_of
 
 
 def check_end(file: h5py.File, superblock: bytes, size: int, path: str) -> None:
@@ -52,11 +33,8 @@ def check_end(file: h5py.File, superblock: bytes, size: int, path: str) -> None:
     ResultsError
         If something does, or cannot be read. Nothing was written.
     """
-    place = _PLACES.get(superblock[8]) if superblock[:8] == b"\x89HDF\r\n\x1a\n" and superblock[13] == 8 else None
-    if place is None:
-        return
-    end = int.from_bytes(superblock[place : place + 8], "little")
-    if end >= size:
+    end = unchecked_end_of(superblock)
+    if end is None or end >= size:
         return
     for name, item in walk(file["/"]):
         if isinstance(item, Exception) or (isinstance(item, h5py.Dataset) and _stop_of(item) > end):

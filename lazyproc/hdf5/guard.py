@@ -20,13 +20,14 @@ from lazyproc.core.errors import JournalError, NoRoomError
 from lazyproc.core.runs import Runs
 from lazyproc.hdf5.damage import address_of
 from lazyproc.hdf5.durable import sync_data
-from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end
+from lazyproc.hdf5.end import check_end
 from lazyproc.hdf5.extents import using
 from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.raw_bytes import Ranges, RawBytes, Rewritten
 from lazyproc.hdf5.room import writing
 from lazyproc.hdf5.session import session_of
 from lazyproc.hdf5.settled import datasets_below, is_settled
+from lazyproc.hdf5.superblock import SUPERBLOCK_BYTES
 from lazyproc.hdf5.undo import refuse_pending
 from lazyproc.hdf5.undo_journal import drop_undo, kept_fresh, load_undo, read_ranges, write_undo
 from lazyproc.hdf5.unmark import take_back

@@ -11,8 +11,7 @@ import h5py
 
 from lazyproc.hdf5.extents import Extent
 from lazyproc.hdf5.file_id import FileId
-
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+from lazyproc.hdf5.superblock import SIGNATURE
 
 
 def find_extent(dataset: h5py.Dataset, path: str | None = None) -> Extent | None:
@@ -39,7 +38,7 @@ def find_extent(dataset: h5py.Dataset, path: str | None = None) -> Extent | None
         return None
     with open(path, "rb") as file:
         file.seek(dataset.file.userblock_size)
-        if file.read(len(_SIGNATURE)) != _SIGNATURE:
+        if file.read(len(SIGNATURE)) != SIGNATURE:
             return None
         status = os.fstat(file.fileno())
     shape = tuple(int(n) for n in dataset.shape)

@@ -27,7 +27,7 @@ import h5py
 
 from lazyproc.core.errors import FileBusyError, JournalError, ReadOnlyFileError
 from lazyproc.hdf5.durable import sync_data, sync_folder, write_all
-from lazyproc.hdf5.end import SUPERBLOCK_BYTES, check_end, end_of, is_marked
+from lazyproc.hdf5.end import check_end
 from lazyproc.hdf5.extents import check_same_file
 from lazyproc.hdf5.file_id import FileId
 from lazyproc.hdf5.holder import holder
@@ -37,6 +37,7 @@ from lazyproc.hdf5.locking import lock_hdf5, locking
 from lazyproc.hdf5.overlay import Overlay, Patch
 from lazyproc.hdf5.room import reserve, writing
 from lazyproc.hdf5.sidecar import JOURNAL, LOCK, UNDO, has_pending, open_sidecar, sidecar
+from lazyproc.hdf5.superblock import SUPERBLOCK_BYTES, end_of, is_open_for_writing
 from lazyproc.hdf5.undo import read_undo, roll_back
 
 _LARGEST_REST = 2**20
@@ -130,13 +131,8 @@ def refuse_marked(descriptor: int, path: str) -> None:
     ------
     FileBusyError
         If it is. HDF5's own tools would not open it for writing, either.
-
-    Notes
-    -----
-    Superblocks of version 3 have the flags in byte 11, bit 0 for a writer and bit 2 for one in SWMR mode (HDF5 File
-    Format Specification, version 3.0, section II.A).
     """
-    if is_marked(os.pread(descriptor, SUPERBLOCK_BYTES, 0)):
+    if is_open_for_writing(os.pread(descriptor, SUPERBLOCK_BYTES, 0)):
         raise FileBusyError(
             f"{path}: the file is marked as open for writing, perhaps in SWMR mode, which keeps no lock. Close it in "
             "the program that writes it, or give h5_target_group in another file. If that program is gone, "

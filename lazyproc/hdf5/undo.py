@@ -25,6 +25,7 @@ from lazyproc.hdf5.durable import write_all
 from lazyproc.hdf5.foreign import changes_since
 from lazyproc.hdf5.holder import holder
 from lazyproc.hdf5.overlay import Patch
+from lazyproc.hdf5.superblock import place_of_flags
 from lazyproc.hdf5.undo_journal import UndoJournal, drop_undo, kept_fresh, load_undo
 
 _LATEST = 1_000_000_000
@@ -74,15 +75,10 @@ def _is_a_copy(path: str, journal: UndoJournal) -> bool:
 def _was_closed(path: str, journal: UndoJournal) -> bool:
     """Tell whether a program has closed the file properly since: HDF5 notes in the superblock that it has it open."""
     begin, superblock = next(journal.pieces(), (0, b""))
-    place = _place_of_flag(superblock)
+    place = place_of_flags(superblock)
     with open(path, "rb") as file:
         now = os.pread(file.fileno(), 1, begin + place)
     return superblock[place : place + 1] == b"\1" and now == b"\0"
-
-
-def _place_of_flag(superblock: bytes) -> int:
-    """Return where a superblock has the byte that tells whether the file is open for writing."""
-    return 20 if superblock[8:9] in (b"\0", b"\1") else 11
 
 
 def _listed(changes: list[str]) -> str:
@@ -149,7 +145,7 @@ def _is_as_before(path: str, journal: UndoJournal) -> bool:
         for number, (offset, piece) in enumerate(journal.pieces()):
             now = os.pread(file.fileno(), len(piece), offset)
             if number == 0:  # whether somebody has the file open does not matter
-                place = _place_of_flag(piece)
+                place = place_of_flags(piece)
                 now = now[:place] + piece[place : place + 1] + now[place + 1 :]
             if now != piece:
                 return False

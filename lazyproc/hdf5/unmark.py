@@ -11,9 +11,6 @@ has changed it. So for files that lazyproc opens itself::
 
 What the mark is for, to keep writers apart, HDF5's lock on the file does, as for files of all other formats. Files that
 the caller has opened are his: they keep their mark. So does a file in SWMR mode, which has no lock.
-
-The flags are in byte 11, bit 0 for a writer and bit 2 for one in SWMR mode; the checksum comes last (HDF5 File Format
-Specification, version 3.0, section II.A).
 """
 
 from __future__ import annotations
@@ -30,16 +27,8 @@ from lazyproc.core.errors import LazyprocError
 from lazyproc.hdf5.durable import sync_data, write_all
 from lazyproc.hdf5.locking import FLOCK, NONE, hdf5_locks, lock, locking
 from lazyproc.hdf5.raised import H5_ERRORS
+from lazyproc.hdf5.superblock import find_superblock, has_writer_mark, place_of_flags, without_mark
 from lazyproc.hdf5.undo_journal import drop_undo, load_undo, write_undo
-
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_VERSION = 3
-_FLAGS = 11
-_FIRST_USERBLOCK = 512
-_CHECKED = 44
-"""Bytes that the checksum is of, where addresses have eight bytes; it takes four more."""
-_BYTES = _CHECKED + 4
-_WORD = 0xFFFFFFFF
 
 _OPENED: set[int] = set()
 """The files that lazyproc has opened for writing, by the numbers that HDF5 gives, none of them twice in a process."""
@@ -82,11 +71,11 @@ def take_back(file: h5py.File) -> None:
     if file.driver != "sec2":
         return
     descriptor = int(file.id.get_vfd_handle())
-    found = _superblock(descriptor)
-    if found is None or not _is_marked(found[1]) or not _is_ours(file):
+    found = find_superblock(descriptor)
+    if found is None or not has_writer_mark(found[1]) or not _is_ours(file):
         return
     place, superblock = found
-    write_all(descriptor, _without_mark(superblock), place)
+    write_all(descriptor, without_mark(superblock), place)
 
 
 def close_unmarked(file: h5py.File) -> None:
@@ -115,32 +104,10 @@ def _unmarked_superblock(path: str) -> tuple[int, bytes] | None:
     except OSError:  # HDF5 will say it
         return None
     try:
-        found = _superblock(descriptor)
+        found = find_superblock(descriptor)
     finally:
         os.close(descriptor)
-    return None if found is None or found[1][_FLAGS] else found
-
-
-def _superblock(descriptor: int) -> tuple[int, bytes] | None:
-    """Return place and bytes of an intact superblock of version 3, which may lie behind a user block."""
-    place, size = 0, os.fstat(descriptor).st_size
-    while place < size:
-        superblock = os.pread(descriptor, _BYTES, place)
-        if superblock.startswith(_SIGNATURE):
-            is_known = len(superblock) == _BYTES and superblock[8] == _VERSION and superblock[9] == 8
-            return (place, superblock) if is_known and _without_mark(superblock, 0) == superblock else None
-        place = 2 * place or _FIRST_USERBLOCK
-    return None
-
-
-def _is_marked(superblock: bytes) -> bool:
-    return superblock[_FLAGS] & 0b101 == 1
-
-
-def _without_mark(superblock: bytes, bit: int = 1) -> bytes:
-    """Return a superblock with a bit of its flags cleared, and the checksum that belongs to it."""
-    content = superblock[:_FLAGS] + bytes([superblock[_FLAGS] & ~bit]) + superblock[_FLAGS + 1 : _CHECKED]
-    return content + lookup3(content).to_bytes(4, "little")
+    return None if found is None or found[1][place_of_flags(found[1])] else found
 
 
 def _keep(path: str, place: int, superblock: bytes) -> bool:
@@ -167,22 +134,3 @@ def _keep(path: str, place: int, superblock: bytes) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def lookup3(data: bytes) -> int:
-    """Return Jenkins' hash of some bytes (``hashlittle`` of lookup3.c), HDF5's checksum of metadata."""
-    a = b = c = (0xDEADBEEF + len(data)) & _WORD
-    words = np.frombuffer(data + bytes(-len(data) % 12), "<u4").tolist()
-    for first in range(0, len(words), 3):
-        a, b, c = (a + words[first]) & _WORD, (b + words[first + 1]) & _WORD, (c + words[first + 2]) & _WORD
-        if first + 3 < len(words):
-            for bits in (4, 6, 8, 16, 19, 4):
-                a, b, c = b, (c + b) & _WORD, ((a - c) ^ _turned(c, bits)) & _WORD
-        else:
-            for bits in (14, 11, 25, 16, 4, 14, 24):
-                a, b, c = b, ((c ^ b) - _turned(b, bits)) & _WORD, a
-    return b if words else c
-
-
-def _turned(value: int, bits: int) -> int:
-    return (value << bits | value >> (32 - bits)) & _WORD

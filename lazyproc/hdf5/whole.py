@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import h5py
 
 from lazyproc.core.errors import FileChangedError
-from lazyproc.hdf5.end import SUPERBLOCK_BYTES, end_of
 from lazyproc.hdf5.extents import using
+from lazyproc.hdf5.superblock import SUPERBLOCK_BYTES, end_of
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ class Whole:
 def _is_cut_off(name: str, size: int) -> bool:
     """Tell whether a file that became shorter ends before HDF5 thinks; files that are no HDF5 files always do."""
     with open(name, "rb") as file:
-        superblock = file.read(SUPERBLOCK_BYTES)
-    end = end_of(superblock) if len(superblock) == SUPERBLOCK_BYTES else None
+        end = end_of(file.read(SUPERBLOCK_BYTES))
     return end is None or size < end
 
 
