@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lazyproc.core.errors import ArgumentValueError
 from lazyproc.hdf5.grid import Grid, nd_shape_and_axes, position_grid, spectroscopic_grid
-from lazyproc.hdf5.usid import ancillary_handles, main_dataset, read_text
+from lazyproc.hdf5.usid import main_dataset, read_text
 
 
 class MainDatasetHandle(h5py.Dataset):  # type: ignore[misc]
@@ -48,7 +48,7 @@ class MainDatasetHandle(h5py.Dataset):  # type: ignore[misc]
     def __init__(self, dataset: h5py.Dataset) -> None:
         super().__init__(dataset.id)
         about = main_dataset(dataset)
-        self.h5_pos_inds, self.h5_pos_vals, self.h5_spec_inds, self.h5_spec_vals = ancillary_handles(dataset)
+        self.h5_pos_inds, self.h5_pos_vals, self.h5_spec_inds, self.h5_spec_vals = about.handles
         self.pos_dim_labels = list(about.position.labels)
         self.spec_dim_labels = list(about.spectroscopic.labels)
         self.n_dim_labels = self.pos_dim_labels + self.spec_dim_labels

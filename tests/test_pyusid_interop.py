@@ -7,12 +7,20 @@ import warnings
 import h5py
 import numpy as np
 import pytest
-from usid_files import make_4d_file, make_compound_file, make_sparse_file, make_usid_file, random_data, real_file
+from usid_files import (
+    make_4d_file,
+    make_compound_file,
+    make_sparse_file,
+    make_usid_file,
+    names_of_mains,
+    random_data,
+    real_file,
+)
 
 from lazyproc.core.specs import Dimension, Output
 from lazyproc.hdf5.create import create_output, create_results_group, create_status_mask, group_name
 from lazyproc.hdf5.grid import nd_shape_and_axes, position_grid, spectroscopic_grid
-from lazyproc.hdf5.usid import find_main_datasets, is_main, main_dataset
+from lazyproc.hdf5.usid import is_main, main_dataset
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -60,7 +68,7 @@ def assert_same_in_both(dataset):
     assert ours.shape == (*grids[0].sizes, *grids[1].sizes)
     for label, values in zip(grids[0].labels, grids[0].coordinates, strict=True):
         np.testing.assert_array_equal(theirs.get_pos_values(label), values)
-    if main.spectroscopic.shape[0] < main.spectroscopic.shape[1]:  # else pyUSID takes columns for rows
+    if main.spectroscopic.indices.shape[0] < main.spectroscopic.indices.shape[1]:  # else pyUSID takes columns for rows
         for label, values in zip(grids[1].labels, grids[1].coordinates, strict=True):
             np.testing.assert_array_equal(theirs.get_spec_values(label), values)
 
@@ -90,7 +98,7 @@ def test_pyusid_opens_what_lazyproc_writes(tmp_path, make, order, same_file):
         assert check_for_old(main, {"smoothing": 3, "model": "SHO"}, elsewhere) == [group]
         assert check_for_old(main, {"smoothing": 4}, elsewhere) == []
         found = {item.name for item in hdf_utils.get_all_main(group)}
-        assert found == {f"{group.name}/{key}" for key in OUTPUTS} == set(find_main_datasets(group))
+        assert found == {f"{group.name}/{key}" for key in OUTPUTS} == set(names_of_mains(group))
         if same_file:
             assert hdf_utils.get_source_dataset(group) == main
 
@@ -176,7 +184,7 @@ def test_lazyproc_opens_what_pyusid_writes(tmp_path, dtype, n_spectral_dims, slo
         data = random_data(shape, dtype)
         hdf_utils.write_main_dataset(group, data, "Raw", "Current", "µA", None, None, **ancillary)
     with h5py.File(tmp_path / "a.h5", "r") as file:
-        assert find_main_datasets(file) == ["/Measurement_000/Raw"]
+        assert names_of_mains(file) == ["/Measurement_000/Raw"]
         assert_same_in_both(file["/Measurement_000/Raw"])
 
 
@@ -189,6 +197,6 @@ def test_a_pyusid_dataset_is_a_main_dataset(tmp_path):
 def test_both_find_the_same_in_real_files():
     for name in ("SingFreqPFM_0003.h5", "sparse_sampling.h5"):
         with h5py.File(real_file(name), "r") as file:
-            assert find_main_datasets(file) == [item.name for item in hdf_utils.get_all_main(file)]
+            assert names_of_mains(file) == [item.name for item in hdf_utils.get_all_main(file)]
     with h5py.File(real_file("SingFreqPFM_0003.h5"), "r") as file:
         assert_same_in_both(file["/Measurement_000/Channel_002/Raw_Data"])

@@ -18,6 +18,7 @@ from usid_files import (
     make_shared_file,
     make_sparse_file,
     make_usid_file,
+    names_of_mains,
     real_file,
     write_ancillary,
     write_main,
@@ -89,12 +90,12 @@ def test_a_main_dataset_is_described(tmp_path, make, text):
         main = usid.main_dataset(file[name])
         handles = usid.ancillary_handles(file[name])
         assert usid.is_main(file[name])
-        assert (main.name, main.shape, main.dtype) == (name, file[name].shape, file[name].dtype)
         assert (main.quantity, main.units) == ("Current", "nA")
         assert (main.position.labels, main.position.units) == (("X", "Y"), ("nm", "µm"))
-        assert main.position.indices_path == "/Measurement_000/Position_Indices"
-        assert main.spectroscopic.values_path == "/Measurement_000/Spectroscopic_Values"
-        assert main.spectroscopic.shape == handles[2].shape == handles[3].shape
+        assert main.position.indices.name == "/Measurement_000/Position_Indices"
+        assert main.spectroscopic.values.name == "/Measurement_000/Spectroscopic_Values"
+        assert main.handles == handles
+        assert handles[2].shape == handles[3].shape
         assert [handle.name.rpartition("/")[2] for handle in handles] == list(REFERENCES)
 
 
@@ -102,8 +103,8 @@ def test_all_main_datasets_of_a_file_are_found(tmp_path):
     path, _ = make_shared_file(tmp_path / "a.h5", 3)
     names = [f"/Measurement_000/Channel_{number:03d}/Raw_Data" for number in range(3)]
     with h5py.File(path, "r") as file:
-        assert usid.find_main_datasets(file) == names
-        assert usid.find_main_datasets(file["Measurement_000/Channel_001"]) == names[1:2]
+        assert names_of_mains(file) == names
+        assert names_of_mains(file["Measurement_000/Channel_001"]) == names[1:2]
 
 
 def reshaped(n_rows, n_cols):
@@ -186,7 +187,7 @@ def test_a_broken_main_dataset_is_refused_by_name(tmp_path, change, words):
         for word in [f"{name}: not a USID Main dataset", "expected" if "deleted" not in words else "deleted", *words]:
             assert word in str(caught.value)
         assert not usid.is_main(file[name])
-        assert usid.find_main_datasets(file) == []
+        assert names_of_mains(file) == []
 
 
 def test_an_ancillary_dataset_that_is_deleted_but_still_open_is_refused(tmp_path):
@@ -220,10 +221,10 @@ def test_a_dataset_of_a_closed_file_is_refused(tmp_path):
 
 def test_real_image_stack(tmp_path):
     with h5py.File(real_file("SingFreqPFM_0003.h5"), "r") as file:
-        names = usid.find_main_datasets(file)
+        names = names_of_mains(file)
         assert names == [f"/Measurement_000/Channel_{number:03d}/Raw_Data" for number in range(4)]
         mains = [usid.main_dataset(file[name]) for name in names]
-        assert {main.position.indices_path for main in mains} == {"/Measurement_000/Position_Indices"}
+        assert {main.position.indices.name for main in mains} == {"/Measurement_000/Position_Indices"}
         grid = position_grid(file[names[0]])
         assert (grid.labels, grid.sizes, grid.is_regular, grid.shape) == (("X", "Y"), (128, 128), True, (128, 128))
         assert nd_shape_and_axes(grid) == ((128, 128), (1, 0))
@@ -236,7 +237,7 @@ def test_real_image_stack(tmp_path):
 def test_real_sparse_sampling(tmp_path):
     copy = shutil.copy(real_file("sparse_sampling.h5"), tmp_path)
     with h5py.File(copy, "r") as file:
-        names = usid.find_main_datasets(file)
+        names = names_of_mains(file)
         assert "/Measurement_000/Channel_000/Raw_Data" in names
         assert "/Measurement_000/Channel_000/Raw_Data-Simple_Process_009/Filtered_Data" in names
         for name in names:
@@ -473,14 +474,14 @@ def check_outputs(target, main, same_file):
         assert dataset[:].tobytes() == np.full(dataset.shape, output.fill_value, output.dtype).tobytes()
         described = usid.main_dataset(dataset)
         assert (described.quantity, described.units) == (output.quantity, output.units)
-        assert described.position.indices_path.startswith("/Measurement_000") == same_file
+        assert described.position.indices.name.startswith("/Measurement_000") == same_file
         np.testing.assert_array_equal(position_grid(dataset).coordinates[0], position_grid(main).coordinates[0])
         grid = spectroscopic_grid(dataset)
         assert grid.is_regular
         dims = output.dims or ((Dimension("Single_Value", "a.u.", 1),) if output.shape == () else ())
         if output.spec.shape_from_main:
             assert grid.labels == spectroscopic_grid(main).labels
-            assert described.spectroscopic.indices_path.startswith("/Measurement_000") == same_file
+            assert described.spectroscopic.indices.name.startswith("/Measurement_000") == same_file
         else:
             assert grid.labels == tuple(dim.name for dim in dims)
             assert grid.units == tuple(dim.units for dim in dims)
@@ -570,7 +571,7 @@ def test_texts_are_written_so_that_they_come_back(memory, texts):
 def test_the_builder_writes_shared_data_that_differ(tmp_path):
     path, _ = make_shared_file(tmp_path / "a.h5", 2, dtype="c8", chunks=(3, 6), compression="gzip")
     with h5py.File(path, "r") as file:
-        first, second = (file[name] for name in usid.find_main_datasets(file))
+        first, second = (file[name] for name in names_of_mains(file))
         assert (first.dtype, first.chunks, first.compression) == (np.dtype("c8"), (3, 6), "gzip")
         assert not np.array_equal(first[:], second[:])
 

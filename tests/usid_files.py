@@ -27,6 +27,14 @@ def real_file(name: str) -> Path:
     return path
 
 
+def names_of_mains(group: h5py.Group) -> list[str]:
+    """Return the full names of all main datasets below a group; soft and external links are not followed."""
+    from lazyproc.hdf5.damage import walk  # here: programs that must not load lazyproc make files with this module, too
+    from lazyproc.hdf5.usid import is_main
+
+    return [name for name, item in walk(group) if is_main(item)]
+
+
 def random_data(shape: tuple[int, ...], dtype: DTypeLike, seed: int = 0) -> NDArray[Any]:
     """Return the same random values every time, for any dtype that HDF5 stores, compound types included."""
     dtype = np.dtype(dtype)

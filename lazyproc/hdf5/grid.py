@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazyproc.core.errors import ArgumentValueError
-from lazyproc.hdf5.usid import Texts, validated
+from lazyproc.hdf5.usid import Texts, main_dataset
 
 _AXES = ("position", "spectroscopic")
 _PIECE_BYTES = 4 * 1024 * 1024
@@ -79,14 +79,14 @@ def nd_shape_and_axes(grid: Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def position_grid(h5_main: h5py.Dataset) -> Grid:
     """Read the grid of the positions of a main dataset; raises as `main_dataset`."""
-    _, _, handles, texts = validated(h5_main)
-    return read_grid(handles[0], handles[1], *texts[0], "position")
+    pair = main_dataset(h5_main).position
+    return read_grid(pair.indices, pair.values, pair.labels, pair.units, "position")
 
 
 def spectroscopic_grid(h5_main: h5py.Dataset) -> Grid:
     """Read the grid of the columns of a main dataset; raises as `main_dataset`."""
-    _, _, handles, texts = validated(h5_main)
-    return read_grid(handles[2], handles[3], *texts[1], "spectroscopic")
+    pair = main_dataset(h5_main).spectroscopic
+    return read_grid(pair.indices, pair.values, pair.labels, pair.units, "spectroscopic")
 
 
 def read_grid(

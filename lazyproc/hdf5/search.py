@@ -31,7 +31,7 @@ from lazyproc.hdf5.origin import file_differences, other_file_differences, sourc
 from lazyproc.hdf5.raised import H5_ERRORS
 from lazyproc.hdf5.rows_file import check_rows
 from lazyproc.hdf5.seal import check_places, check_seal
-from lazyproc.hdf5.usid import REFERENCES, text_attribute, validated
+from lazyproc.hdf5.usid import REFERENCES, main_dataset, text_attribute
 
 BATCH = "lazyproc_batch"
 """The attribute of a results group, or of a status mask, that tells which jobs have begun it."""
@@ -287,7 +287,7 @@ def _output_differences(group: h5py.Group, work: Work) -> Iterable[str]:
             )
         elif _has_null_references(dataset):
             try:
-                validated(dataset)
+                main_dataset(dataset)
             except NotMainDatasetError as error:
                 yield f"output {output.name!r}: stored, but {error}"
         elif has_manifest(group):

@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, NotMainDatasetError, ResultsError
-from lazyproc.hdf5.damage import address_of, attribute, reading, walk
+from lazyproc.hdf5.damage import attribute, reading, walk
 from lazyproc.hdf5.raised import H5_ERRORS
 
 REFERENCES = ("Position_Indices", "Position_Values", "Spectroscopic_Indices", "Spectroscopic_Values")
@@ -36,19 +36,16 @@ class Ancillary:
 
     Attributes
     ----------
-    indices_path, values_path : str
-        Their names in the file.
+    indices, values : h5py.Dataset
+        `(n_positions, n_position_dims)` or `(n_spectral_dims, n_spectral)`; open as long as the file is.
     labels, units : tuple of str
         One a dimension, in the order of the file; as they are stored, so labels may repeat.
-    shape : tuple of int
-        `(n_positions, n_position_dims)` or `(n_spectral_dims, n_spectral)`.
     """
 
-    indices_path: str
-    values_path: str
+    indices: h5py.Dataset
+    values: h5py.Dataset
     labels: Texts
     units: Texts
-    shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -57,28 +54,24 @@ class MainDataset:
 
     Attributes
     ----------
-    name : str
-        Its name in the file.
-    shape : tuple of int
-        `(n_positions, n_spectral)`.
-    dtype : numpy.dtype
-        As h5py reads it; may be compound.
     quantity, units : str
         What is measured, and in what.
     position, spectroscopic : Ancillary
         What describes its rows and its columns.
     """
 
-    name: str
-    shape: tuple[int, int]
-    dtype: np.dtype[Any]
     quantity: str
     units: str
     position: Ancillary
     spectroscopic: Ancillary
 
+    @property
+    def handles(self) -> Handles:
+        """The four ancillary datasets, in the order of `REFERENCES`."""
+        return self.position.indices, self.position.values, self.spectroscopic.indices, self.spectroscopic.values
 
-def main_dataset(h5: h5py.Dataset) -> MainDataset:
+
+def main_dataset(h5: Any) -> MainDataset:
     """Validate a main dataset and describe it, from metadata only.
 
     Parameters
@@ -95,22 +88,18 @@ def main_dataset(h5: h5py.Dataset) -> MainDataset:
     NotMainDatasetError
         If it is not a USID Main dataset; the message says what is missing or wrong.
     """
-    quantity, units, handles, texts = validated(h5)
-    pairs = [
-        Ancillary(str(indices.name), str(values.name), labels, dim_units, _shape(indices))
-        for indices, values, (labels, dim_units) in zip(handles[::2], handles[1::2], texts, strict=True)
-    ]
-    return MainDataset(str(h5.name), _shape(h5), h5.dtype, quantity, units, *pairs)
+    if not isinstance(h5, h5py.Dataset):
+        raise ArgumentTypeError(f"h5_main is {h5!r} ({type(h5).__name__}); expected an open h5py.Dataset.")
+    if not h5.id.valid:
+        raise ArgumentValueError("h5_main is a dataset of a file that is closed. Open the file and get it again.")
+    with reading(f"{h5.file.filename}::{h5.name}", "Restore the file from a copy."):
+        return _validated(h5)
 
 
 def is_main(h5: object) -> bool:
     """Tell whether an object is an open USID Main dataset."""
-    return _is_valid(h5)
-
-
-def _is_valid(h5: object, linked: set[int] | None = None) -> bool:
     try:
-        validated(h5, linked)
+        main_dataset(h5)
     except (ArgumentTypeError, ArgumentValueError, ResultsError):
         return False
     return True
@@ -124,17 +113,7 @@ def ancillary_handles(h5: h5py.Dataset) -> Handles:
     ArgumentTypeError, ArgumentValueError, NotMainDatasetError
         As `main_dataset`.
     """
-    return validated(h5)[2]
-
-
-def find_main_datasets(group: h5py.Group) -> list[str]:
-    """Return the full names of all main datasets below a group; soft and external links are not followed.
-
-    What is damaged is passed over.
-    """
-    everything = walk(group.file["/"])
-    linked = {address_of(item) for _, item in everything if isinstance(item, h5py.Dataset)}
-    return [name for name, item in walk(group) if isinstance(item, h5py.Dataset) and _is_valid(item, linked)]
+    return main_dataset(h5).handles
 
 
 def read_text(value: object) -> str:
@@ -180,20 +159,7 @@ def read_texts(value: object) -> Texts:
     return (read_text(value),)
 
 
-def validated(h5: Any, linked: set[int] | None = None) -> tuple[str, str, Handles, list[tuple[Texts, Texts]]]:
-    """Return quantity, units, the four handles, and labels and units of both axes.
-
-    `linked` holds the addresses of all objects that have a name; without it, the names are looked for.
-    """
-    if not isinstance(h5, h5py.Dataset):
-        raise ArgumentTypeError(f"h5_main is {h5!r} ({type(h5).__name__}); expected an open h5py.Dataset.")
-    if not h5.id.valid:
-        raise ArgumentValueError("h5_main is a dataset of a file that is closed. Open the file and get it again.")
-    with reading(f"{h5.file.filename}::{h5.name}", "Restore the file from a copy."):
-        return _validated(h5, linked)
-
-
-def _validated(h5: h5py.Dataset, linked: set[int] | None) -> tuple[str, str, Handles, list[tuple[Texts, Texts]]]:
+def _validated(h5: h5py.Dataset) -> MainDataset:
     if h5.shape is None or len(h5.shape) != 2:
         _refuse(
             h5,
@@ -211,20 +177,17 @@ def _validated(h5: h5py.Dataset, linked: set[int] | None) -> tuple[str, str, Han
             "four ancillary datasets. Choose another dataset, or add what is missing: the usage guide shows how.",
         )
     quantity, units = _texts(h5, h5, "quantity", 1)[0], _texts(h5, h5, "units", 1)[0]
-    inds, vals, spec_inds, spec_vals = (_referred(h5, name, linked) for name in REFERENCES)
-    texts = [_checked_pair(h5, 0, inds, vals), _checked_pair(h5, 1, spec_inds, spec_vals)]
-    return quantity, units, (inds, vals, spec_inds, spec_vals), texts
+    inds, vals, spec_inds, spec_vals = (_referred(h5, name) for name in REFERENCES)
+    position = Ancillary(inds, vals, *_checked_pair(h5, 0, inds, vals))
+    spectroscopic = Ancillary(spec_inds, spec_vals, *_checked_pair(h5, 1, spec_inds, spec_vals))
+    return MainDataset(quantity, units, position, spectroscopic)
 
 
 def _refuse(h5: h5py.Dataset, reason: str) -> NoReturn:
     raise NotMainDatasetError(f"{h5.name}: not a USID Main dataset: {reason}")
 
 
-def _shape(h5: h5py.Dataset) -> tuple[int, int]:
-    return int(h5.shape[0]), int(h5.shape[1])
-
-
-def _referred(h5: h5py.Dataset, name: str, linked: set[int] | None) -> h5py.Dataset:
+def _referred(h5: h5py.Dataset, name: str) -> h5py.Dataset:
     """Follow a reference to an ancillary dataset.
 
     What was deleted can often still be opened by a reference, until something else is written in its place; only that
@@ -245,7 +208,7 @@ def _referred(h5: h5py.Dataset, name: str, linked: set[int] | None) -> h5py.Data
         _refuse(h5, f"its attribute {name} refers to nothing ({error}); the dataset was deleted. {advice}")
     if not isinstance(item, h5py.Dataset):
         _refuse(h5, f"its attribute {name} refers to {item!r}; expected a dataset. {advice}")
-    named = _by_name(h5, item, name) if linked is None else item if address_of(item) in linked else None
+    named = _by_name(h5, item, name)
     if named is None:
         _refuse(h5, f"its attribute {name} refers to a dataset that was deleted. {advice}")
     return named
