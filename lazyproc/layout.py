@@ -41,11 +41,6 @@ class Axis:
     axes: tuple[int, ...]
     coordinates: Coordinates
 
-    @property
-    def size(self) -> int:
-        """Rows of the flat axis."""
-        return math.prod(self.shape)
-
 
 def axis_of_grid(grid: Grid, flat_name: str, taken: Iterable[str]) -> Axis:
     """Turn a grid of a main dataset into dimensions.

@@ -20,6 +20,8 @@ _MANY_WORKERS = 16
 """With so many workers it matters when all blocks come back at once."""
 _HEAD_STEPS = 16
 """Sizes of the first blocks, at most."""
+_LEAST_BLOCKS, _USUAL_BLOCKS = 4, 16
+"""How many blocks each worker should get: at least, and if they are still long enough."""
 _USUAL_SECONDS, LEAST_SECONDS = 1.0, 0.05
 
 
@@ -126,8 +128,6 @@ def positions_per_block(
     target_seconds: float = 1.0,
     least_seconds: float = LEAST_SECONDS,
     preferred_bytes: int = 16 * 2**20,
-    least_blocks_per_worker: int = 4,
-    usual_blocks_per_worker: int = 16,
 ) -> int:
     """Choose how many positions a block may hold.
 
@@ -137,9 +137,8 @@ def positions_per_block(
     - `preferred_bytes`: larger reads are not faster, and leave the processor's caches.
     - `target_seconds`: what is lost when a worker dies is a block, and progress is seen block by block. Much shorter
       blocks would be dominated by the cost of scheduling them.
-    - `least_blocks_per_worker`: with one block a worker all would wait for the slowest one.
-    - `usual_blocks_per_worker`: and with few, if some positions take a hundred times as long as others. But not so many
-      that a block would take less than four times `least_seconds`.
+    - `n_workers`: with one block a worker all would wait for the slowest one; with few, too, if some positions take a
+      hundred times as long as others. But not so many that a block would take less than four times `least_seconds`.
 
     Then the storage chunks, which are read and decoded as a whole: a size of a chunk or more is rounded down to whole
     chunks, which is what a block could use anyway. A smaller one is raised to one chunk, since each block of a divided
@@ -166,8 +165,6 @@ def positions_per_block(
         How long a block should take at least, in the tail.
     preferred_bytes : int, optional
         How many of these bytes a block should have at most.
-    least_blocks_per_worker, usual_blocks_per_worker : int, optional
-        How many blocks each worker should get, at least, and if they are still long enough.
 
     Returns
     -------
@@ -191,18 +188,18 @@ def positions_per_block(
     n_workers = at_least(1, "positions_per_block: n_workers", n_workers)
     align = at_least(1, "positions_per_block: align", align)
     bytes_per_position = at_least(1, "positions_per_block: bytes_per_position", bytes_per_position)
-    least = at_least(1, "positions_per_block: least_blocks_per_worker", least_blocks_per_worker)
     seconds = 0.0 if seconds_per_position is None else seconds_per_position
     if not seconds >= 0 or not target_seconds > 0:
         raise ArgumentValueError(
             f"positions_per_block: seconds_per_position is {seconds_per_position} and target_seconds {target_seconds}; "
             "expected times above 0, or None for a time that is not known."
         )
-    size = max(1, min(memory_rows, preferred_bytes // bytes_per_position, -(-n_remaining // (n_workers * least))))
+    share = -(-n_remaining // (n_workers * _LEAST_BLOCKS))
+    size = max(1, min(memory_rows, preferred_bytes // bytes_per_position, share))
     if size * seconds > target_seconds:
         size = max(1, int(target_seconds / seconds))
     if size * seconds > 4 * least_seconds:
-        share = -(-n_remaining // (n_workers * usual_blocks_per_worker))
+        share = -(-n_remaining // (n_workers * _USUAL_BLOCKS))
         size = min(size, max(share, int(4 * least_seconds / seconds), 1))
     if size >= align:
         return size - size % align

@@ -122,8 +122,8 @@ class Extent:
                 )
             done += count
 
-    def write(self, descriptor: int, start: int, rows: NDArray[Any]) -> int:
-        """Write rows from row `start` on, through a descriptor from `open`; return the bytes written.
+    def write(self, descriptor: int, start: int, rows: NDArray[Any]) -> None:
+        """Write rows from row `start` on, through a descriptor from `open`.
 
         Raises
         ------
@@ -139,7 +139,6 @@ class Extent:
         with using(self.path, self.name, offset), writing(self.path, self.name, len(buffer)):
             while done < len(buffer):
                 done += os.pwrite(descriptor, buffer[done:], offset + done)
-        return done
 
 
 @dataclass(frozen=True)

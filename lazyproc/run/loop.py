@@ -31,8 +31,6 @@ class Outcome:
 
     Attributes
     ----------
-    n_done : int
-        Positions committed by this run.
     n_blocks : int
         Blocks committed by this run.
     workers : tuple of str
@@ -45,7 +43,6 @@ class Outcome:
         What the first failed position of this run raised, where failures are recorded.
     """
 
-    n_done: int
     n_blocks: int
     workers: tuple[str, ...]
     failures: tuple[Failure, ...]
@@ -189,8 +186,7 @@ class Committer:
 
     def outcome(self, failures: Sequence[Failure] = ()) -> Outcome:
         """Return how the loop ended."""
-        workers = tuple(self.workers)
-        return Outcome(self.n_done, self.n_blocks, workers, tuple(failures), tuple(self.refused), self.example)
+        return Outcome(self.n_blocks, tuple(self.workers), tuple(failures), tuple(self.refused), self.example)
 
 
 def run_loop(receipts: Receipts, committer: Committer, drain: Drain) -> Outcome:
