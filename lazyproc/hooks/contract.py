@@ -39,11 +39,8 @@ from lazyproc.hdf5.hook_record import (
     find_groups,
     has_record,
     is_first_phase,
-    same_arguments_recorded,
-    same_parameters_recorded,
     text_of,
 )
-from lazyproc.hdf5.search import remaining_positions
 from lazyproc.hdf5.source import source_of, write_out
 from lazyproc.hooks.loop import (
     Batches,
@@ -55,6 +52,7 @@ from lazyproc.hooks.loop import (
     locked,
     settle_end,
 )
+from lazyproc.hooks.step import Step, next_step
 from lazyproc.together import counter_of, locked_by_first, opened_together, ranks_of
 
 if TYPE_CHECKING:
@@ -284,20 +282,12 @@ class HookContract:
         arguments = text_of(args, kwargs)
         afresh = override
         if not override:
-            finished = _of_same_work(self.duplicate_h5_groups, work, arguments)
-            if finished and not self._holds_chosen():
-                self.h5_results_grp = finished[-1]
-                if has_record(finished[-1], work.status_name):
-                    settle_end(finished[-1], work.n_positions, work.status_name)
-                elif work.status_name not in finished[-1]:
-                    complete_mask(finished[-1], work.n_positions, work.status_name)
-                return finished[-1]
-            if self.h5_results_grp is None:
-                self._take_partial(work, arguments)
-            else:
-                if self._is_done_here(work, arguments):
-                    return self.h5_results_grp
-                afresh = not self._goes_on(work, arguments)
+            step = next_step(self, work, arguments, self.duplicate_h5_groups, self.partial_h5_groups)
+            if step.action == "return":
+                if step.why == "found":
+                    self._take_finished(step.group, work)
+                return step.group
+            afresh = self._take_up(step, work)
         if afresh and self.h5_results_grp is not None and _belongs_to_one_phase(self.h5_results_grp, work):
             self.h5_results_grp = None
         drain = Drain(nothing_yet(str(self.process_name)), self._progress)
@@ -345,24 +335,6 @@ class HookContract:
             return str(target.name)
         return f"{str(target.name).rstrip('/')}/{name}"
 
-    def _next_step(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[str, h5py.Group | None, list[h5py.Group], list[h5py.Group]]:
-        """Return what `_compute_hooks` would do without override: return, resume or start, the group, and all found."""
-        work, arguments = self._hook_work(), text_of(args, kwargs)
-        finished = _of_same_work([group for group in self.duplicate_h5_groups if group], work, arguments)
-        partial = _of_same_work([group for group in self.partial_h5_groups if group], work, arguments)
-        held = self.h5_results_grp
-        if finished and not self._holds_chosen():
-            return "return", finished[-1], finished, partial
-        if held is None:
-            group = partial[-1] if partial and self._can_resume() else None
-        elif self._is_done_here(work, arguments):
-            return "return", held, finished, partial
-        else:
-            group = None if self._why_afresh(work, arguments) else held
-        return "start" if group is None else "resume", group, finished, partial
-
     def _compute_together(
         self,
         work: HookWork,
@@ -385,66 +357,33 @@ class HookContract:
             RankedLoop(self, mask, ranks).go(args, kwargs, drain, counter_of(path, ranks, lock.fence))
         return self.h5_results_grp
 
-    def _take_partial(self, work: HookWork, arguments: str) -> None:
-        """Take up the last of the partial results, if there are any and the class can."""
-        partial = _of_same_work(self.partial_h5_groups, work, arguments)
-        if partial and self._can_resume():
-            self.use_partial_computation(partial[-1])
-        elif partial:
-            self._warn_afresh(partial[-1])
+    def _take_finished(self, group: h5py.Group, work: HookWork) -> None:
+        """Hold finished results that were found, and add what they may lack."""
+        self.h5_results_grp = group
+        if has_record(group, work.status_name):
+            settle_end(group, work.n_positions, work.status_name)
+        elif work.status_name not in group:
+            complete_mask(group, work.n_positions, work.status_name)
+
+    def _take_up(self, step: Step, work: HookWork) -> bool:
+        """Hold partial results that are resumed, and say which are not; return whether these are the ones held."""
+        is_held = self.h5_results_grp is not None
+        if step.action == "resume" and not is_held:
+            self.use_partial_computation(step.group)
+        if step.passed is not None and step.why == "other":
+            log.info("%s: %s holds results of other parameters or arguments", work.process_name, step.passed.name)
+        elif step.passed is not None:
+            log.warning(
+                "%s has no _get_existing_datasets, so the partial results in %s cannot be resumed; all is computed "
+                "afresh",
+                type(self).__name__,
+                step.passed.name,
+            )
+        return is_held and step.action == "start"
 
     def _can_resume(self) -> bool:
         own = getattr(self._get_existing_datasets, "__func__", self._get_existing_datasets)
         return own is not HookContract._get_existing_datasets
-
-    def _warn_afresh(self, group: h5py.Group) -> None:
-        log.warning(
-            "%s has no _get_existing_datasets, so the partial results in %s cannot be resumed; all is computed afresh",
-            type(self).__name__,
-            group.name,
-        )
-
-    def _is_done_here(self, work: HookWork, arguments: str) -> bool:
-        """Tell whether a class that cannot resume has finished just this in the group that it holds."""
-        group = self.h5_results_grp
-        if self._can_resume() or work.status_name not in group or not self._is_same(group, work, arguments):
-            return False
-        return not remaining_positions(group, work.n_positions, work.status_name)
-
-    def _goes_on(self, work: HookWork, arguments: str) -> bool:
-        """Tell whether to go on in the group that is held: begun for the same work, or this phase not yet begun."""
-        why = self._why_afresh(work, arguments)
-        if why == "other":
-            name = self.h5_results_grp.name
-            log.info("%s: %s holds results of other parameters or arguments", work.process_name, name)
-        elif why:
-            self._warn_afresh(self.h5_results_grp)
-        return not why
-
-    def _why_afresh(self, work: HookWork, arguments: str) -> str:
-        """Tell why the group that is held is not gone on with: ``"other"`` work, ``"cannot resume"``, or no reason."""
-        group = self.h5_results_grp
-        if work.status_name not in group:
-            return ""
-        if not self._is_same(group, work, arguments):
-            return "other"
-        return "cannot resume" if not self._can_resume() and self._chosen != group.name else ""
-
-    @staticmethod
-    def _is_same(group: h5py.Group, work: HookWork, arguments: str) -> bool:
-        """Compare with the record of a group that is held; what cannot be compared counts as the same."""
-        if work.parameters and not same_parameters_recorded(group, work):
-            return False
-        return arguments == NOT_COMPARABLE or same_arguments_recorded(group, work, arguments, unknown=True)
-
-
-def _of_same_work(groups: list[h5py.Group], work: HookWork, arguments: str) -> list[h5py.Group]:
-    """Keep groups begun with the parameters as they are now, and these arguments of `compute`."""
-    return [
-        group
-        for group in groups
-        if same_arguments_recorded(group, work, arguments) and same_parameters_recorded(group, work)
-    ]
 
 
 def _belongs_to_one_phase(group: h5py.Group, work: HookWork) -> bool:

@@ -15,6 +15,7 @@ from lazyproc.engine.cluster import active_client
 from lazyproc.engine.limits import available_bytes
 from lazyproc.hdf5.hook_record import group_differences, text_of
 from lazyproc.hdf5.search import named_groups, remaining_positions
+from lazyproc.hooks.step import next_step, of_same_work
 
 if TYPE_CHECKING:
     from lazyproc.hooks.contract import HookContract
@@ -31,7 +32,11 @@ def plan_of_hooks(process: HookContract, args: tuple[Any, ...], kwargs: Mapping[
     target_of_hooks(process)
     main = process.h5_main
     n_positions = int(main.shape[0])
-    action, group, finished, partial = process._next_step(args, kwargs)
+    work, arguments = process._hook_work(), text_of(args, kwargs)
+    finished = of_same_work([one for one in process.duplicate_h5_groups if one], work, arguments)
+    partial = of_same_work([one for one in process.partial_h5_groups if one], work, arguments)
+    step = next_step(process, work, arguments, finished, partial)
+    action, group = step.action, step.group
     remaining = Runs.full(n_positions)
     if group is not None and (process._status_dset_name in group or "last_pixel" in group.attrs):
         remaining = remaining_positions(group, n_positions, process._status_dset_name)
