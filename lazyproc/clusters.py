@@ -181,8 +181,8 @@ def _of_this_machine(
     timeout: float | None,
 ) -> Any:
     """Start worker processes; just one for a single rank of MPI."""
+    from lazyproc.engine.dask_scheduler import stop_scheduler
     from lazyproc.engine.processes import start_processes
-    from lazyproc.engine.scheduler import stop_scheduler
 
     if launch is not None:
         n_workers = 1

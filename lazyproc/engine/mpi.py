@@ -69,8 +69,8 @@ class Job:
         interface: str | None = None,
         memory: int | None = None,
     ) -> None:
+        from lazyproc.engine.dask_scheduler import address_of_this_machine, start_scheduler
         from lazyproc.engine.processes import start_processes
-        from lazyproc.engine.scheduler import address_of_this_machine, start_scheduler
 
         self._world = world
         self._hellos = hellos
@@ -130,7 +130,7 @@ class Job:
         """
         if os.getpid() != self._process:
             return  # in a fork of the driver
-        from lazyproc.engine.scheduler import stop_scheduler
+        from lazyproc.engine.dask_scheduler import stop_scheduler
 
         ignore_signals()  # it ends as soon as it can
         flush()

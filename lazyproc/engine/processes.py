@@ -32,7 +32,7 @@ def start_processes(n_workers: int, memory: int | None, dashboard_address: str) 
     dashboard_address : str
         Where the dashboard listens.
     """
-    from lazyproc.engine.scheduler import start_scheduler
+    from lazyproc.engine.dask_scheduler import start_scheduler
 
     share = _memory(memory) // n_workers
     options = {"host": "127.0.0.1", "nthreads": 1, "memory_limit": share, "death_timeout": _JOIN_SECONDS}

@@ -29,7 +29,7 @@ log = logging.getLogger("lazyproc")
 
 def serve(world: World, hello: Hello) -> NoReturn:
     """Serve as a worker until the script in rank 0 ends; then leave."""
-    from lazyproc.engine.scheduler import quiet
+    from lazyproc.engine.dask_scheduler import quiet
 
     try:
         quiet(logging.ERROR)
@@ -65,7 +65,7 @@ def _limit_threads(threads: int) -> None:
 
 async def _serve(world: World, told: Orders, line: Line) -> int:
     """Be a worker, again and again if Dask closes it, until the driver says or shows that this is the end."""
-    from lazyproc.engine.scheduler import quiet
+    from lazyproc.engine.dask_scheduler import quiet
 
     workers: list[Any] = []
     life: asyncio.Future[None] | None = None
