@@ -15,7 +15,7 @@ from lazyproc.hdf5.lock import RunLock
 from lazyproc.hdf5.place import HandlePlace, Place
 from lazyproc.hdf5.source import Source, source_of
 from lazyproc.hdf5.steady import read_steadily
-from lazyproc.hooks.loop import locked
+from lazyproc.hooks.loop import holding_lock_of
 from lazyproc.main_handle import MainDatasetHandle
 
 _MOST_LINKS = 16
@@ -117,7 +117,7 @@ def made_target(place: Place, main_path: str | None, main: h5py.Dataset, files: 
     if (there := target_handle(place, main_path, main, files)) is not None:
         return there
     if place.path == main_path:
-        with locked(main.file), guarded([main.file]):
+        with holding_lock_of(main.file), guarded([main.file]):
             return main.file.require_group(place.name)
     with RunLock(place.path), place.edit():
         pass

@@ -49,7 +49,7 @@ from lazyproc.hooks.loop import (
     check_group,
     complete_mask,
     files_of,
-    locked,
+    holding_lock_of,
     settle_end,
 )
 from lazyproc.hooks.step import Step, next_step
@@ -296,11 +296,11 @@ class HookContract:
             return self._compute_together(work, arguments, afresh, drain, args, kwargs)
         with ExitStack() as locks:
             locks.enter_context(drain.on_signals())
-            locks.enter_context(locked(self._h5_target_group.file))
+            locks.enter_context(holding_lock_of(self._h5_target_group.file))
             with guarded(before := files_of(self), own=[self._own_group()]):
                 with drain.interruptible():
                     self._make_or_find_results()
-                locks.enter_context(locked(self.h5_results_grp.file))
+                locks.enter_context(holding_lock_of(self.h5_results_grp.file))
                 work = replace(self._hook_work(), parameters=work.parameters, searched=work.searched)
                 others = {self.h5_results_grp.file} - before  # which the hook has opened itself
                 with guarded(others, own=[str(self.h5_results_grp.name)]):

@@ -52,7 +52,7 @@ _HELD: ContextVar[frozenset[str]] = ContextVar("lazyproc_held", default=frozense
 
 
 @contextmanager
-def locked(file: h5py.File) -> Iterator[None]:
+def holding_lock_of(file: h5py.File) -> Iterator[None]:
     """Hold the run's lock of the file, if there is one on disk, and this thread does not hold it already.
 
     Raises
@@ -116,7 +116,7 @@ def settle_end(group: h5py.Group, n_positions: int, status_name: str) -> None:
     """Do what a run that was killed after its last batch has left to do; not if somebody else computes in the file."""
     if group.file.mode == "r" or real_path(group.file) is None:
         return
-    with suppress(FileBusyError, ReadOnlyFileError), locked(group.file):
+    with suppress(FileBusyError, ReadOnlyFileError), holding_lock_of(group.file):
         if attribute(group, "last_pixel", None) != n_positions:
             note_end(group, n_positions, status_name)
 
@@ -129,7 +129,7 @@ def complete_mask(group: h5py.Group, n_positions: int, status_name: str) -> None
     if group.file.mode == "r" or group.file.driver == "mpio":
         return
     try:
-        with locked(group.file), guarded([group.file], own=[str(group.name)]):
+        with holding_lock_of(group.file), guarded([group.file], own=[str(group.name)]):
             if status_name not in group:
                 create_status_mask(group, n_positions, status_name)[...] = 1
     except LazyprocError as error:  # the results are there, whatever keeps the mask from being added
