@@ -16,7 +16,7 @@ from lazyproc.engine.crew import Crew
 from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.local import or_here, run_both, run_processes, run_serial, run_threads
 from lazyproc.engine.packing import pack_once
-from lazyproc.engine.streams import Interruptible, Receipts, Stopping, never
+from lazyproc.engine.streams import Interruptible, Receipts, Wish, never
 
 HELP_PAYS = 0.4
 """Seconds of computing from which worker processes can still help this one."""
@@ -119,9 +119,9 @@ class Scheduler:
         self,
         kernel: Kernel,
         blocks: Iterable[Block],
-        stopping: Stopping,
+        stopping: Wish,
         name: str,
-        dropping: Stopping = never,
+        dropping: Wish = never,
         interruptible: Interruptible = nullcontext,
         room: Room | None = None,
         crew: Crew | None = None,

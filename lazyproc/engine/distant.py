@@ -36,7 +36,7 @@ from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.packing import pack_for_cluster
 from lazyproc.engine.pulse import PATIENCE_SECONDS, Pulse, answer, ask
 from lazyproc.engine.receipt import Receipt
-from lazyproc.engine.streams import TICK, Receipts, Stopping, never
+from lazyproc.engine.streams import TICK, Receipts, Wish, never
 
 _WINDOW = 3
 _AHEAD_SECONDS, _MOST_AHEAD = 15.0, 50
@@ -67,9 +67,9 @@ def run_client(
     client: Any,
     kernel: Kernel,
     blocks: Iterable[Block],
-    stopping: Stopping,
+    stopping: Wish,
     name: str = "lazyproc",
-    dropping: Stopping = never,
+    dropping: Wish = never,
     most: int | None = None,
     on_workers: Callable[[int], int | None] | None = None,
 ) -> Receipts:
@@ -113,7 +113,7 @@ class _ClusterRun:
         client: Any,
         kernel: Kernel,
         blocks: Iterable[Block],
-        stopping: Stopping,
+        stopping: Wish,
         name: str,
         most: int | None = None,
         on_workers: Callable[[int], int | None] | None = None,
@@ -152,7 +152,7 @@ class _ClusterRun:
 
     # -- starting blocks ---------------------------------------------------------------------------------------------
 
-    def receipts(self, dropping: Stopping) -> Receipts:
+    def receipts(self, dropping: Wish) -> Receipts:
         """Do all blocks, and those that can be tried again, again."""
         while not dropping():
             self._pulse.check()

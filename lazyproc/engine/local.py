@@ -22,7 +22,7 @@ from lazyproc.engine.crew import Crew
 from lazyproc.engine.kernel import Kernel
 from lazyproc.engine.lane import Lanes
 from lazyproc.engine.packing import pack_once
-from lazyproc.engine.streams import TICK, Interruptible, Receipts, Stopping, a_tick, never
+from lazyproc.engine.streams import TICK, Interruptible, Receipts, Wish, a_tick, never
 from lazyproc.engine.threads import BlockThreads
 from lazyproc.engine.window import Batch, Graph, Window
 
@@ -38,7 +38,7 @@ log = logging.getLogger("lazyproc")
 
 
 def run_serial(
-    kernel: Kernel, blocks: Iterable[Block], stopping: Stopping, interruptible: Interruptible = nullcontext
+    kernel: Kernel, blocks: Iterable[Block], stopping: Wish, interruptible: Interruptible = nullcontext
 ) -> Receipts:
     """Do the blocks one after the other in this thread, which `interruptible` lets out of one; nothing is pickled."""
     for block in blocks:
@@ -53,8 +53,8 @@ def run_threads(
     kernel: Kernel,
     blocks: Iterable[Block],
     n_workers: int,
-    stopping: Stopping,
-    dropping: Stopping = never,
+    stopping: Wish,
+    dropping: Wish = never,
     room: Room | None = None,
 ) -> Receipts:
     """Do the blocks in threads of this process; for functions that let other threads run (NumPy on whole blocks)."""
@@ -81,9 +81,9 @@ def run_processes(
     kernel: Kernel,
     blocks: Iterable[Block],
     n_workers: int,
-    stopping: Stopping,
+    stopping: Wish,
     name: str = "lazyproc",
-    dropping: Stopping = never,
+    dropping: Wish = never,
     room: Room | None = None,
     crew: Crew | None = None,
     patience: Callable[[], float] = a_tick,
@@ -133,9 +133,9 @@ def run_processes(
 def _do_alone(
     kernel: Kernel,
     block: Block,
-    stopping: Stopping,
+    stopping: Wish,
     name: str,
-    dropping: Stopping,
+    dropping: Wish,
     room: Room | None,
     deaths: Iterator[int],
 ) -> Receipts:
@@ -159,9 +159,9 @@ def run_both(
     kernel: Kernel,
     blocks: Iterable[Block],
     n_workers: int,
-    stopping: Stopping,
+    stopping: Wish,
     name: str,
-    dropping: Stopping,
+    dropping: Wish,
     interruptible: Interruptible,
     room: Room | None,
     crew: Crew | None,
@@ -234,7 +234,7 @@ def or_here(receipts: Receipts, kernel: Kernel, interruptible: Interruptible) ->
 
 
 def _run_batches(
-    window: Window, blocks: Iterable[Block], n_workers: int, name: str, dropping: Stopping, graph_after: float
+    window: Window, blocks: Iterable[Block], n_workers: int, name: str, dropping: Wish, graph_after: float
 ) -> Receipts:
     """Do the blocks in batches; one begins as soon as what is left of those before does not fill the window."""
     waiting = iter(blocks)

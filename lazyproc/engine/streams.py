@@ -16,7 +16,8 @@ TICK = 0.25
 """Seconds: how often an engine gives the driver a turn while nothing is ready."""
 
 Receipts = Iterator[Receipt | None]
-Stopping = Callable[[], bool]
+Wish = Callable[[], bool]
+"""Tells whether somebody wishes that nothing new is started, or that what is under way is dropped."""
 Interruptible = Callable[[], AbstractContextManager[None]]
 
 

@@ -17,7 +17,7 @@ from lazyproc.core.blocks import Block
 from lazyproc.core.learn import Room
 from lazyproc.engine.lane import Lanes
 from lazyproc.engine.receipt import Receipt
-from lazyproc.engine.streams import TICK, Stopping, a_tick
+from lazyproc.engine.streams import TICK, Wish, a_tick
 
 _GRAPH_BLOCKS = 8
 """Blocks a worker in one Dask graph."""
@@ -33,7 +33,7 @@ class Window:
         self,
         lanes: Lanes,
         size: int,
-        stopping: Stopping,
+        stopping: Wish,
         room: Room | None = None,
         patience: Callable[[], float] = a_tick,
     ) -> None:
