@@ -18,7 +18,9 @@ from usid_files import make_usid_file
 import lazyproc
 from lazyproc import Process
 from lazyproc.core.errors import ArgumentTypeError, ArgumentValueError, ResultsError
+from lazyproc.hdf5.hook_record import text_of
 from lazyproc.hdf5.lock import RunLock
+from lazyproc.hooks.step import next_step
 
 Mean = make_mean(Process)
 MASK = "completed_positions"
@@ -336,6 +338,48 @@ def test_a_plan_of_a_class_that_cannot_resume(main, caplog):
     assert plan.n_remaining == 20
     assert not caplog.records
     assert "cannot be resumed" in process.why_not_duplicate(group)
+
+
+class Unresumable(Mean):
+    _get_existing_datasets = Process._get_existing_datasets
+
+
+@pytest.mark.parametrize(
+    ("first", "cls", "args", "expected"),
+    [
+        (None, Mean, (), ("start", "")),
+        (Mean, Mean, (), ("return", "found")),
+        (Mean, Mean, (2,), ("start", "")),
+        (Stopping, Mean, (), ("resume", "")),
+        (Stopping, Unresumable, (), ("start", "cannot resume")),
+        (Mean, None, (), ("resume", "")),  # and nothing remains
+        (Stopping, None, (), ("resume", "")),
+        (Stopping, None, (2,), ("start", "other")),
+        (Unresumable, None, (), ("return", "held")),
+        (Unresumable, None, (2,), ("start", "other")),
+        (NoResume, None, (), ("start", "cannot resume")),
+    ],
+)
+def test_a_decision_has_no_effects_and_compute_acts_on_it(main, caplog, first, cls, args, expected):
+    """One class may have computed before, up to its end or not; the same object goes on if there is no other class."""
+    process = None if first is None else made(first, main, process_name="Mean")
+    if process is not None:
+        with contextlib.suppress(Stop):
+            process.compute()
+    before = None if process is None else process.h5_results_grp
+    if cls is not None:
+        process = made(cls, main, process_name="Mean")
+    files, held = state(main), process.h5_results_grp
+    work, arguments = process._hook_work(), text_of(args, {})
+    step = next_step(process, work, arguments, process.duplicate_h5_groups, process.partial_h5_groups)
+    assert (step.action, step.why) == expected
+    assert step.group == (None if step.action == "start" else before)
+    assert step.passed == (before if step.why in ("other", "cannot resume") else None)
+    assert (state(main), process.h5_results_grp, caplog.records) == (files, held, [])
+    with contextlib.suppress(Stop):
+        process.compute(False, *args)
+    assert (process.h5_results_grp == before) == (step.action != "start")
+    assert ("cannot be resumed" in caplog.text) == (step.why == "cannot resume")
 
 
 @pytest.mark.parametrize("most", [2.5, 100])
