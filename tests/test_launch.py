@@ -19,7 +19,7 @@ from lazyproc.engine.launch import Launch, detect
 from lazyproc.engine.line import Line, LineAddress, Switchboard
 from lazyproc.hdf5.file_id import FileId, this_machine
 from lazyproc.hdf5.lock import RunLock
-from lazyproc.hdf5.shared_file import Trial
+from lazyproc.hdf5.shared_file import SharedFileTrial
 
 # --- the launcher ----------------------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ def trial(tmp_path):
     path.write_bytes(bytes(100))
     lock = RunLock(str(path), "this_run")
     lock.acquire()
-    yield replace(Trial.of(str(path), FileId.of(os.stat(path)), lock.fence), patience=3.0)
+    yield replace(SharedFileTrial.of(str(path), FileId.of(os.stat(path)), lock.fence), patience=3.0)
     lock.release()
 
 

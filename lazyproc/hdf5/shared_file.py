@@ -32,7 +32,7 @@ _PATIENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Trial:
+class SharedFileTrial:
     """The trial on the results' file. Small; travels to workers.
 
     Attributes
@@ -56,7 +56,7 @@ class Trial:
     patience: float = _PATIENCE_SECONDS
 
     @classmethod
-    def of(cls, results: str, file_id: FileId, fence: Fence) -> Trial:
+    def of(cls, results: str, file_id: FileId, fence: Fence) -> SharedFileTrial:
         """Return the trial on a file."""
         return cls(results, file_id, fence, sidecar(results, HANDSHAKE))
 

@@ -20,7 +20,7 @@ from lazyproc.hdf5.sidecar import CLAIMS, sidecar
 
 if TYPE_CHECKING:
     from lazyproc.hdf5.claims import Claims
-    from lazyproc.hdf5.shared_file import Trial
+    from lazyproc.hdf5.shared_file import SharedFileTrial
 
 _CHECKED_BYTES = 4096
 
@@ -88,11 +88,11 @@ class Sink:
                         sync_data(descriptors[path])  # the driver can only sync what is on its own machine
         return _checksum(rows[:1].tobytes()[:_CHECKED_BYTES] for rows in arrays)
 
-    def trial(self) -> Trial:
+    def trial(self) -> SharedFileTrial:
         """Return what shows whether workers on other machines may write here."""
-        from lazyproc.hdf5.shared_file import Trial
+        from lazyproc.hdf5.shared_file import SharedFileTrial
 
-        return Trial.of(self.home.path, self.home.inode, self.fence)
+        return SharedFileTrial.of(self.home.path, self.home.inode, self.fence)
 
     def claims(self) -> Claims:
         """Return this sink for workers of which two may have the same block."""
