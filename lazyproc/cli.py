@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lazyproc")
 
-_BATCH_NAME = "LAZYPROC_BATCH"
 _DEFAULT_MIB = 4096
 _EXIT_UNREAD = 128 + 13
 """What a shell says of programs that SIGPIPE has ended."""
@@ -258,14 +257,15 @@ def _make(
 
 
 def _goes_on(process: Process, batch: str) -> bool:
-    """Have a process go on with what the jobs of a row have begun; tell whether they have. What it begins is theirs."""
+    """Have a process go on with what calls of a batch have begun; tell whether they have. What it begins is theirs."""
     from lazyproc.hdf5.search import batch_of
 
     def own(groups: list[h5py.Group]) -> list[h5py.Group]:
         return [group for group in groups if batch_of(group, process._status_dset_name) == batch]
 
-    process._batch = batch
-    if partial := own(process.partial_h5_groups):
+    process._lazyproc_batch = batch
+    partial = own(process.partial_h5_groups) if process._declares or process._can_resume() else []
+    if partial:
         process.use_partial_computation(partial[-1])
     return bool(partial or own(process.duplicate_h5_groups))
 
@@ -289,9 +289,10 @@ def _parameters(pairs: tuple[str, ...]) -> dict[str, Any]:
 @main.command()
 @_work_options
 @click.option("--override", is_flag=True, help="Compute afresh, whatever there is.")
+@click.option("--batch", default="", metavar="NAME", help="With --override: afresh once for all calls of this name.")
 @_on_cluster(ranks=True)
 @_reported
-def run(as_json: bool, override: bool, **options: Any) -> None:
+def run(as_json: bool, override: bool, batch: str, **options: Any) -> None:
     """Compute PROCESS (module:Class, path/to/file.py:Class or a registered name) over a main dataset.
 
     Finished results of the same work are returned, partial ones resumed. The same under mpiexec and srun, and on the
@@ -300,7 +301,8 @@ def run(as_json: bool, override: bool, **options: Any) -> None:
     from lazyproc.hdf5.failures import count_failed
     from lazyproc.hdf5.search import status_name_of
 
-    batch = os.environ.get(_BATCH_NAME, "") if override else ""
+    if batch and not override:
+        raise click.UsageError("--batch: came without --override; expected both, or none.")
     with _make(**options) as process:
         goes_on = options["resume"] and process.partial_h5_groups
         if batch and not goes_on:

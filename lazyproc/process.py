@@ -286,7 +286,7 @@ class Process(HookContract):
             verify=self._verify,
             status_name=check_status_name(self._status_dset_name),
             max_failures=check_max_failures(self.max_failures) if self._on_error == "record" else None,
-            batch=self._batch,
+            batch=self._lazyproc_batch,
         )
 
     def _look_again(self) -> None:

@@ -20,6 +20,7 @@ from lazyproc.hdf5.damage import attribute, attributes, members, reading
 from lazyproc.hdf5.failures import has_failures, read_failures
 from lazyproc.hdf5.files import Files, split_address
 from lazyproc.hdf5.grid import position_grid, spectroscopic_grid
+from lazyproc.hdf5.hook_record import status_masks
 from lazyproc.hdf5.on_disk import real_path
 from lazyproc.hdf5.seal import PLACES, SEAL, check_places
 from lazyproc.hdf5.search import remaining_positions, status_name_of
@@ -242,10 +243,17 @@ def _status_name(group: h5py.Group, n_positions: int) -> str:
 
 
 def _done_before(group: h5py.Group, n_positions: int) -> int | None:
-    """Return how many positions of older results, which have no status mask, are done; None if it is all of them."""
-    if "last_pixel" not in group.attrs:
+    """Return how many positions of older results, which have no status mask at all, are done; None: all, or not known.
+
+    A mask of another length, or name, is that of a class which does things in its own way: it sets ``last_pixel`` to 0
+    between two phases, though the results of the first one are there.
+    """
+    if status_name_of(group) in group or status_masks(group):
         return None
-    rest = remaining_positions(group, n_positions, status_name_of(group))
+    try:
+        rest = remaining_positions(group, n_positions, status_name_of(group))
+    except ResultsError:  # without last_pixel, or with one that is no number
+        return None
     return int(rest.starts[0]) if rest.n_positions else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 
@@ -84,11 +85,16 @@ class SlurmJob:
         fails, that has to make room, or that is queued again by hand, Slurm itself starts again. Only at the wall time,
         by which it tells that it has passed, SIGTERM is no reason not to go on.
 
-        ``lazyproc run … --override`` starts afresh in the first job: all that come after it, by either way, have the
-        number of that one in ``LAZYPROC_BATCH``, and go on with what it has begun, or return what it has finished.
+        ``lazyproc run … --override`` starts afresh in the first job: all that come after it, by either way, are given
+        the number of that one as ``--batch``, and go on with what it has begun, or return what it has finished.
         """
         launch = _LAUNCHERS[self.launcher] if self.ntasks > 1 else ""
-        command = " ".join([launch, *map(shlex.quote, self.command)]).strip()
+        afresh = self._starts_afresh()
+        words = [
+            shlex.quote(word) + (' --batch "$LAZYPROC_BATCH"' if number in afresh else "")
+            for number, word in enumerate(self.command)
+        ]
+        command = " ".join([launch, *words]).strip()
         directives = [
             f"--ntasks={self.ntasks}",
             f"--cpus-per-task={self.cpus_per_task}",
@@ -111,6 +117,15 @@ class SlurmJob:
             else f"sbatch {shlex.quote(self.path)}",
             max_jobs=self.max_jobs,
         )
+
+    def _starts_afresh(self) -> list[int]:
+        """Return which words of the command tell `lazyproc run` to start afresh."""
+        if "run" not in self.command:
+            return []
+        before = self.command[: self.command.index("run")]
+        if not any(os.path.basename(word) == "lazyproc" or word == "lazyproc.cli" for word in before):
+            return []
+        return [number for number, word in enumerate(self.command) if word == "--override" and number > len(before)]
 
 
 def _seconds_of(time: str) -> int | None:
@@ -145,8 +160,8 @@ export LAZYPROC_GRACE_SECONDS=${{LAZYPROC_GRACE_SECONDS:-{grace}}}
 
 job=${{LAZYPROC_JOB:-1}}
 echo "job $SLURM_JOB_ID, number $job in a row, on $SLURM_JOB_NODELIST"
-# `lazyproc run --override` starts afresh once in all of them; a job that is queued again keeps its number.
-if [ "$job" -eq 1 ]; then LAZYPROC_BATCH=$SLURM_JOB_ID; fi
+# What starts afresh does so once in all of them; a job that is queued again keeps its number.
+if [ "$job" -eq 1 ] || [ -z "$LAZYPROC_BATCH" ]; then LAZYPROC_BATCH=${{SLURM_CLUSTER_NAME:-slurm}}-$SLURM_JOB_ID; fi
 export LAZYPROC_BATCH
 
 {command} &

@@ -668,7 +668,7 @@ def test_jobs_of_one_row_start_afresh_once_whatever_else_is_unfinished(folder, k
 
     def run(batch: str | None) -> tuple[str, bytes]:
         (folder / "calls").unlink(missing_ok=True)
-        done = lazyproc_command(*words, cwd=folder, env={} if batch is None else {"LAZYPROC_BATCH": batch})
+        done = lazyproc_command(*words, *([] if batch is None else ["--batch", batch]), cwd=folder)
         assert done.returncode == 0, done.stderr
         group = done.stdout.strip().partition("::")[2]
         if group not in groups:

@@ -17,7 +17,7 @@ import pytest
 from lazyproc.core.errors import FileBusyError, MissingFileError, ReadOnlyFileError
 from lazyproc.hdf5.holder import holder
 from lazyproc.hdf5.lock import Fence, FencedError, RunLock
-from lazyproc.hdf5.sidecar import file_beside, has_pending, sidecar
+from lazyproc.hdf5.sidecar import CLAIMS, HANDSHAKE, file_beside, has_pending, sidecar
 
 DRIVER = """
 import sys, time
@@ -151,6 +151,8 @@ def test_release_leaves_nothing(path: Path) -> None:
 def test_files_left_by_a_killed_run_are_taken_over(path: Path, start: Starter) -> None:
     kill(start.driver(path, "first"))
     assert len(os.listdir(path.parent)) == 3
+    for kind in (CLAIMS, HANDSHAKE):  # as if it had had a cluster
+        Path(sidecar(str(path), kind)).write_bytes(b"")
     lock = RunLock(str(path), "second")
     lock.acquire()
     lock.release()

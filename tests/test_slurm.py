@@ -46,7 +46,7 @@ class Shell:
         script.write_text(SlurmJob(tuple(command), str(script), **options).script())  # type: ignore[arg-type]
         sbatch = self.folder / "bin" / "sbatch"
         sbatch.parent.mkdir(exist_ok=True)
-        sbatch.write_text(f'#!/bin/sh\necho "$LAZYPROC_JOB $@" >> {self.folder}/submitted\n')
+        sbatch.write_text(f'#!/bin/sh\necho "$LAZYPROC_JOB $LAZYPROC_BATCH $@" >> {self.folder}/submitted\n')
         sbatch.chmod(0o755)
         environment = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
         environment |= environ or {}
@@ -67,7 +67,7 @@ def test_exit_code_decides(tmp_path: Path, code: int) -> None:
     assert process.returncode == (0 if again else code)
     assert len(shell.submitted()) == again
     if again:
-        assert shell.submitted()[0] == f"2 --export=ALL --dependency=afterany:7 {tmp_path}/job.sh"
+        assert shell.submitted()[0] == f"2 slurm-7 --export=ALL --dependency=afterany:7 {tmp_path}/job.sh"
 
 
 def test_number_of_jobs_is_limited(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_number_of_jobs_is_limited(tmp_path: Path) -> None:
 
 def test_by_hand_an_override_goes_on_where_it_was(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
-    command = ["sh", "-c", "echo $LAZYPROC_BATCH; exit 75", "run", "--override"]
+    command = [stand_in(tmp_path), "run", "--override"]
     process = shell.start(command, {"LAZYPROC_JOB": "3", "LAZYPROC_BATCH": "5"}, max_jobs=3)
     _, errors = process.communicate(timeout=60)
     told = errors.partition("submit again with: ")[2].strip()
@@ -260,20 +260,42 @@ def test_command_line_writes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environ", "batch"),
     [
-        ({}, "4711"),
-        ({"LAZYPROC_BATCH": "of another row"}, "4711"),
-        ({"SLURM_RESTART_COUNT": "2"}, "4711"),
-        ({"LAZYPROC_JOB": "2", "LAZYPROC_BATCH": "4700"}, "4700"),
-        ({"LAZYPROC_JOB": "2", "LAZYPROC_BATCH": "4700", "SLURM_RESTART_COUNT": "1"}, "4700"),
+        ({}, "slurm-7"),
+        ({"SLURM_CLUSTER_NAME": "one"}, "one-7"),
+        ({"LAZYPROC_BATCH": "of another row"}, "slurm-7"),
+        ({"SLURM_RESTART_COUNT": "2"}, "slurm-7"),
+        ({"LAZYPROC_JOB": "2"}, "slurm-7"),
+        ({"LAZYPROC_JOB": "2", "LAZYPROC_BATCH": "one-5"}, "one-5"),
+        ({"LAZYPROC_JOB": "2", "LAZYPROC_BATCH": "one-5", "SLURM_RESTART_COUNT": "1"}, "one-5"),
     ],
 )
 def test_all_jobs_of_a_row_are_told_which_was_the_first(tmp_path: Path, environ: dict[str, str], batch: str) -> None:
     """So that `--override` starts afresh in the first one only: see test_cli."""
     shell = Shell(tmp_path)
-    process = shell.start(["sh", "-c", "echo in $LAZYPROC_BATCH; exit 75"], {**environ, "SLURM_JOB_ID": "4711"})
+    command = [stand_in(tmp_path), "run", "a.py:B", "my file.h5::/data", "--override", "--cores", "2"]
+    process = shell.start(command, environ)
     out, errors = process.communicate(timeout=60)
-    assert f"in {batch}\n" in out, errors
-    assert shell.submitted()
+    words = [line.removeprefix("word ") for line in out.splitlines() if line.startswith("word ")]
+    assert words == ["run", "a.py:B", "my file.h5::/data", "--override", "--batch", batch, "--cores", "2"], errors
+    assert [line.split()[:2] for line in shell.submitted()] == [[str(int(environ.get("LAZYPROC_JOB", 1)) + 1), batch]]
+
+
+def stand_in(folder: Path) -> str:
+    """Make a command that says how it was called, and wants to go on."""
+    path = folder / "bin" / "lazyproc"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('#!/bin/sh\nfor word; do echo "word $word"; done\nexit 75\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_only_an_override_of_lazyproc_run_is_of_a_batch(tmp_path: Path) -> None:
+    own = SlurmJob(("python", "script.py", "run", "--override"), str(tmp_path / "job.sh")).script()
+    assert "\npython script.py run --override &\n" in own
+    plain = SlurmJob(("lazyproc", "run", "a.py:B", "f.h5::/data"), str(tmp_path / "job.sh")).script()
+    assert "--batch" not in own + plain
+    module = SlurmJob(("python", "-m", "lazyproc.cli", "run", "a.py:B", "f.h5::/x", "--override"), "/job.sh").script()
+    assert '\npython -m lazyproc.cli run a.py:B f.h5::/x --override --batch "$LAZYPROC_BATCH" &\n' in module
 
 
 @pytest.mark.parametrize(
@@ -536,7 +558,7 @@ def test_an_override_starts_afresh_in_the_first_job_only(
     with h5py.File(tmp_path / "scan.h5") as file:
         first, second = (file[CHANNEL][name] for name in file[CHANNEL] if name.startswith("Raw_Data-Slow"))
         assert 0 < first["completed_positions"][:].sum() < 600
-        assert second.attrs["lazyproc_batch"] == number
+        assert second.attrs["lazyproc_batch"].endswith(f"-{number}")
         assert second["completed_positions"][:].all()
         assert (second["Mean"][:, 0] == data.mean(axis=1)).all()
     assert output.read_text().count("in a row") == 2, output.read_text()

@@ -489,6 +489,24 @@ def test_of_old_results_without_a_mask_only_what_is_before_last_pixel_counts(tmp
         np.testing.assert_array_equal(results["status"].transpose("Y", "X"), is_done)
 
 
+@pytest.mark.parametrize(("mask", "n_rows"), [("completed_guess_positions", 20), ("completed_positions", 30)])
+def test_results_with_masks_of_their_own_are_shown_whatever_last_pixel_is(tmp_path, mask, n_rows):
+    """Fitters of two phases set it to 0 between them; in a decomposition the mask is not that of all datasets."""
+    address = address_of(make_usid_file(tmp_path / "a.h5"))
+    name, path = str(lazyproc.map_positions(np.mean, address, {"Mean": Output("f8")}).name), address.partition("::")[0]
+    expected = lazyproc.open_results(f"{path}::{name}").compute()["Mean"]
+    with h5py.File(path, "r+") as file:
+        group = file[name]
+        for one in [one for one in group.attrs if one.startswith("lazyproc_")]:
+            del group.attrs[one]
+        del group["completed_positions"]
+        group.create_dataset(mask, data=np.ones(n_rows, np.uint8))
+        group.attrs["last_pixel"] = 0
+    results = lazyproc.open_results(f"{path}::{name}").compute()
+    assert "status" not in results
+    np.testing.assert_array_equal(results["Mean"], expected)
+
+
 def test_a_view_beside_a_retry_shows_no_rows_that_were_written_meanwhile(tmp_path, monkeypatch):
     address = address_of(make_usid_file(tmp_path / "a.h5"))
     path = address.partition("::")[0]

@@ -109,10 +109,13 @@ class HighWater:
                 self._kept = Kept()
 
     def kept(self) -> int:
-        """Return bytes that the process keeps by now over what it had at first; 0 if not known. Between blocks."""
+        """Return bytes that the process keeps by now over what it had at first, rather more; 0 if not known.
+
+        Between blocks.
+        """
         with self._lock, self._while_it_works():
             if self._does_work() and self._kept is not None:
-                return self._kept.now()
+                return self._kept.now() + self._kept.unsure
         return 0
 
     @contextmanager

@@ -37,7 +37,7 @@ from lazyproc.core.errors import FileBusyError, LazyprocError, LockingError, Mis
 from lazyproc.hdf5.holder import TIME, is_alive, is_held, is_locked, read_holder, say_who
 from lazyproc.hdf5.locking import FLOCK, KINDS, NONE, lock, lock_inode, locking, unlock
 from lazyproc.hdf5.room import full_code, no_room
-from lazyproc.hdf5.sidecar import CLAIMS, FENCE, LOCK, file_beside, open_sidecar, sidecar
+from lazyproc.hdf5.sidecar import CLAIMS, FENCE, HANDSHAKE, LOCK, file_beside, open_sidecar, sidecar
 
 _CALLING = "calling"
 _WRITE_SECONDS = 30.0
@@ -317,8 +317,9 @@ class RunLock:
             self._set_fence("")
             with suppress(FileNotFoundError):
                 os.unlink(self.fence.fence_path)
-            with suppress(OSError):
-                os.unlink(sidecar(self._path, CLAIMS))  # if a driver was killed that had a cluster
+            for kind in (CLAIMS, HANDSHAKE):  # if a driver was killed that had a cluster
+                with suppress(OSError):
+                    os.unlink(sidecar(self._path, kind))
             if self._is_suspect:
                 os.pwrite(self._descriptor, b"1", self._place_of_calls)
             else:

@@ -10,8 +10,8 @@ Each is hidden, and named after the HDF5 file and its kind: ``.scan.h5.lazyproc-
     fence       the driver: which run may write                 as the lock
     claims      the driver of a cluster and its workers, or     when all blocks are done; after a death when the next
                 MPI ranks: who has which block                  driver gives the lock back
-    handshake   the driver and workers on other machines:       when that is known; after a death with the next trial
-                whether they see what each other writes
+    handshake   the driver and workers on other machines:       when that is known; after a death when the next driver
+                whether they see what each other writes         gives the lock back
     journal     a transaction: what it is about to change       when that is changed; after a death when it is recovered
     undo        a change through an open handle, or opening     when that is done; after a death when it is put back
                 a file that HDF5 marks: what stood there

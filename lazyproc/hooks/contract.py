@@ -114,7 +114,7 @@ class HookContract:
     _lazyproc_pixels: NDArray[np.int64] | None = None
     _lazyproc_batches: Batches | None = None
     _chosen: str | None = None
-    _batch: str = ""
+    _lazyproc_batch: str = ""
     _lazyproc_constructing: bool = False
     _lazyproc_searched: tuple[str, str] = ("", NOT_COMPARABLE)
 
@@ -249,7 +249,7 @@ class HookContract:
             searched=self._lazyproc_searched[1]
             if self._lazyproc_searched[0] == self._status_dset_name
             else NOT_COMPARABLE,
-            batch=self._batch,
+            batch=self._lazyproc_batch,
         )
 
     def _hook_fingerprint(self, stored: str = "") -> str:
@@ -291,7 +291,7 @@ class HookContract:
         if afresh and self.h5_results_grp is not None and _belongs_to_one_phase(self.h5_results_grp, work):
             self.h5_results_grp = None
         drain = Drain(nothing_yet(str(self.process_name)), self._progress)
-        drain.afresh = override
+        drain.afresh = override and not work.batch
         if opened_together(self.h5_main):
             return self._compute_together(work, arguments, afresh, drain, args, kwargs)
         with ExitStack() as locks:

@@ -102,7 +102,7 @@ def perform(
         )  # fmt: skip
     work = declared.work(args, kwargs)
     drain = Drain(nothing_yet(declared.process_name), listener)
-    drain.afresh = override
+    drain.afresh = override and not declared.batch
     high_water.forget()
     with drain.on_signals(), locked(declared) as lock:
         declared, kernel = with_lock(declared, kernel, lock)
