@@ -77,8 +77,8 @@ class Kept:
 
     @property
     def unsure(self) -> int:
-        """Bytes that may be kept beside: taken for modules that were imported, all together, more than for each."""
-        return _LOADING_BYTES if len(sys.modules) > self._n_first else 0
+        """Bytes that may be kept beside, since small modules do not take what is taken for them."""
+        return min(self._for_modules(), 2 * _LOADING_BYTES)
 
     def now(self) -> int:
         """Return bytes kept."""
