@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lazyproc")
 
 _DEFAULT_MIB = 4096
+_LONGEST_BATCH = 200
 _EXIT_UNREAD = 128 + 13
 """What a shell says of programs that SIGPIPE has ended."""
 _AT_LEAST_1 = click.IntRange(min=1)
@@ -303,6 +304,10 @@ def run(as_json: bool, override: bool, batch: str, **options: Any) -> None:
 
     if batch and not override:
         raise click.UsageError("--batch: came without --override; expected both, or none.")
+    if len(batch) > _LONGEST_BATCH or not batch.isprintable():  # it is kept with the results
+        raise click.UsageError(
+            f"--batch {batch[:20]!r}: expected a name of printable characters, {_LONGEST_BATCH} at most."
+        )
     with _make(**options) as process:
         goes_on = options["resume"] and process.partial_h5_groups
         if batch and not goes_on:

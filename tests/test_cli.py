@@ -409,6 +409,9 @@ USAGE = [
         [PROCESS, ADDRESS, "--max-failures", "9", "--on-error", "raise"], "without --on-error record", id="raise at 9"
     ),
     pytest.param([PROCESS, ADDRESS, "-p", "window=[1,2"], "window=[1,2: the value begins as a list", id="half a list"),
+    pytest.param([PROCESS, ADDRESS, "--batch", "a"], "--batch: came without --override", id="batch alone"),
+    pytest.param([PROCESS, ADDRESS, "--override", "--batch", "a\nb"], "a name of printable characters", id="no name"),
+    pytest.param([PROCESS, ADDRESS, "--override", "--batch", "a" * 201], "a name of printable", id="long name"),
     pytest.param([PROCESS, ADDRESS, "-p", "window={[1]: 2}"], "and is none; expected JSON or Python", id="no dict"),
     pytest.param([PROCESS, ADDRESS, "-p", "window={1: a}"], "and is none; expected JSON or Python", id="half a dict"),
     pytest.param([PROCESS, ADDRESS, "-p", "sign='+"], """as a text: -p 'sign="'"'"'+"'""", id="half a text"),

@@ -469,19 +469,26 @@ def test_of_a_partial_group_the_done_are_read_and_the_others_computed(tmp_path, 
         xarray.testing.assert_equal(results[output], expected[output].where(results["status"] == 1))
 
 
-@pytest.mark.parametrize("n_done", [0, 12, 20, 25])
-def test_of_old_results_without_a_mask_only_what_is_before_last_pixel_counts(tmp_path, n_done):
-    """As pyUSID has left them before 0.0.5."""
-    address = address_of(make_usid_file(tmp_path / "a.h5"))
+def as_others_leave_them(folder, last_pixel, **masks):
+    """Take out of results what lazyproc knows them by; return what they were, and what they are shown as then."""
+    address = address_of(make_usid_file(folder / "a.h5"))
     name, path = str(lazyproc.map_positions(np.mean, address, {"Mean": Output("f8")}).name), address.partition("::")[0]
-    expected = lazyproc.open_results(f"{path}::{name}").compute()["Mean"]
+    before = lazyproc.open_results(f"{path}::{name}").compute()["Mean"]
     with h5py.File(path, "r+") as file:
         group = file[name]
         for one in [one for one in group.attrs if one.startswith("lazyproc_")]:
             del group.attrs[one]
         del group["completed_positions"]
-        group.attrs["last_pixel"] = n_done
-    results = lazyproc.open_results(f"{path}::{name}").compute()
+        for mask, values in masks.items():
+            group.create_dataset(mask, data=values)
+        group.attrs["last_pixel"] = last_pixel
+    return before, lazyproc.open_results(f"{path}::{name}").compute()
+
+
+@pytest.mark.parametrize("n_done", [0, 12, 20, 25])
+def test_of_old_results_without_a_mask_only_what_is_before_last_pixel_counts(tmp_path, n_done):
+    """As pyUSID has left them before 0.0.5."""
+    expected, results = as_others_leave_them(tmp_path, last_pixel=n_done)
     assert ("status" in results) == (n_done < 20)
     means, is_done = results["Mean"].transpose("Y", "X"), np.arange(20).reshape(4, 5) < n_done
     np.testing.assert_array_equal(means, expected.transpose("Y", "X").where(is_done))
@@ -492,17 +499,7 @@ def test_of_old_results_without_a_mask_only_what_is_before_last_pixel_counts(tmp
 @pytest.mark.parametrize(("mask", "n_rows"), [("completed_guess_positions", 20), ("completed_positions", 30)])
 def test_results_with_masks_of_their_own_are_shown_whatever_last_pixel_is(tmp_path, mask, n_rows):
     """Fitters of two phases set it to 0 between them; in a decomposition the mask is not that of all datasets."""
-    address = address_of(make_usid_file(tmp_path / "a.h5"))
-    name, path = str(lazyproc.map_positions(np.mean, address, {"Mean": Output("f8")}).name), address.partition("::")[0]
-    expected = lazyproc.open_results(f"{path}::{name}").compute()["Mean"]
-    with h5py.File(path, "r+") as file:
-        group = file[name]
-        for one in [one for one in group.attrs if one.startswith("lazyproc_")]:
-            del group.attrs[one]
-        del group["completed_positions"]
-        group.create_dataset(mask, data=np.ones(n_rows, np.uint8))
-        group.attrs["last_pixel"] = 0
-    results = lazyproc.open_results(f"{path}::{name}").compute()
+    expected, results = as_others_leave_them(tmp_path, last_pixel=0, **{mask: np.ones(n_rows, np.uint8)})
     assert "status" not in results
     np.testing.assert_array_equal(results["Mean"], expected)
 
